@@ -1,0 +1,42 @@
+# `make demo` and `make test` set up a fresh machine themselves; the rest are their parts.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test install lint test-cpu test-interpreter test-aot bench clean
+
+demo: install
+	$(BIN)/resnet-fast demo
+
+test: lint test-cpu test-interpreter test-aot
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --config-settings editable_mode=compat
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The three lanes run in processes of their own: Triton's interpreter and its compiler cannot share one.
+test-cpu: install
+	$(BIN)/python -m pytest tests/cpu
+
+test-interpreter: install
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+
+test-aot: install
+	$(BIN)/python -m pytest tests/aot
+
+# Needs an idle machine; takes about ten minutes.
+bench: install
+	$(BIN)/resnet-fast bench --model resnet18 --model resnet50 --batch 1 --batch 16
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs
