@@ -1,0 +1,312 @@
+"""The fused ops as ``torch.ops.resnet_fast.*``: schema, fake kernels, autograd and autocast rules, dispatch.
+
+``kernels/reference.py`` defines what each op computes. Which implementation computes it is decided inside the op, per
+call, so that ``forward`` code stays free of branches on tensors and ``torch.compile`` and ``torch.export`` see one node.
+The ops are opaque (no ``triton_op``): they work without a driver and under fake tensors.
+
+Set ``RESNET_FAST_IMPLEMENTATION`` to ``triton``, ``onednn`` or ``reference`` to try that one first; the reference still
+runs what it does not cover. Triton serves CPU tensors only so, and only in its interpreter.
+"""
+
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, Callable, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fast.kernels import onednn, reference, triton
+from resnet_fast.kernels.case import Case
+
+Pair = tuple[int, int]
+
+IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "onednn": onednn, "reference": reference}
+"""By name, best first. Each has the functions of ``reference`` and ``supports(case)``, which gives None or the reason."""
+
+_library = torch.library.Library("resnet_fast", "DEF")
+
+
+# --- dispatch -------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def _select(case: Case, preferred: Optional[str]) -> str:
+    names = list(IMPLEMENTATIONS)
+    if preferred is not None:
+        names = [preferred, "reference"]
+    elif case.device == "cpu":
+        names.remove("triton")  # the interpreter is a test instrument: only on request
+    return next(name for name in names if IMPLEMENTATIONS[name].supports(case) is None)
+
+
+def implementation_for(case: Case) -> str:
+    """Name of the implementation that serves ``case`` in this process."""
+    preferred = os.environ.get("RESNET_FAST_IMPLEMENTATION") or None
+    if preferred is not None and preferred not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"RESNET_FAST_IMPLEMENTATION is {preferred!r}, expected one of {', '.join(IMPLEMENTATIONS)} or nothing"
+        )
+    return _select(case, preferred)
+
+
+def _implementation(case: Case, x: Tensor) -> ModuleType:
+    return reference if x.numel() == 0 else IMPLEMENTATIONS[implementation_for(case)]
+
+
+# --- what every op checks -------------------------------------------------------------------------------------------
+
+
+def _check_images(x: Tensor) -> None:
+    if x.dim() != 4:
+        raise RuntimeError(f"x has shape {list(x.shape)}, expected 4 dimensions: [N, C, H, W]")
+
+
+def _check_conv(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor], groups: int, out: list[int]
+) -> None:
+    if weight.dim() != 4:
+        raise RuntimeError(f"weight has shape {list(weight.shape)}, expected 4 dimensions: [K, C/groups, R, S]")
+    if groups < 1 or weight.shape[0] % groups:
+        raise RuntimeError(f"groups is {groups}, expected a divisor of weight.shape[0] = {weight.shape[0]}")
+    channels = weight.shape[1] * groups
+    if x.shape[1] != channels:
+        raise RuntimeError(
+            f"x has {x.shape[1]} channels (shape {list(x.shape)}), expected {channels}: "
+            f"weight is {list(weight.shape)} with groups={groups}"
+        )
+    if torch.promote_types(x.dtype, weight.dtype) != weight.dtype or not x.dtype.is_floating_point:
+        raise RuntimeError(f"x is {x.dtype} and weight is {weight.dtype}, expected the same floating-point dtype")
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if list(vector.shape) != [weight.shape[0]]:
+            raise RuntimeError(f"{name} has shape {list(vector.shape)}, expected [{weight.shape[0]}]")
+        if torch.promote_types(vector.dtype, torch.float32) != vector.dtype:
+            raise RuntimeError(f"{name} is {vector.dtype}, expected float32 or float64")
+    if residual is not None and (list(residual.shape) != out or residual.dtype != x.dtype):
+        raise RuntimeError(
+            f"residual is {residual.dtype} of shape {list(residual.shape)}, expected {x.dtype} of shape {out}"
+        )
+    for name, tensor in (("weight", weight), ("scale", scale), ("shift", shift), ("residual", residual)):
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"{name} is on {tensor.device}, expected the device of x, {x.device}")
+
+
+def _conv_output(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> list[Any]:
+    """Shape of the convolution's result. Sizes may be symbolic, so nothing is checked that the batch decides."""
+    sizes = []
+    for axis in (0, 1):
+        extent = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        padded = x.shape[2 + axis] + 2 * padding[axis]
+        if padded < extent:
+            raise RuntimeError(
+                f"x has shape {list(x.shape)}, expected {'height' if axis == 0 else 'width'} + 2 * {padding[axis]} "
+                f"(padding) of at least {extent} (dilated kernel)"
+            )
+        sizes.append((padded - extent) // stride[axis] + 1)
+    return [x.shape[0], weight.shape[0], *sizes]
+
+
+def _pooled(size: int) -> int:
+    return (size + 2 - 3) // 2 + 1
+
+
+def _channels_last(x: Tensor, shape: list[Any]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+# --- conv_bn_act ----------------------------------------------------------------------------------------------------
+
+_library.define(
+    "conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, int[2] stride, "
+    "int[2] padding, int[2] dilation, int groups, bool relu) -> Tensor"
+)
+
+
+def _pair(values: Any) -> Pair:
+    return values[0], values[-1]
+
+
+def _conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Optional[Tensor],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    _check_images(x)
+    out = _conv_output(x, weight, stride, padding, dilation)
+    _check_conv(x, weight, scale, shift, residual, groups, out)
+    kernel = (weight.shape[2], weight.shape[3])
+    case = Case("conv_bn_act", x.device.type, x.dtype, x.shape[1], out[1], kernel, stride, padding, dilation, groups)
+    return _implementation(case, x).conv_bn_act(
+        x, weight, scale, shift, residual, stride, padding, dilation, groups, relu
+    )
+
+
+def _conv_bn_act_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Optional[Tensor],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    _check_images(x)
+    out = _conv_output(x, weight, _pair(stride), _pair(padding), _pair(dilation))
+    _check_conv(x, weight, scale, shift, residual, groups, out)
+    return _channels_last(x, out)
+
+
+def _conv_bn_act_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, scale, _, residual, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.relu = inputs
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(x, weight, scale, output if ctx.relu else None)
+
+
+def _conv_bn_act_backward(ctx: Any, grad: Tensor) -> tuple:
+    x, weight, scale, y = ctx.saved_tensors
+    if ctx.relu:
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    geometry = (ctx.stride, ctx.padding, ctx.dilation, ctx.groups)
+    grads = _conv_gradients(grad, x, weight, scale, geometry, ctx.needs_input_grad[:4])
+    return (*grads, grad if ctx.has_residual else None, None, None, None, None, None)
+
+
+def _conv_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, geometry: tuple, needed: tuple[bool, ...]
+) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    """Gradients of ``conv(x, weight) * scale + shift`` for the four tensors, in ATen ops, so they have gradients too."""
+    stride, padding, dilation, groups = geometry
+    narrow_weight = weight.to(x.dtype)
+    d_x = d_weight = d_scale = d_shift = None
+    if needed[0] or needed[1]:
+        d_conv = (grad * scale.view(1, -1, 1, 1)).to(x.dtype)
+        d_x, d_weight, _ = torch.ops.aten.convolution_backward(
+            d_conv, x, narrow_weight, None, stride, padding, dilation, False, [0, 0], groups, [*needed[:2], False]
+        )
+        d_weight = d_weight.to(weight.dtype) if needed[1] else None
+    if needed[2]:
+        conv = F.conv2d(x, narrow_weight, None, stride, padding, dilation, groups)
+        d_scale = (grad.to(scale.dtype) * conv).sum((0, 2, 3))
+    if needed[3]:
+        d_shift = grad.sum((0, 2, 3), dtype=scale.dtype)
+    return d_x if needed[0] else None, d_weight, d_scale, d_shift
+
+
+# --- stem -----------------------------------------------------------------------------------------------------------
+
+_library.define("stem(Tensor x, Tensor weight, Tensor scale, Tensor shift) -> Tensor")
+
+_STEM_GEOMETRY = ((2, 2), (3, 3), (1, 1), 1)
+
+
+def _stem(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    out = _stem_checked(x, weight, scale, shift)
+    stride, padding, dilation, groups = _STEM_GEOMETRY
+    case = Case("stem", x.device.type, x.dtype, x.shape[1], out[1], (7, 7), stride, padding, dilation, groups)
+    return _implementation(case, x).stem(x, weight, scale, shift)
+
+
+def _stem_checked(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> list[Any]:
+    """Shape of the convolution's result, before the pool."""
+    _check_images(x)
+    if weight.dim() != 4 or tuple(weight.shape[2:]) != (7, 7):
+        raise RuntimeError(f"weight has shape {list(weight.shape)}, expected [K, C, 7, 7]")
+    out = _conv_output(x, weight, *_STEM_GEOMETRY[:3])
+    _check_conv(x, weight, scale, shift, None, 1, out)
+    return out
+
+
+def _stem_fake(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    n, k, p, q = _stem_checked(x, weight, scale, shift)
+    return _channels_last(x, [n, k, _pooled(p), _pooled(q)])
+
+
+def _stem_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _stem_backward(ctx: Any, grad: Tensor) -> tuple:
+    x, weight, scale, shift = ctx.saved_tensors
+    # The pre-pool activation is four times the result: made again rather than kept.
+    y = torch.ops.resnet_fast.conv_bn_act(x, weight, scale, shift, None, *_STEM_GEOMETRY, True)
+    _, indices = torch.ops.aten.max_pool2d_with_indices(y, [3, 3], [2, 2], [1, 1])
+    grad = torch.ops.aten.max_pool2d_with_indices_backward(grad, y, [3, 3], [2, 2], [1, 1], [1, 1], False, indices)
+    grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    return _conv_gradients(grad, x, weight, scale, _STEM_GEOMETRY, ctx.needs_input_grad)
+
+
+# --- global_avg_pool ------------------------------------------------------------------------------------------------
+
+_library.define("global_avg_pool(Tensor x) -> Tensor")
+
+
+def _global_avg_pool(x: Tensor) -> Tensor:
+    _check_images(x)
+    case = Case("global_avg_pool", x.device.type, x.dtype, x.shape[1], x.shape[1])
+    return _implementation(case, x).global_avg_pool(x)
+
+
+def _global_avg_pool_fake(x: Tensor) -> Tensor:
+    _check_images(x)
+    return _channels_last(x, [x.shape[0], x.shape[1], 1, 1])
+
+
+def _global_avg_pool_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.shape = inputs[0].shape
+
+
+def _global_avg_pool_backward(ctx: Any, grad: Tensor) -> Tensor:
+    return (grad / (ctx.shape[2] * ctx.shape[3])).expand(ctx.shape)
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def _autocast(op: Any, key: torch._C.DispatchKey, device: str) -> Callable:
+    """Cast images (``x`` and ``residual``) as autocast casts a convolution's input; parameters keep their precision.
+
+    The implementations take a float32 weight beside a half-precision ``x``: they cast once, when they pack it.
+    """
+
+    def cast(tensor: Any) -> Any:
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(device))
+
+    def kernel(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        if weight.dtype != torch.float32:
+            weight = cast(weight)
+        if len(args) > 2:
+            args = (*args[:2], cast(args[2]), *args[3:])
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return op(cast(x), weight, *args)
+
+    return kernel
+
+
+for _name, _kernel, _fake, _backward, _setup in (
+    ("conv_bn_act", _conv_bn_act, _conv_bn_act_fake, _conv_bn_act_backward, _conv_bn_act_setup),
+    ("stem", _stem, _stem_fake, _stem_backward, _stem_setup),
+    ("global_avg_pool", _global_avg_pool, _global_avg_pool_fake, _global_avg_pool_backward, _global_avg_pool_setup),
+):
+    # One kernel for every device: the choice among implementations needs more than the device.
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resnet_fast::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"resnet_fast::{_name}", _backward, setup_context=_setup, lib=_library)
+
+for _name in ("conv_bn_act", "stem"):  # pooling runs in the dtype it is given, as adaptive_avg_pool2d does
+    _op = getattr(torch.ops.resnet_fast, _name).default
+    _library.impl(_name, _autocast(_op, torch._C.DispatchKey.AutocastCPU, "cpu"), "AutocastCPU")
+    _library.impl(_name, _autocast(_op, torch._C.DispatchKey.AutocastCUDA, "cuda"), "AutocastCUDA")
