@@ -1,0 +1,70 @@
+"""A 1x1 convolution of stride 1 is a matrix product: every pixel's channels times the weight.
+
+In NHWC the image is already the matrix ``x [M, C]`` with ``M = N * H * W``, so a tile of rows is a tile of pixels and
+nothing is gathered. Half of ResNet-50's convolutions are of this kind.
+
+Each program makes a tile ``y[BM, BN]``. Pointers to ``x[rows, 0:BK]`` and ``w[columns, 0:BK]`` advance together by BK
+along the channels. Programs that share rows of x have neighbouring numbers, so that x comes from L2 after the first of
+them; the weight is small enough to stay there anyway.
+"""
+
+import triton
+import triton.language as tl
+from resnet_fast.kernels.triton.epilogue import finish_tile
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    y_ptr,
+    M,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX64: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """``y = relu(x @ w.T * scale + shift + residual)``.
+
+    x [M, C]; w [K, ceil(C / BK) * BK], zero beyond C; scale, shift [K]; residual, y [M, K].
+    """
+    COLUMN_TILES: tl.constexpr = (K + BN - 1) // BN
+    BLOCKS: tl.constexpr = (C + BK - 1) // BK
+
+    tile = tl.program_id(0)
+    first_row = (tile // COLUMN_TILES) * BM
+    first_column = (tile % COLUMN_TILES) * BN
+    rows = first_row + tl.arange(0, BM)
+    columns = first_column + tl.arange(0, BN)
+    channels = tl.arange(0, BK)
+    row_mask = rows < M
+    if INDEX64:
+        rows = rows.to(tl.int64)
+
+    x_tile = x_ptr + (rows * C)[:, None] + channels[None, :]
+    w_tile = w_ptr + (columns * (BLOCKS * BK))[None, :] + channels[:, None]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for block in range(BLOCKS):
+        x_mask = row_mask[:, None]
+        if C % BK != 0:
+            x_mask = x_mask & (block * BK + channels < C)[None, :]
+        x = tl.load(x_tile + block * BK, mask=x_mask, other=0.0)
+        if K % BN != 0:
+            w = tl.load(w_tile + block * BK, mask=(columns < K)[None, :], other=0.0)
+        else:
+            w = tl.load(w_tile + block * BK)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    finish_tile(
+        acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, rows * K, row_mask, first_column,
+        K, BM, BN, SPLIT, HAS_RESIDUAL, RELU,
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""The two poolings of a ResNet, in NHWC: 3x3 stride-2 max after the stem, the global average before the classifier.
+
+Both only move data. Programs take blocks of channels, which are contiguous, times blocks of pixels.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q"])
+def max_pool_kernel(
+    x_ptr, y_ptr, N, H, W, P, Q, C: tl.constexpr, INDEX64: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """3x3, stride 2, padding 1: x [N, H, W, C] -> y [N, P, Q, C]. A NaN in the window makes the maximum NaN.
+
+    Each program makes BM pooled pixels times BN channels, and reads the nine pixels of each window; neighbouring
+    windows share pixels through the cache.
+    """
+    pixels = tl.program_id(0) * BM + tl.arange(0, BM)
+    channels = tl.program_id(1) * BN + tl.arange(0, BN)
+    pixel_mask = pixels < N * P * Q
+    image = pixels // (P * Q)
+    top = (pixels // Q) % P * 2 - 1
+    left = pixels % Q * 2 - 1
+    if INDEX64:
+        image = image.to(tl.int64)
+        pixels = pixels.to(tl.int64)
+    window = ((image * H + top) * W + left) * C
+
+    best = tl.full((BM, BN), float("-inf"), tl.float32)
+    for i in tl.static_range(3):
+        for j in tl.static_range(3):
+            h = top + i
+            w = left + j
+            mask = (pixel_mask & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & (channels < C)[None, :]
+            offsets = (window + (i * W + j) * C)[:, None] + channels[None, :]
+            value = tl.load(x_ptr + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+            best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
+    mask = pixel_mask[:, None] & (channels < C)[None, :]
+    tl.store(y_ptr + (pixels * C)[:, None] + channels[None, :], best.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["PIXELS"])
+def average_pool_kernel(
+    x_ptr, y_ptr, PIXELS, C: tl.constexpr, INDEX64: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """x [N, PIXELS, C] -> y [N, C], summed in float32.
+
+    Each program makes BN channels of one image: it adds BM pixels at a time to BM rows of partial sums, and adds the
+    rows at the end. The order is fixed.
+    """
+    image = tl.program_id(0)
+    channels = tl.program_id(1) * BN + tl.arange(0, BN)
+    rows = tl.arange(0, BM)
+    channel_mask = channels < C
+    if INDEX64:
+        image = image.to(tl.int64)
+    x_tile = x_ptr + image * PIXELS * C + (rows * C)[:, None] + channels[None, :]
+    total = tl.zeros((BM, BN), tl.float32)
+    for first in range(0, PIXELS, BM):
+        mask = (first + rows < PIXELS)[:, None] & channel_mask[None, :]
+        total += tl.load(x_tile + first * C, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(total, axis=0) / PIXELS
+    tl.store(y_ptr + image * C + channels, mean.to(y_ptr.dtype.element_ty), mask=channel_mask)
