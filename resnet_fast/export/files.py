@@ -1,0 +1,37 @@
+"""Files that appear whole or not at all."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Union
+
+
+@contextmanager
+def replacing(path: Union[str, os.PathLike]) -> Iterator[Path]:
+    """Give a temporary path in the folder of ``path``; move what was written there over ``path`` at the end.
+
+    If the block raises, the temporary file goes and ``path`` stays as it was. A link is followed, not replaced.
+
+    Raises:
+        IsADirectoryError: ``path`` is a folder.
+        FileNotFoundError: the folder of ``path`` does not exist.
+        PermissionError: that folder cannot be written to.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"path is {str(path)!r}, a folder; expected a file name")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path is {str(path)!r}, but its folder {str(Path(path).parent)!r} does not exist")
+    # The suffix stays last, because some readers go by it. Opened plainly, not by mkstemp, which allows only its owner.
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        temporary.open("xb").close()
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write to the folder of path {str(path)!r}: {error.strerror}") from error
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,120 @@
+"""Batch norm folded into the convolution before it, in float64, on a graph that ``torch.export`` made.
+
+On the graph, not on the modules: it shows which batch norm follows which convolution in any model, whatever its
+blocks are called, and a convolution whose result is used twice is seen as such.
+"""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, fx, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+_CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
+_BATCH_NORM = torch.ops.aten.batch_norm.default
+
+
+def thaw(model: nn.Module) -> None:
+    """Replace every ``FrozenBatchNorm2d`` in ``model`` by the ``BatchNorm2d`` that gives the same in eval mode."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is FrozenBatchNorm2d:
+                setattr(parent, name, _thawed(child))
+
+
+def _thawed(frozen: FrozenBatchNorm2d) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(frozen.weight.numel(), frozen.eps)
+    norm.load_state_dict(frozen.state_dict(), strict=False)  # it counts no batches
+    return norm.to(frozen.weight.device, frozen.weight.dtype).eval()
+
+
+def fold_batch_norm(graph_module: fx.GraphModule) -> int:
+    """Fold in place; return how many batch norms went.
+
+    What stays: a batch norm that uses batch statistics, or whose input is no convolution with a plain weight, or is
+    used elsewhere too.
+    """
+    folded = 0
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target is _BATCH_NORM and _foldable(node):
+            _fold(graph_module, node)
+            folded += 1
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+    return folded
+
+
+def _foldable(norm: fx.Node) -> bool:
+    conv, *tensors, training = norm.args[:6]
+    if training or not isinstance(conv, fx.Node) or conv.target not in _CONVOLUTIONS or len(conv.users) > 1:
+        return False
+    mean, variance = tensors[2:]
+    weight, bias = conv.args[1], _argument(conv, 2)
+    known = (weight, mean, variance, *(tensor for tensor in (bias, *tensors[:2]) if tensor is not None))
+    return all(isinstance(tensor, fx.Node) and tensor.op == "get_attr" for tensor in known)
+
+
+def _argument(node: fx.Node, index: int) -> Any:
+    return node.args[index] if len(node.args) > index else None
+
+
+def _fold(graph_module: fx.GraphModule, norm: fx.Node) -> None:
+    conv = norm.args[0]
+    assert isinstance(conv, fx.Node)
+    weight = _value(graph_module, conv.args[1])
+    bias = _value(graph_module, _argument(conv, 2))
+    gamma, beta, mean, variance = (_value(graph_module, argument) for argument in norm.args[1:5])
+    eps = norm.args[7]
+    assert weight is not None
+    assert mean is not None
+    assert variance is not None
+    assert isinstance(eps, float)
+
+    scale = (variance.double() + eps).rsqrt()
+    if gamma is not None:
+        scale = scale * gamma.double()
+    shift = ((0 if bias is None else bias.double()) - mean.double()) * scale
+    if beta is not None:
+        shift = shift + beta.double()
+    new_weight = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+
+    owner = _owner(graph_module, conv)
+    with graph_module.graph.inserting_before(conv):
+        conv.update_arg(1, _constant(graph_module, f"{owner}.weight", new_weight.to(weight.dtype)))
+        bias_node = _constant(graph_module, f"{owner}.bias", shift.to(weight.dtype))
+    conv.args = (*conv.args[:2], bias_node, *conv.args[3:])
+    norm.replace_all_uses_with(conv)
+    graph_module.graph.erase_node(norm)
+
+
+def _value(graph_module: fx.GraphModule, node: Any) -> Optional[Tensor]:
+    if node is None:
+        return None
+    owner, _, name = str(node.target).rpartition(".")
+    return getattr(graph_module.get_submodule(owner), name).detach()
+
+
+def _owner(graph_module: fx.GraphModule, conv: fx.Node) -> str:
+    """Where the folded tensors go: the convolution's own module, or a new one if other nodes share its weight."""
+    weight = conv.args[1]
+    assert isinstance(weight, fx.Node)
+    readers = [
+        user
+        for node in graph_module.graph.nodes
+        if node.op == "get_attr" and node.target == weight.target
+        for user in node.users
+    ]
+    owner = str(weight.target).rpartition(".")[0]
+    if readers == [conv] and owner:
+        return owner
+    return f"folded.{conv.name}"
+
+
+def _constant(graph_module: fx.GraphModule, target: str, value: Tensor) -> fx.Node:
+    owner, _, name = target.rpartition(".")
+    if owner.startswith("folded."):
+        graph_module.add_submodule(owner, nn.Module())
+    module = graph_module.get_submodule(owner)
+    setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return graph_module.graph.get_attr(target)

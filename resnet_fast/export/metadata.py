@@ -1,0 +1,118 @@
+"""What a served model must know beside its weights: classes, input size, normalisation, who made it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+import resnet_fast
+
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The model's input as ``[channels, height, width]``, and what is known of its classes and normalisation.
+
+    ``mean`` and ``std`` are per channel, for images scaled to [0, 1]; None where nobody said.
+    """
+
+    model: str
+    input_size: Size
+    classes: Optional[tuple[str, ...]] = None
+    mean: Optional[tuple[float, ...]] = None
+    std: Optional[tuple[float, ...]] = None
+
+    def write(self, model: ir.Model) -> None:
+        """Set producer and ``metadata_props`` of ``model``: every value a string, JSON where it is not plain text."""
+        model.producer_name = "resnet_fast"
+        model.producer_version = resnet_fast.__version__
+        properties = {
+            "producer": "resnet_fast",
+            "resnet_fast_version": resnet_fast.__version__,
+            "torch_version": torch.__version__,
+            "task": "image-classification",
+            "model": self.model,
+            "input_layout": "NCHW",
+            "input_size": json.dumps(self.input_size),
+        }
+        for name in ("classes", "mean", "std"):
+            if getattr(self, name) is not None:
+                properties[name] = json.dumps(getattr(self, name), ensure_ascii=False)
+        model.metadata_props.update(properties)
+
+
+def gather(
+    model: nn.Module,
+    input_size: Optional[Sequence[int]],
+    classes: Optional[Sequence[str]],
+    mean: Optional[Sequence[float]],
+    std: Optional[Sequence[float]],
+    weights: Any,
+) -> Metadata:
+    """What the caller says, else what ``weights`` (a torchvision enum member) says, else what a timm model says."""
+    known = {**_from_timm(model), **_from_weights(weights)}
+    given = {"input_size": input_size, "classes": classes, "mean": mean, "std": std}
+    known.update({name: value for name, value in given.items() if value is not None})
+    channels = _channels(model)
+    if "input_size" not in known:
+        if channels is None:
+            raise ValueError(
+                "input_size is None and the model has no Conv2d to read it from; expected (channels, height, width)"
+            )
+        known["input_size"] = (channels, 224, 224)
+    size = tuple(known["input_size"])
+    if len(size) == 2 and input_size is None and channels is not None:
+        size = (channels, *size)
+    if len(size) != 3 or any(not isinstance(extent, int) or extent < 1 for extent in size):
+        raise ValueError(f"input_size is {size}, expected three positive integers: (channels, height, width)")
+    if channels is not None and size[0] != channels:
+        raise ValueError(f"input_size is {size}, expected {channels} channels, as the model's first convolution has")
+    texts = known.get("classes")
+    return Metadata(
+        type(model).__name__,
+        size,
+        None if texts is None else tuple(str(text) for text in texts),
+        _per_channel("mean", known.get("mean"), size[0]),
+        _per_channel("std", known.get("std"), size[0]),
+    )
+
+
+def _per_channel(name: str, values: Optional[Sequence[float]], channels: int) -> Optional[tuple[float, ...]]:
+    if values is None:
+        return None
+    numbers = tuple(float(value) for value in values)
+    if len(numbers) != channels:
+        raise ValueError(f"{name} is {numbers}, expected {channels} numbers, one per channel")
+    if name == "std" and min(numbers) <= 0:
+        raise ValueError(f"std is {numbers}, expected positive numbers")
+    return numbers
+
+
+def _channels(model: nn.Module) -> Optional[int]:
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+
+
+def _from_weights(weights: Any) -> dict[str, Any]:
+    if weights is None:
+        return {}
+    if not hasattr(weights, "meta") or not hasattr(weights, "transforms"):
+        raise TypeError(f"weights is {weights!r}, expected a torchvision weights enum member or None")
+    preset = weights.transforms()
+    known = {"classes": weights.meta.get("categories"), "mean": preset.mean, "std": preset.std}
+    return {"input_size": (preset.crop_size[0], preset.crop_size[0]), **known}
+
+
+def _from_timm(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(config, dict):
+        return {}
+    channels = _channels(model)  # in_chans may differ from the configuration's
+    known = {name: config[name] for name in ("mean", "std") if len(config.get(name) or ()) == channels}
+    if config.get("input_size"):
+        known["input_size"] = tuple(config["input_size"][1:])
+    return known
