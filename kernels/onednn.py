@@ -5,7 +5,7 @@ format once, then kept until a source tensor changes. The ReLU is a pass of its 
 NaN into 0, and on ResNet-18 and ResNet-50 it saved nothing that could be measured.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,8 @@ def _pack(
         if ((largest > 0) & ((largest < _FLOAT16_SAFE[0]) | (largest > _FLOAT16_SAFE[1]))).any():
             return None
     plain = folded.to(x.dtype).contiguous(memory_format=torch.channels_last).to_mkldnn()
-    blocked = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, padding, stride, dilation, groups, x.shape)
+    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+    blocked = reorder(plain, padding, stride, dilation, groups, x.shape)
     return blocked, shift.to(x.dtype)
 
 

@@ -8,13 +8,17 @@ so that the usual whole-tensor writes through ``.data`` (old optimisers, moving 
 
 import ctypes
 import weakref
-from typing import Any, Callable, Hashable, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 _PROBED_BYTES = 64
 _PACKS_KEPT = 4  # per weight: oneDNN's layout depends on the input size, and detectors see many sizes
+
+
+_caches: "weakref.WeakSet[PackCache]" = weakref.WeakSet()
 
 
 class _Entry(NamedTuple):
@@ -39,6 +43,7 @@ class PackCache:
 
     def __init__(self) -> None:
         self._entries = WeakIdKeyDictionary()
+        _caches.add(self)
 
     def get(self, sources: tuple[torch.Tensor, ...], key: Hashable, make: Callable[[], Any]) -> Any:
         """The pack ``key`` of ``sources``, from ``make()`` if there is none or a source has changed.
@@ -60,8 +65,16 @@ class PackCache:
         if key not in packs:
             if len(packs) >= _PACKS_KEPT:
                 packs.pop(next(iter(packs)), None)
-            packs[key] = make()
+            # Ordinary tensors even when first asked for under inference_mode: autograd may want to save them later.
+            with torch.inference_mode(False), torch.no_grad():
+                packs[key] = make()
         return packs[key]
 
     def clear(self) -> None:
         self._entries.clear()
+
+
+def clear_all() -> None:
+    """Forget every pack. Needed only after writes through ``.data`` that no check can see."""
+    for cache in _caches:
+        cache.clear()

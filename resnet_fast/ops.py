@@ -1,7 +1,7 @@
 """The fused ops as ``torch.ops.resnet_fast.*``: schema, fake kernels, autograd and autocast rules, dispatch.
 
 ``kernels/reference.py`` defines what each op computes. Which implementation computes it is decided inside the op, per
-call, so that ``forward`` code stays free of branches on tensors and ``torch.compile`` and ``torch.export`` see one node.
+call, so that ``forward`` stays free of branches on tensors and ``torch.compile`` and ``torch.export`` see one node.
 The ops are opaque (no ``triton_op``): they work without a driver and under fake tensors.
 
 Set ``RESNET_FAST_IMPLEMENTATION`` to ``triton``, ``onednn`` or ``reference`` to try that one first; the reference still
@@ -9,9 +9,10 @@ runs what it does not cover. Triton serves CPU tensors only so, and only in its 
 """
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from resnet_fast.kernels.case import Case
 Pair = tuple[int, int]
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "onednn": onednn, "reference": reference}
-"""By name, best first. Each has the functions of ``reference`` and ``supports(case)``, which gives None or the reason."""
+"""By name, best first. Each has the functions of ``reference``; ``supports(case)`` gives None, or the reason."""
 
 _library = torch.library.Library("resnet_fast", "DEF")
 
@@ -92,7 +93,7 @@ def _check_conv(
             raise RuntimeError(f"{name} is on {tensor.device}, expected the device of x, {x.device}")
 
 
-def _conv_output(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> list[Any]:
+def conv_output(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> list[Any]:
     """Shape of the convolution's result. Sizes may be symbolic, so nothing is checked that the batch decides."""
     sizes = []
     for axis in (0, 1):
@@ -141,7 +142,7 @@ def _conv_bn_act(
 ) -> Tensor:
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     _check_images(x)
-    out = _conv_output(x, weight, stride, padding, dilation)
+    out = conv_output(x, weight, stride, padding, dilation)
     _check_conv(x, weight, scale, shift, residual, groups, out)
     kernel = (weight.shape[2], weight.shape[3])
     case = Case("conv_bn_act", x.device.type, x.dtype, x.shape[1], out[1], kernel, stride, padding, dilation, groups)
@@ -163,7 +164,7 @@ def _conv_bn_act_fake(
     relu: bool,
 ) -> Tensor:
     _check_images(x)
-    out = _conv_output(x, weight, _pair(stride), _pair(padding), _pair(dilation))
+    out = conv_output(x, weight, _pair(stride), _pair(padding), _pair(dilation))
     _check_conv(x, weight, scale, shift, residual, groups, out)
     return _channels_last(x, out)
 
@@ -186,7 +187,7 @@ def _conv_bn_act_backward(ctx: Any, grad: Tensor) -> tuple:
 def _conv_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, geometry: tuple, needed: tuple[bool, ...]
 ) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
-    """Gradients of ``conv(x, weight) * scale + shift`` for the four tensors, in ATen ops, so they have gradients too."""
+    """Gradients of ``conv(x, weight) * scale + shift`` for the four tensors, in ATen ops, which have gradients too."""
     stride, padding, dilation, groups = geometry
     narrow_weight = weight.to(x.dtype)
     d_x = d_weight = d_scale = d_shift = None
@@ -223,7 +224,7 @@ def _stem_checked(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> li
     _check_images(x)
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (7, 7):
         raise RuntimeError(f"weight has shape {list(weight.shape)}, expected [K, C, 7, 7]")
-    out = _conv_output(x, weight, *_STEM_GEOMETRY[:3])
+    out = conv_output(x, weight, *_STEM_GEOMETRY[:3])
     _check_conv(x, weight, scale, shift, None, 1, out)
     return out
 

@@ -1,0 +1,169 @@
+"""``accelerate(model)``: the one line. ``restore`` undoes it, ``explain`` says what it did, block by block."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+
+from resnet_fast import ops
+from resnet_fast.fused import accelerated_class, drop_program, program_of, rebuild
+from resnet_fast.fusion import Fused, Program, Step, build, child_at
+from resnet_fast.kernels import packing
+from resnet_fast.kernels.case import Case
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def accelerate(model: M, inplace: bool = True) -> M:
+    """Make the residual blocks, stem and pooling of ``model`` run fused in eval mode.
+
+    Works on torchvision's and timm's models and on your own: a module qualifies if its forward, traced, applies
+    convolution, batch norm, and possibly an addition and a ReLU, in this order. Everything else runs as before, as do
+    training mode, hooked modules and tracing; ``explain(model)`` says which and why. Parameters, buffers, state_dict
+    and results (up to rounding) stay the same. Calling it again brings the model up to date after you changed its code.
+
+    Args:
+        model: any module. It may be in training mode; the fused forward starts with ``model.eval()``.
+        inplace: False to leave ``model`` alone and return an accelerated copy.
+
+    Returns:
+        The accelerated module: ``model`` itself if ``inplace``.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    _check(model)
+    if not inplace:
+        model = copy.deepcopy(model)
+    packing.clear_all()
+    containers = list(_containers(model))
+    programs = {module: build(module) for module in containers}
+    inlined = {child for module, program in programs.items() for child in program.inlined(module)}
+    for module in containers:
+        if programs[module].function is not None and module not in inlined and not isinstance(module, Fused):
+            stock: Any = type(module)
+            module.__class__ = accelerated_class(stock)
+    # Once more, now that every program can tell its accelerated children from unknown code.
+    for module in containers:
+        if isinstance(module, Fused):
+            rebuild(module)
+    return model
+
+
+def restore(model: M, inplace: bool = True) -> M:
+    """Undo ``accelerate``: every module gets its stock class back. Parameters and buffers are not touched.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    _check(model)
+    if not inplace:
+        model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, Fused):
+            drop_program(module)
+            module.__class__ = type(module).stock_class
+    return model
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+
+
+def _containers(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules with children and a Python forward of their own class, parents before children."""
+    for module in model.modules():
+        scripted = type(module).__module__.startswith("torch.jit")
+        if any(True for _ in module.children()) and not scripted and "forward" not in module.__dict__:
+            yield module
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """What happens in one module's own forward when it runs in eval mode."""
+
+    path: str  # "" for the model itself
+    kind: str  # class name
+    status: str  # "fused", "partly fused" or "stock"
+    steps: list[str] = field(default_factory=list)  # "conv1+bn1+relu: onednn"
+    reason: str = ""  # why it, or the rest of it, runs its own forward
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """``explain``'s answer, one row for each module that is fused or has convolutions of its own."""
+
+    rows: list[Row]
+
+    def as_dict(self) -> dict:
+        return {"rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        cells = [("module", "class", "status", "fused steps, and what runs them; why the rest is not fused")]
+        for row in self.rows:
+            text = "; ".join([*row.steps, *([row.reason] if row.reason else [])])
+            cells.append((row.path or "(model)", row.kind, row.status, text))
+        widths = [max(len(line[i]) for line in cells) for i in range(3)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[3]]) for line in cells)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Say for every block of ``model`` whether it runs fused in eval mode, what serves each step, and if not, why.
+
+    The answer is about the model as it is now: hooks, types of children, and training flags other than those that
+    ``model.eval()`` would clear count.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    _check(model)
+    programs = {module: program_of(module) or build(module) for module in model.modules() if isinstance(module, Fused)}
+    inlined = {child for module, program in programs.items() for child in program.inlined(module)}
+    rows = []
+    for path, module in model.named_modules():
+        if module in programs:
+            rows.append(_explain_fused(path, module, programs[module]))
+        elif module not in inlined and any(isinstance(child, nn.Conv2d) for child in module.children()):
+            reason = "has a forward of its own set on the instance" if "forward" in module.__dict__ else ""
+            reason = reason or build(module).reason or "accelerate() has not been called on it"
+            rows.append(Row(path, type(module).__name__, "stock", reason=reason))
+    return Explanation(rows)
+
+
+def _explain_fused(path: str, module: nn.Module, program: Program) -> Row:
+    kind = type(module).__name__
+    refusal = program.refusal(module, ignore_training=True)
+    if "forward" in module.__dict__:
+        refusal = "has a forward of its own set on the instance"
+    if refusal:
+        return Row(path, kind, "stock", reason=refusal)
+    steps = [f"{step}: {_served_by(module, step)}" for step in program.steps]
+    own = [f"{name} ({type(child).__name__})" for name in program.rest if _unusual(child := module.get_submodule(name))]
+    reason = f"own forward: {', '.join(own)}" if own else ""
+    return Row(path, kind, "partly fused" if own else "fused", steps, reason)
+
+
+def _unusual(child: nn.Module) -> bool:
+    """Whether a child left as it is deserves a word: not an accelerated block, nor a layer that no op could replace."""
+    if isinstance(child, Fused):
+        return False
+    fusable = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.ReLU)
+    return isinstance(child, fusable) or not type(child).__module__.startswith("torch.nn.modules")
+
+
+def _served_by(module: nn.Module, step: Step) -> str:
+    if step.conv is None:
+        weight = next(module.parameters())
+        return ops.implementation_for(Case(step.op, weight.device.type, weight.dtype, 1, 1))
+    conv = child_at(module, step.conv)
+    assert isinstance(conv, nn.Conv2d)
+    sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return ops.implementation_for(
+        Case(step.op, conv.weight.device.type, conv.weight.dtype, *sizes, conv.groups)  # type: ignore[arg-type]
+    )
