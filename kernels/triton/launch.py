@@ -100,7 +100,7 @@ def plan_conv(
     p = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
     q = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
     y = allocate(x, (n, k, p, q))
-    scale, shift = scale.contiguous(), shift.contiguous()
+    scale, shift = _vector(scale), _vector(shift)
     if residual is not None:
         residual = _nhwc(residual)
     precision = _precision(x.dtype, target)
@@ -225,6 +225,10 @@ def _precision(dtype: torch.dtype, target: str) -> str:
 
 def _nhwc(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _vector(v: torch.Tensor) -> torch.Tensor:
+    return v.detach().contiguous()
 
 
 def _index64(x: torch.Tensor, y: torch.Tensor) -> bool:

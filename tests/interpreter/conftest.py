@@ -1,0 +1,33 @@
+"""This lane runs the Triton kernels in Triton's interpreter, on the CPU.
+
+    TRITON_INTERPRET=1 python -m pytest tests/interpreter
+
+Triton decides at import whether a kernel is compiled or interpreted, so the lane needs a process of its own.
+"""
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise pytest.UsageError("tests/interpreter needs TRITON_INTERPRET=1 and a process of its own")
+
+import torch
+
+from tests.interpreter import bfloat16, guard
+
+bfloat16.install()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Everything that a kernel reads or writes lies between poisoned borders, which are checked at the end."""
+    guards = guard.Guards()
+    guards.install(monkeypatch)
+    yield guards
+    guards.check()

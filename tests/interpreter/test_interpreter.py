@@ -1,0 +1,57 @@
+"""The corrections to the interpreter themselves (bfloat16.py), against PyTorch's casts and products."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _cast_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(y_ptr + at, tl.load(x_ptr + at).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _dot_kernel(a_ptr, b_ptr, y_ptr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(y_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
+
+
+@triton.jit
+def _double_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, x + x)
+
+
+def test_widening_is_exact_for_every_bfloat16():
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    y = torch.empty(x.shape)
+    _cast_kernel[(1,)](x, y, x.numel())
+    assert torch.equal(y.view(torch.int32), x.float().view(torch.int32))
+
+
+def test_narrowing_rounds_as_pytorch_does():
+    bits = torch.randint(-(2**31), 2**31, (2**16,), dtype=torch.int64).to(torch.int32)
+    bits[:6] = torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x00008000, 0x7F800000, 0x7FC00000])  # ties, limits
+    x = bits.view(torch.float32)
+    y = torch.empty(x.shape, dtype=torch.bfloat16)
+    _cast_kernel[(1,)](x, y, x.numel())
+    expected = x.bfloat16()
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y[~y.isnan()].view(torch.int16), expected[~expected.isnan()].view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dot_multiplies_values_not_bits(dtype):
+    a, b = torch.randn(2, 64, 64).to(dtype)
+    y = torch.empty(64, 64)
+    _dot_kernel[(1,)](a, b, y, 64)
+    torch.testing.assert_close(y, a.float() @ b.float())
+
+
+def test_arithmetic_in_bfloat16_is_refused():
+    x = torch.ones(16, dtype=torch.bfloat16)
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="widen to float32"):
+        _double_kernel[(1,)](x, torch.empty_like(x), 16)

@@ -1,0 +1,338 @@
+"""The Triton kernels against the definition in float64, in every dtype, with every operand between poisoned borders."""
+
+from typing import NamedTuple, Optional
+
+import pytest
+import torch
+
+import resnet_fast.kernels.triton as kernels
+from resnet_fast.kernels import reference
+from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.triton import launch, pack, tiles
+from tests.interpreter.checking import (
+    assert_as_good_as_pytorch,
+    assert_within,
+    conv_exact,
+    conv_tolerance,
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+pytestmark = pytest.mark.usefixtures("guarded")
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+# The default puts a whole small problem into one tile. The others cut it into several along every dimension, with
+# tails; one of them finishes its tiles in two halves.
+TILES = {
+    "default": None,
+    "small": tiles.Tile(rows=32, columns=16, reduction=16, warps=4, stages=1, split=False),
+    "split": tiles.Tile(rows=16, columns=32, reduction=32, warps=4, stages=1, split=True),
+}
+
+
+@pytest.fixture(params=TILES)
+def tile(request, monkeypatch):
+    forced = TILES[request.param]
+    if forced is not None:
+        monkeypatch.setattr(tiles, "pick", lambda *problem: forced)
+
+
+class Conv(NamedTuple):
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    residual: bool = False
+    relu: bool = True
+
+    def geometry(self) -> tuple:
+        return self.stride, self.padding, self.dilation, self.groups, self.relu
+
+    def inputs(self, dtype: torch.dtype) -> list[Optional[torch.Tensor]]:
+        """x, weight, scale, shift, residual, in NHWC, such that the results are of the order of 1."""
+        taps = self.c // self.groups * self.kernel[0] * self.kernel[1]
+        x = torch.randn(self.n, self.c, self.h, self.w)
+        weight = torch.randn(self.k, self.c // self.groups, *self.kernel) / taps**0.5
+        scale = torch.rand(self.k) + 0.5
+        scale[0] = 0.0  # a zero-initialised last batch norm
+        shift = torch.randn(self.k)
+        residual = None
+        if self.residual:
+            shape = reference.conv_bn_act(x, weight, scale, shift, None, *self.geometry()).shape
+            residual = _nhwc(torch.randn(shape).to(dtype))
+        return [_nhwc(x.to(dtype)), weight.to(dtype), scale, shift, residual]
+
+
+CONVS = {
+    "round": Conv(2, 64, 8, 8, 64, residual=True),
+    "round without relu": Conv(2, 64, 8, 8, 32, residual=True, relu=False),
+    "batch 1": Conv(1, 32, 7, 7, 32),
+    "neither residual nor relu": Conv(1, 32, 5, 6, 48, relu=False),
+    "stride 2": Conv(2, 32, 9, 10, 48, stride=(2, 2)),
+    "odd sizes, 1 channel": Conv(2, 1, 9, 11, 10),
+    "3 channels": Conv(1, 3, 11, 9, 33, residual=True),
+    "3 channels, stride 2": Conv(2, 3, 10, 13, 32, stride=(2, 2)),
+    "5 channels": Conv(1, 5, 9, 7, 16),
+    "17 channels": Conv(2, 17, 7, 9, 33, residual=True),
+    "20 channels": Conv(1, 20, 8, 7, 10),
+    "40 channels": Conv(1, 40, 6, 5, 40, residual=True),
+    "smaller than the kernel": Conv(2, 16, 2, 1, 16, kernel=(5, 5), padding=(2, 2)),
+    "one pixel": Conv(3, 32, 1, 1, 20),
+    "5x3, asymmetric": Conv(2, 17, 9, 8, 33, (5, 3), (2, 1), (2, 0), (1, 2), residual=True),
+    "3x5, padding of one side": Conv(1, 16, 7, 9, 16, (3, 5), (1, 2), (0, 2)),
+    "1x3, few channels": Conv(1, 3, 5, 9, 16, (1, 3), (1, 1), (0, 1)),
+    "3x1, few channels": Conv(1, 3, 9, 5, 16, (3, 1), (1, 1), (1, 0)),
+    "2x2 without padding": Conv(2, 24, 6, 7, 16, (2, 2), (2, 2), (0, 0)),
+    "7x7/2": Conv(1, 20, 15, 13, 24, (7, 7), (2, 2), (3, 3)),
+    "7x7/2, 3 channels": Conv(1, 3, 21, 17, 64, (7, 7), (2, 2), (3, 3)),
+    "7x7/2, 4 channels": Conv(1, 4, 17, 21, 20, (7, 7), (2, 2), (3, 3), residual=True),
+    "dilation 2": Conv(1, 32, 9, 9, 32, padding=(2, 2), dilation=(2, 2), residual=True),
+    "dilation 2, 3 channels": Conv(1, 3, 9, 11, 16, padding=(2, 2), dilation=(2, 2)),
+    "dilation 2 of rows, 3 channels": Conv(1, 3, 11, 9, 16, padding=(2, 1), dilation=(2, 1)),
+    "dilation past the border": Conv(1, 16, 5, 5, 16, padding=(4, 4), dilation=(4, 4)),
+    "1x1": Conv(2, 64, 7, 5, 80, (1, 1), padding=(0, 0), residual=True),
+    "1x1, odd channels": Conv(1, 33, 5, 7, 17, (1, 1), padding=(0, 0)),
+    "1x1, 3 channels": Conv(1, 3, 5, 7, 17, (1, 1), padding=(0, 0)),
+    "1x1/2": Conv(2, 32, 9, 8, 48, (1, 1), (2, 2), (0, 0), residual=True),
+    "1x1 with padding": Conv(1, 32, 4, 5, 16, (1, 1), padding=(1, 1)),
+    "2 groups": Conv(1, 48, 6, 7, 64, groups=2, residual=True),
+    "32 groups of 4, ResNeXt": Conv(1, 128, 6, 5, 128, stride=(2, 2), groups=32),
+    "32 groups of 8, ResNeXt": Conv(1, 256, 4, 5, 256, groups=32, residual=True),
+    "3 groups, more outputs than inputs": Conv(2, 15, 7, 6, 30, groups=3),
+    "1x1 in groups": Conv(1, 32, 5, 6, 64, (1, 1), padding=(0, 0), groups=4),
+    "depthwise": Conv(1, 40, 7, 6, 40, groups=40),
+    "depthwise, prime": Conv(1, 37, 5, 6, 74, stride=(2, 2), groups=37),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("name", CONVS)
+def test_conv(name, dtype, tile, guarded):
+    conv = CONVS[name]
+    inputs, geometry = conv.inputs(dtype), conv.geometry()
+    actual = kernels.conv_bn_act(*inputs, *geometry)
+
+    exact = conv_exact(*inputs, *geometry)
+    assert actual.dtype == dtype
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert_within(actual, exact, conv_tolerance(exact, *inputs, *geometry))
+    assert_as_good_as_pytorch(actual, reference.conv_bn_act(*inputs, *geometry), exact)
+
+
+@each_dtype
+@pytest.mark.parametrize("factor", [1e-6, 1e4])
+def test_huge_and_tiny_scales(factor, dtype):
+    """float32 until the end: nothing overflows or vanishes that the result's dtype can hold."""
+    conv = CONVS["round"]
+    x, weight, scale, shift, residual = conv.inputs(dtype)
+    scale, shift = scale * factor, shift * factor
+    _check(x, weight, scale, shift, residual, conv)
+
+
+@each_dtype
+def test_accumulates_in_float32(dtype):
+    """A sum far beyond float16's range that comes back into it, by the scale."""
+    conv = Conv(1, 64, 5, 5, 16)
+    x, weight, scale, shift, residual = conv.inputs(dtype)
+    _check(x * 2e3, weight * 2e2, scale / 4e5, shift, residual, conv)
+
+
+@each_dtype
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["round", "neither residual nor relu", "3 channels", "7x7/2", "1x1", "1x1/2"])
+def test_nan_and_inf_in_the_image(name, value, dtype, tile):
+    """They reach the outputs whose window they are in, and no others."""
+    conv = CONVS[name]
+    inputs = conv.inputs(dtype)
+    inputs[0][0, -1, 0, 0] = value
+    inputs[0][-1, 0, conv.h // 2, conv.w // 2] = value
+    _check(*inputs, conv)
+
+
+@each_dtype
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_inf_elsewhere(value, dtype):
+    """In a weight, where 0 * Inf of the padding is NaN as in PyTorch; in scale, shift and residual."""
+    for position in range(1, 5):
+        conv = CONVS["round"]
+        inputs = conv.inputs(dtype)
+        changed = inputs[position]
+        changed[(-1,) + (0,) * (changed.dim() - 1)] = value
+        _check(*inputs, conv)
+
+
+@each_dtype
+def test_nan_in_merged_groups(dtype):
+    """A NaN reaches all that it should. It may also reach the groups that were merged with its own, and no others."""
+    conv = CONVS["32 groups of 8, ResNeXt"]
+    inputs, geometry = conv.inputs(dtype), conv.geometry()
+    inputs[0][0, 70, 2, 2] = torch.nan
+    together = 8 * pack.merged(32, 8)
+    actual, exact = kernels.conv_bn_act(*inputs, *geometry), conv_exact(*inputs, *geometry)
+    assert actual[exact.isnan()].isnan().all()
+    reached = actual.isnan().any(dim=(0, 2, 3)).nonzero().flatten()
+    assert set(reached.tolist()) <= set(range(70 // together * together, (70 // together + 1) * together))
+
+
+def test_merging_keeps_groups_whole():
+    assert [pack.merged(32, width) for width in (4, 8, 16, 32, 64)] == [8, 4, 2, 1, 1]
+    assert pack.merged(1, 3) == 1
+    assert pack.merged(37, 1) == 1  # prime: 37 would be wider than 32
+    assert pack.merged(3, 5) == 3
+    assert pack.merged(40, 1) == 20
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["round", "3 channels", "1x1", "2 groups"])
+def test_any_strides(name, dtype):
+    """NCHW, a slice of a wider image, a flipped batch order, an expanded scale."""
+    conv = CONVS[name]
+    x, weight, scale, shift, residual = conv.inputs(dtype)
+    _check(x.contiguous(), weight, scale, shift, _maybe(residual, torch.Tensor.contiguous), conv)
+    wide = torch.cat([x, x], dim=3)[:, :, :, 1 : conv.w + 1]
+    _check(wide, weight, scale, shift, residual, conv)
+    _check(x.transpose(2, 3).contiguous().transpose(2, 3), weight, scale, shift, residual, conv)
+    expanded = torch.tensor([0.5]).expand(conv.k)
+    _check(x, weight.contiguous(memory_format=torch.channels_last), expanded, shift, residual, conv)
+
+
+@each_dtype
+def test_float32_weight_beside_a_narrow_image(dtype):
+    conv = CONVS["17 channels"]
+    x, _, scale, shift, residual = conv.inputs(dtype)
+    weight = torch.randn(conv.k, conv.c, *conv.kernel) / 12
+    _check(x, weight, scale, shift, residual, conv)
+
+
+def test_an_updated_weight_is_packed_again():
+    conv = CONVS["32 groups of 4, ResNeXt"]
+    x, weight, *rest = conv.inputs(torch.float32)
+    _check(x, weight, *rest, conv)
+    weight.mul_(-0.5)
+    _check(x, weight, *rest, conv)
+
+
+def test_offsets_of_64_bits(monkeypatch, tile):
+    """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
+    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    for name in ("round", "1x1", "3 channels", "2 groups", "7x7/2"):
+        _check(*CONVS[name].inputs(torch.float32), CONVS[name])
+    x = _nhwc(torch.randn(2, 20, 9, 7))
+    torch.testing.assert_close(kernels.global_avg_pool(x), reference.global_avg_pool(x))
+    assert torch.equal(launch.plan_max_pool(x, "interpreter").run(), torch.nn.functional.max_pool2d(x, 3, 2, 1))
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("n", "c", "h", "w", "k"),
+    [
+        (2, 3, 32, 32, 64),
+        (1, 3, 33, 47, 64),
+        (1, 1, 20, 21, 10),
+        (1, 4, 18, 31, 32),
+        (2, 2, 7, 5, 16),
+        (1, 8, 9, 9, 33),
+    ],
+)
+def test_stem(n, c, h, w, k, dtype, tile):
+    conv = Conv(n, c, h, w, k, (7, 7), (2, 2), (3, 3))
+    x, weight, scale, shift, _ = conv.inputs(dtype)
+    for image in (x, x.contiguous()):
+        actual = kernels.stem(image, weight, scale, shift)
+        exact = reference.stem(*(t.double() for t in (x, weight, scale, shift)))
+        # The maximum of right values is right within the largest of their tolerances.
+        before = conv_exact(x, weight, scale, shift, None, *conv.geometry())
+        tolerance = conv_tolerance(before, x, weight, scale, shift, None, *conv.geometry())
+        assert actual.dtype == dtype
+        assert actual.is_contiguous(memory_format=torch.channels_last)
+        assert_within(actual, exact, torch.nn.functional.max_pool2d(tolerance, 3, 2, 1))
+        assert_as_good_as_pytorch(actual, reference.stem(x, weight, scale, shift), exact)
+
+
+@each_dtype
+@pytest.mark.parametrize(("n", "c", "h", "w"), [(2, 64, 8, 8), (1, 10, 7, 9), (3, 33, 1, 1), (1, 70, 2, 3)])
+def test_max_pool(n, c, h, w, dtype, monkeypatch):
+    """Exact, with negative values at the border, infinities and NaN. In whole and in small tiles."""
+    x = _nhwc((torch.randn(n, c, h, w) - 2).to(dtype))
+    x[0, 0, 0, 0], x[-1, -1, -1, -1], x[0, 3] = torch.inf, torch.nan, -torch.inf
+    expected = torch.nn.functional.max_pool2d(x, 3, 2, 1)
+    data = tiles.load("interpreter")
+    for tile in (data["max_pool"], [16, 32, 4]):
+        monkeypatch.setitem(data, "max_pool", tile)
+        actual = launch.plan_max_pool(x, "interpreter").run()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@each_dtype
+@pytest.mark.parametrize(("n", "c", "h", "w"), [(2, 512, 7, 7), (1, 10, 13, 11), (3, 33, 1, 1), (1, 70, 2, 3)])
+def test_global_avg_pool(n, c, h, w, dtype, monkeypatch):
+    x = torch.randn(n, c, h, w).to(dtype)
+    data = tiles.load("interpreter")
+    exact = reference.global_avg_pool(x.double())
+    # One rounding of the result, and the sum of h * w float32 terms divided by their number; see checking.py.
+    mean = x.double().abs().mean(dim=(2, 3), keepdim=True)
+    info = torch.finfo(dtype)
+    tolerance = 1.001 * info.eps / 2 * exact.abs().clamp(min=info.tiny)
+    tolerance += 2 * (torch.finfo(torch.float32).eps / 2) * (h * w + 1) ** 0.5 * mean
+    for tile in (data["average_pool"], [16, 32, 4]):
+        monkeypatch.setitem(data, "average_pool", tile)
+        for image in (x, _nhwc(x)):
+            actual = kernels.global_avg_pool(image)
+            assert actual.dtype == dtype
+            assert_within(actual, exact, tolerance)
+            assert_as_good_as_pytorch(actual, reference.global_avg_pool(x), exact)
+
+
+def test_global_avg_pool_sums_beyond_float16_and_keeps_nan():
+    x = torch.full((2, 16, 9, 9), 3e4, dtype=torch.float16)
+    x[1, 3, 4, 4], x[1, 5, 0, 0] = torch.nan, torch.inf
+    actual, expected = kernels.global_avg_pool(x), reference.global_avg_pool(x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_supports():
+    case = Case("conv_bn_act", "cpu", torch.float32, 64, 64, (3, 3), (2, 2), (1, 1), (2, 2), 4)
+    assert kernels.supports(case) is None
+    assert kernels.supports(case._replace(dtype=torch.bfloat16, op="global_avg_pool")) is None
+    assert "float64" in kernels.supports(case._replace(dtype=torch.float64))
+    assert "mps" in kernels.supports(case._replace(device="mps"))
+    assert kernels.supports(case._replace(op="stem", in_channels=4)) is None
+    assert "16 input channels" in kernels.supports(case._replace(op="stem", in_channels=16))
+
+
+@pytest.fixture
+def nothing_launched(guarded):
+    """For the test that hands no tensor to a kernel."""
+    guarded.copy(torch.empty(1))
+
+
+@pytest.mark.usefixtures("nothing_launched")
+def test_empty_tensors_get_the_definition():
+    scale = shift = torch.ones(8)
+    y = kernels.conv_bn_act(
+        torch.empty(0, 4, 5, 5), torch.ones(8, 4, 3, 3), scale, shift, None, (1, 1), (1, 1), (1, 1), 1, True
+    )
+    assert y.shape == (0, 8, 5, 5)
+    assert kernels.stem(torch.empty(0, 3, 32, 32), torch.ones(8, 3, 7, 7), scale, shift).shape == (0, 8, 8, 8)
+    assert kernels.global_avg_pool(torch.empty(0, 4, 5, 5)).shape == (0, 4, 1, 1)
+
+
+def _check(x, weight, scale, shift, residual, conv: Conv) -> None:
+    inputs, geometry = (x, weight, scale, shift, residual), conv.geometry()
+    actual = kernels.conv_bn_act(*inputs, *geometry)
+    exact = conv_exact(*inputs, *geometry)
+    assert_within(actual, exact, conv_tolerance(exact, *inputs, *geometry))
+
+
+def _nhwc(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _maybe(x: Optional[torch.Tensor], function) -> Optional[torch.Tensor]:
+    return None if x is None else function(x)
