@@ -58,7 +58,7 @@ def gather(
     known = {**_from_timm(model), **_from_weights(weights)}
     given = {"input_size": input_size, "classes": classes, "mean": mean, "std": std}
     known.update({name: value for name, value in given.items() if value is not None})
-    channels = _channels(model)
+    channels = channels_of(model)
     if "input_size" not in known:
         if channels is None:
             raise ValueError(
@@ -93,7 +93,8 @@ def _per_channel(name: str, values: Optional[Sequence[float]], channels: int) ->
     return numbers
 
 
-def _channels(model: nn.Module) -> Optional[int]:
+def channels_of(model: nn.Module) -> Optional[int]:
+    """Channels that the model's first convolution reads; None if it has no convolution."""
     return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
@@ -111,7 +112,7 @@ def _from_timm(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "pretrained_cfg", None)
     if not isinstance(config, dict):
         return {}
-    channels = _channels(model)  # in_chans may differ from the configuration's
+    channels = channels_of(model)  # in_chans may differ from the configuration's
     known = {name: config[name] for name in ("mean", "std") if len(config.get(name) or ()) == channels}
     if config.get("input_size"):
         known["input_size"] = tuple(config["input_size"][1:])

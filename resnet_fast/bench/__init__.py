@@ -1,0 +1,13 @@
+"""The same model and images under several libraries, side by side.
+
+providers/         one library each: how it loads the model, with which settings
+runner.py          every provider in a process of its own, in alternating rounds
+worker.py          that process
+workload.py        what it gets: model, images and the right result, as files
+machine.py         what the numbers were taken on
+"""
+
+from resnet_fast.bench.runner import Measurement, measure, unavailable
+from resnet_fast.bench.workload import prepare
+
+__all__ = ["Measurement", "measure", "prepare", "unavailable"]

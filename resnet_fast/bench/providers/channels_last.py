@@ -1,0 +1,31 @@
+"""PyTorch as it comes, weights and images in channels_last."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+TITLE = "PyTorch eager, channels_last"
+NEEDS = None
+ONNX = False
+
+
+def unavailable() -> Optional[str]:
+    return None
+
+
+def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
+    import torch
+
+    from resnet_fast.bench.workload import load_images, load_model
+
+    torch.set_num_threads(threads)
+    layout: Any = {"memory_format": torch.channels_last}
+    model, images = load_model(folder).to(**layout), load_images(folder).to(**layout)
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            return model(images).numpy()
+
+    return run

@@ -1,0 +1,30 @@
+"""PyTorch as it comes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+
+TITLE = "PyTorch eager"
+NEEDS = None
+ONNX = False
+
+
+def unavailable() -> Optional[str]:
+    return None
+
+
+def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
+    import torch
+
+    from resnet_fast.bench.workload import load_images, load_model
+
+    torch.set_num_threads(threads)
+    model, images = load_model(folder), load_images(folder)
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            return model(images).numpy()
+
+    return run

@@ -1,0 +1,31 @@
+"""OpenVINO's CPU plugin, shapes fixed, tuned for latency, in float32 (on CPUs with AMX its default is bfloat16)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+
+TITLE = "OpenVINO"
+NEEDS = "openvino"
+ONNX = True
+
+
+def unavailable() -> Optional[str]:
+    return None
+
+
+def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
+    import openvino
+
+    images = np.load(folder / "images.npy")
+    core = openvino.Core()
+    model = core.read_model(folder / "model.onnx")
+    model.reshape(list(images.shape))
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+
+    def run() -> np.ndarray:
+        return request.infer({0: images}, share_inputs=True, share_outputs=True)[0]
+
+    return run

@@ -1,0 +1,32 @@
+"""This package: the stock model, accelerated."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+
+TITLE = "resnet_fast"
+NEEDS = None
+ONNX = False
+
+
+def unavailable() -> Optional[str]:
+    return None
+
+
+def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
+    import torch
+
+    from resnet_fast import accelerate
+    from resnet_fast.bench.workload import load_images, load_model
+
+    torch.set_num_threads(threads)
+    model = accelerate(load_model(folder))
+    images = load_images(folder).contiguous(memory_format=torch.channels_last)
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            return model(images).numpy()
+
+    return run

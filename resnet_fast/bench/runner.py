@@ -1,0 +1,210 @@
+"""Every provider in a process of its own, timed in alternating rounds."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import select
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from torch import Tensor, nn
+
+from resnet_fast.bench.providers import provider
+from resnet_fast.bench.workload import REFERENCE, prepare
+from resnet_fast.export.optional import EXTRAS
+
+OURS = "ours"
+ACCURATE = 1e-4
+"""Largest error, relative to the largest result, that counts as float32: a hundred times what 50 layers in another
+order of summation give, and a tenth of what bfloat16 or TF32 arithmetic gives."""
+
+_WORKER = Path(__file__).with_name("worker.py")
+_LOADING_SECONDS, _ROUND_SECONDS = 900, 300  # after which a worker is given up
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One provider's numbers.
+
+    Attributes:
+        status: "ok", "missing" (with its reason), "failed" (with its reason) or "inaccurate" (not timed).
+        error: largest difference from float64 PyTorch, relative to the largest result.
+        load_s: seconds until the first result, compilation included.
+        rounds_ms: median milliseconds of a call, per round.
+        peak_mib: the most memory its process held, in MiB.
+    """
+
+    provider: str
+    title: str
+    status: str
+    reason: str = ""
+    error: Optional[float] = None
+    load_s: Optional[float] = None
+    rounds_ms: list[float] = field(default_factory=list)
+    peak_mib: Optional[float] = None
+
+    @property
+    def median_ms(self) -> Optional[float]:
+        return statistics.median(self.rounds_ms) if self.rounds_ms else None
+
+    @property
+    def min_ms(self) -> Optional[float]:
+        return min(self.rounds_ms, default=None)
+
+    def as_dict(self, ours: Optional["Measurement"] = None) -> dict[str, Any]:
+        """All of it, with the times' median and minimum; ``ratio`` is how many times ``ours`` the median is."""
+        ratio = None
+        if ours is not None and ours.median_ms and self.median_ms:
+            ratio = self.median_ms / ours.median_ms
+        return {**self.__dict__, "median_ms": self.median_ms, "min_ms": self.min_ms, "ratio": ratio}
+
+
+def unavailable(name: str) -> Optional[str]:
+    """Why the provider ``name`` cannot run here, or None."""
+    module = provider(name)
+    if module.NEEDS is not None and importlib.util.find_spec(module.NEEDS) is None:
+        return f"{module.NEEDS} is not installed: pip install 'resnet-fast[{EXTRAS[module.NEEDS]}]'"
+    return module.unavailable()
+
+
+def measure(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    providers: Sequence[str],
+    threads: int,
+    rounds: int = 5,
+    seconds: float = 1.0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Measurement]:
+    """Time ``model`` on ``images`` under each of ``providers``; one that cannot run does not stop the others.
+
+    Args:
+        model: a stock classifier in eval mode, float32, on the CPU.
+        images: ``[N, C, H, W]``, float32.
+        threads: for each provider.
+        rounds: of ``seconds`` each per provider, in turn, every other one in reverse order.
+        progress: told what is going on.
+    """
+    present = [name for name in providers if unavailable(name) is None]
+    results = {name: Measurement(name, provider(name).TITLE, "missing", unavailable(name) or "") for name in providers}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resnet-fast-bench-")))
+        progress("preparing")
+        prepare(folder, model, images, onnx=any(provider(name).ONNX for name in present))
+        reference = np.load(folder / REFERENCE)
+        workers: dict[str, _Worker] = {}
+        for name in present:
+            progress(f"loading {provider(name).TITLE}")
+            worker = stack.enter_context(_started(name, folder, threads))
+            results[name] = _checked(worker, results[name], folder / f"{name}.npy", reference)
+            if results[name].status == "ok":
+                workers[name] = worker
+        for index in range(rounds):
+            names = list(workers) if index % 2 == 0 else list(reversed(workers))
+            for name in names:
+                progress(f"round {index + 1} of {rounds}: {provider(name).TITLE}")
+                try:
+                    answer = workers[name].ask(str(seconds), _ROUND_SECONDS)
+                except _WorkerError as error:
+                    results[name] = replace(results[name], status="failed", reason=str(error), rounds_ms=[])
+                    del workers[name]
+                    continue
+                results[name] = replace(
+                    results[name],
+                    rounds_ms=[*results[name].rounds_ms, statistics.median(answer["times"]) * 1e3],
+                    peak_mib=round(answer["peak_bytes"] / 2**20, 1),
+                )
+    return list(results.values())
+
+
+def _checked(worker: "_Worker", result: Measurement, output: Path, reference: np.ndarray) -> Measurement:
+    """The result after loading: a wrong answer is not worth timing."""
+    try:
+        answer = worker.ask(None, _LOADING_SECONDS)
+    except _WorkerError as error:
+        return replace(result, status="failed", reason=str(error))
+    given = np.load(output)
+    if given.shape != reference.shape:
+        return replace(result, status="inaccurate", reason=f"shape {given.shape}, expected {reference.shape}")
+    relative = float(np.abs(given - reference).max() / np.abs(reference).max())
+    result = replace(result, status="ok", error=relative, load_s=round(answer["seconds"], 2))
+    if relative <= ACCURATE:
+        return result
+    reason = f"relative error {relative:.1e}, expected at most {ACCURATE:.0e}"
+    return replace(result, status="inaccurate", reason=reason)
+
+
+class _WorkerError(RuntimeError):
+    """A worker died or did not answer in time."""
+
+
+@contextlib.contextmanager
+def _started(name: str, folder: Path, threads: int) -> Iterator["_Worker"]:
+    worker = _Worker(name, folder, threads)
+    try:
+        yield worker
+    finally:
+        worker.kill()
+
+
+class _Worker:
+    """A provider's process. It is stopped by a signal whenever it is not asked.
+
+    It stays alive between rounds, because loading it again (a minute for a compiler) would take longer than timing it.
+    A library's idle threads may go on spinning after a call, ONNX Runtime's for one, and would slow down whoever is
+    timed next. Switching that off would slow down the library itself; a stopped process cannot spin.
+    """
+
+    def __init__(self, name: str, folder: Path, threads: int) -> None:
+        self._log = folder / f"{name}.log"
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(_WORKER), name, str(folder), str(threads)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                bufsize=0,
+                env=environment,
+            )
+
+    def ask(self, line: Optional[str], timeout: float) -> dict[str, Any]:
+        """Send a line, or nothing to a process just started, and wait for the answer."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            if line is not None:
+                stdin.write(line.encode() + b"\n")
+            ready, _, _ = select.select([stdout], [], [], timeout)
+            answer = stdout.readline() if ready else b""
+        except BrokenPipeError:
+            ready, answer = [stdout], b""
+        if not ready:
+            raise _WorkerError(f"no answer within {timeout:.0f} s")
+        if not answer:
+            raise _WorkerError(self._last_words())
+        self._process.send_signal(signal.SIGSTOP)
+        return json.loads(answer)
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        if code < 0:
+            return f"ended by signal {-code}"
+        return lines[-1].strip() if lines else f"ended with code {code}"
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()

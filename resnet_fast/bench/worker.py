@@ -1,0 +1,88 @@
+"""One provider in a process of its own: ``python worker.py PROVIDER FOLDER THREADS``.
+
+The provider's file is run by its path, so that ``resnet_fast``, and with it PyTorch, is imported by those providers
+alone that need it: the others' memory is their own.
+
+The process loads the model, saves its result as ``PROVIDER.npy``, and says so on stdout; then every line on stdin, a
+number of seconds, is answered by a round of timed calls. Answers are JSON, one a line. It ends with its stdin.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]  # where the package resnet_fast lies
+
+WARM_UP_CALLS, TIMED_CALLS = 2, 3  # at the least
+
+
+def main(name: str, folder: str, threads: str) -> None:
+    _end_with_parent()
+    answers = _private_stdout()
+
+    def answer(**values: Any) -> None:
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    sys.path[0] = str(ROOT)  # instead of this file's folder
+    start = time.perf_counter()
+    load = runpy.run_path(str(Path(__file__).with_name("providers") / f"{name}.py"))["load"]
+    run = load(Path(folder), int(threads))
+    np.save(Path(folder) / f"{name}.npy", run())
+    answer(seconds=time.perf_counter() - start)
+    for line in sys.stdin:
+        answer(times=timed_round(run, float(line)), peak_bytes=peak_bytes())
+
+
+def timed_round(run: Callable[[], Any], seconds: float) -> list[float]:
+    """Seconds of each call over at least ``seconds``, after a quarter of that to fill the caches and wake the cores."""
+    start = time.perf_counter()
+    calls = 0
+    while calls < WARM_UP_CALLS or time.perf_counter() - start < seconds / 4:
+        run()
+        calls += 1
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < TIMED_CALLS or time.perf_counter() - start < seconds:
+        before = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - before)
+    return times
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss: on Linux it starts from the memory of the process that forked this one.
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _private_stdout() -> TextIO:
+    """The stdout that was given; whatever a library prints goes to stderr from now on."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def _end_with_parent() -> None:
+    """Be killed with the parent, even while stopped, when the end of stdin is not seen."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,20 @@
+"""The command ``resnet-fast``: one module per command, each of which imports what it needs only when it runs.
+
+app.py             the commands, and what becomes of an exception
+models.py          models and weights by name
+numerics.py        the accelerated model against float64, layer by layer
+options.py         options that several commands share
+output.py          JSON for programs, tables for people
+"""
+
+from collections.abc import Sequence
+from typing import Optional
+
+__all__ = ["main"]
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run the command line (``sys.argv`` by default) and return its exit code; see ``resnet_fast.cli.app``."""
+    from resnet_fast.cli.app import run
+
+    return run(arguments)

@@ -1,0 +1,127 @@
+"""``resnet-fast bench``: this package and its peers side by side."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from resnet_fast.cli import options
+from resnet_fast.cli.output import console, table, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from resnet_fast.bench import Measurement
+
+NUMBERS = ("median ms", "best ms", "images/s", "ratio", "error", "load s", "peak MiB")
+
+
+def bench(
+    model: Annotated[
+        Optional[list[str]], typer.Option("--model", help="A model, as resnet50 or timm:resnet50d; repeatable.")
+    ] = None,
+    batch: Annotated[Optional[list[int]], typer.Option("--batch", min=1, help="Images a call; repeatable.")] = None,
+    size: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 224,
+    provider: Annotated[
+        Optional[str], typer.Option("--providers", help="Some of them, with commas: ours,onnxruntime.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Each provider is timed this often, in turn.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Length of a provider's turn.")] = 1.0,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    json: options.Json = None,
+    debug: options.Debug = False,
+) -> None:
+    """Time this package and its peers on the same model, each in a process of its own, in alternating rounds.
+
+    By default resnet18 and resnet50 at batch 1, with random weights and batch norm statistics. Every result is
+    compared with float64 PyTorch before it is timed. Ratio is a peer's median time over ours.
+    """
+    import torch
+
+    from resnet_fast.bench import measure
+    from resnet_fast.bench.machine import available_cores, describe, load
+    from resnet_fast.cli.models import build, randomise_batch_norm
+    from resnet_fast.export.metadata import channels_of
+
+    names = _provider_names(provider)
+    cores = available_cores()
+    threads = threads or cores
+    out = console()
+    busy = load()
+    if busy is not None and busy > 0.5:
+        out.print(f"[yellow]this machine is busy (load {busy}): the times below are too long[/]")
+    workloads: list[dict[str, Any]] = []
+    for name in model or ["resnet18", "resnet50"]:
+        stock = build(name, seed=seed)
+        randomise_batch_norm(stock, seed)
+        for images_a_call in batch or [1]:
+            shape = (images_a_call, channels_of(stock) or 3, size, size)
+            images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            with out.status(name) as status:
+                results = measure(
+                    stock,
+                    images,
+                    providers=names,
+                    threads=threads,
+                    rounds=rounds,
+                    seconds=seconds,
+                    progress=lambda text, status=status, name=name: status.update(f"{name}: {text}"),  # type: ignore[misc]
+                )
+            title = f"{name}, batch {images_a_call}, {size}x{size}, float32, {threads} threads"
+            out.print(measurements_table(title, results, images_a_call))
+            setting = {"model": name, "batch": images_a_call, "size": size, "dtype": "float32", "threads": threads}
+            workloads.append({**setting, "providers": as_dicts(results)})
+    run = {"rounds": rounds, "seconds": seconds, "seed": seed, "load_before": busy, "load_after": load()}
+    write_json({"machine": describe(), **run, "workloads": workloads}, json)
+    failed = [entry for work in workloads for entry in work["providers"] if entry["status"] in ("failed", "inaccurate")]
+    if failed:
+        raise RuntimeError(f"{failed[0]['title']} {failed[0]['status']}: {failed[0]['reason']}")
+
+
+def _provider_names(text: Optional[str]) -> list[str]:
+    import difflib
+
+    from resnet_fast.bench.providers import NAMES
+
+    names = list(dict.fromkeys(text.split(","))) if text else list(NAMES)
+    for name in names:
+        if name not in NAMES:
+            close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(NAMES)}"
+            raise typer.BadParameter(f"no provider is called {name!r}: {hint}", param_hint="--providers")
+    return names
+
+
+def as_dicts(results: "list[Measurement]") -> list[dict[str, Any]]:
+    """The measurements for JSON, with each one's ratio to ours."""
+    ours = next((result for result in results if result.provider == "ours"), None)
+    return [result.as_dict(ours) for result in results]
+
+
+def measurements_table(title: str, results: "list[Measurement]", batch: int) -> "Table":
+    """A table of the measurements, fastest first."""
+    entries = sorted(as_dicts(results), key=lambda entry: entry["median_ms"] or float("inf"))
+    rows = [
+        (
+            entry["title"],
+            *(
+                _number(value, form)
+                for value, form in (
+                    (entry["median_ms"], ".2f"),
+                    (entry["min_ms"], ".2f"),
+                    (batch / entry["median_ms"] * 1e3 if entry["median_ms"] else None, ".1f"),
+                    (entry["ratio"], ".2f"),
+                    (entry["error"], ".1e"),
+                    (entry["load_s"], ".1f"),
+                    (entry["peak_mib"], ".0f"),
+                )
+            ),
+            "" if entry["status"] == "ok" else f"{entry['status']}: {entry['reason']}",
+        )
+        for entry in entries
+    ]
+    return table(title, ("", *NUMBERS, ""), rows, NUMBERS)
+
+
+def _number(value: Optional[float], form: str) -> str:
+    return "" if value is None else format(value, form)
