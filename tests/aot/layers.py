@@ -6,7 +6,7 @@ binary: layers that differ only in how many channels they loop over, or write, c
 other constants, except where the compiler unrolls a short loop.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import NamedTuple, Optional
 
 import torch
@@ -140,14 +140,24 @@ def launches(architecture: str, precision: str) -> Iterator[Launch]:
         yield Launch(f"average-pool {channels} 7x7 batch 128", architecture, precision, plan)
 
 
-def distinct(all_launches: Iterator[Launch]) -> list[Launch]:
+def distinct(all_launches: Iterable[Launch]) -> list[Launch]:
     """One launch per binary."""
     return list({one.binary(): one for one in all_launches}.values())
 
 
-def representative(all_launches: Iterator[Launch]) -> list[Launch]:
+def representative(all_launches: Iterable[Launch]) -> list[Launch]:
     """One launch per kind of binary."""
     return list({one.kind(): one for one in all_launches}.values())
+
+
+def one_per_tile(all_launches: Iterable[Launch]) -> list[Launch]:
+    """One launch per kernel and tile, with and without a residual; the last, so the one with the longest loop."""
+    names = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT", "HAS_RESIDUAL")
+    chosen = {}
+    for one in all_launches:
+        key = (one.plan.kernel.__name__, tuple(one.plan.constants.get(name) for name in names))
+        chosen[key] = one
+    return list(chosen.values())
 
 
 def _image(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:

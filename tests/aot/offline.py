@@ -29,7 +29,9 @@ from resnet_fast.kernels.triton.launch import Plan
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _TENSOR_CORE = ("HGMMA", "HMMA", "UTCHMMA")  # sm_90's wgmma, mma.sync, sm_100's tcgen05
 
-# PTX and SASS of one instruction: "/*0120*/  @P0 LDG.E.128 R4, [R2] ;"
+_TINY = re.compile(r"\.[US](8|16)\b")
+
+# One instruction of SASS: "/*0120*/  @P0 LDG.E.128 R4, [R2] ;"
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9][\w.]*)", re.MULTILINE)
 
 
@@ -43,7 +45,9 @@ class Compiled(NamedTuple):
     warps: int
     tensor_core: int  # instructions
     wide_loads: int  # 16-byte loads from global memory
-    narrow_loads: int  # all others
+    narrow_loads: int  # all others, those of scale and shift among them
+    narrow_copies: int  # of these, copies to shared memory
+    tiny_loads: int  # of these, loads of 1 or 2 bytes
     instructions: int
 
 
@@ -135,6 +139,8 @@ def _read_nvidia(kernel: Any) -> Compiled:
         tensor_core=sum(opcodes[name] for name in _TENSOR_CORE),
         wide_loads=wide,
         narrow_loads=len(loads) - wide,
+        narrow_copies=sum(name.startswith("LDGSTS.") and ".128" not in name for name in loads),
+        tiny_loads=sum(bool(_TINY.search(name)) for name in loads),
         instructions=len(names),
     )
 
@@ -163,5 +169,7 @@ def _read_amd(kernel: Any) -> Compiled:
         tensor_core=len(re.findall(r"^\s+v_mfma", assembly, re.MULTILINE)),
         wide_loads=wide,
         narrow_loads=len(loads) - wide,
+        narrow_copies=sum("_lds_" in name and "dwordx4" not in name for name in loads),
+        tiny_loads=sum(bool(re.search("byte|short", name)) for name in loads),
         instructions=len(re.findall(r"^\s+[a-z]\w+_\w+", assembly, re.MULTILINE)),
     )

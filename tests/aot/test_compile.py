@@ -1,0 +1,179 @@
+"""Every shipped kernel and tile, compiled for its targets from the very plans that would be launched. No GPU is used.
+
+Compiled here: one launch of every kind (layers.py) in fp16 and TF32, and one for every tile, with and without a
+residual, in bf16 and fp32, whose kernels differ from the former in instructions but not in structure. Left out: layers
+that differ from a compiled one in their number of channels only. ``python -m tests.aot.report --all`` compiles those
+too.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, Optional
+
+import pytest
+import torch
+
+from resnet_fast.kernels.triton import launch, tiles
+from tests.aot.layers import ARCHITECTURES, Launch, launches, one_per_tile, representative
+from tests.aot.offline import Compiled, CompilerCrash, Worker
+
+# Bytes of shared memory that one program may use, from the CUDA programming guide and the CDNA3 manual. The tiles of
+# sm_80 also serve sm_86, sm_89 and sm_120, which have 101376 instead of 166912.
+SHARED_MEMORY = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+REGISTERS = {"sm": 65536, "gfx": 4 * 512 * 64}  # of a multiprocessor; of the 4 SIMDs of a compute unit, 64 lanes wide
+
+CHOICES: dict[str, Callable[[list[Launch]], list[Launch]]] = {
+    "fp16": representative,
+    "bf16": one_per_tile,
+    "tf32": representative,
+    "ieee": one_per_tile,
+}
+TARGETS = [(a, p) for a in ARCHITECTURES for p in CHOICES if not (a.startswith("gfx") and p == "tf32")]
+
+each_target = pytest.mark.parametrize(("architecture", "precision"), TARGETS)
+
+
+class Result(NamedTuple):
+    launch: Launch
+    compiled: Optional[Compiled]  # None: the compiler crashed
+
+
+@pytest.fixture(scope="module")
+def results():
+    """A function that compiles for a target, once."""
+    with Worker() as worker:
+
+        def one(item: Launch) -> Result:
+            try:
+                return Result(item, worker.compile(item.plan, item.architecture))
+            except CompilerCrash:
+                return Result(item, None)
+
+        @functools.cache
+        def all_of(architecture: str, precision: str) -> list[Result]:
+            return [one(item) for item in CHOICES[precision](list(launches(architecture, precision)))]
+
+        yield all_of
+
+
+def offenders(results: list[Result], wrong: Callable[[Launch, Compiled], bool]) -> list[str]:
+    """The launches for which ``wrong`` holds, readable."""
+    return [
+        f"{item.name} {item.plan.kernel.__name__} {item.plan.constants}: {compiled}"
+        for item, compiled in results
+        if compiled is not None and wrong(item, compiled)
+    ]
+
+
+@each_target
+def test_compiles(results, architecture, precision):
+    found = results(architecture, precision)
+    assert len(found) > 10
+    assert not [item.name for item, compiled in found if compiled is None]
+
+
+@each_target
+def test_no_register_spills(results, architecture, precision):
+    assert not offenders(results(architecture, precision), lambda _, made: made.spilled > 0 or made.local_accesses > 0)
+
+
+@each_target
+def test_a_program_fits_the_multiprocessor(results, architecture, precision):
+    """Triton does not check shared memory when it compiles; a kernel that takes too much fails at its first launch."""
+    assert tiles.load(architecture)["shared_memory"] == SHARED_MEMORY[architecture]
+    registers = REGISTERS["gfx" if architecture.startswith("gfx") else "sm"]
+    lanes = 64 if architecture.startswith("gfx") else 32
+
+    def too_large(_: Launch, made: Compiled) -> bool:
+        return made.shared > SHARED_MEMORY[architecture] or made.registers * made.warps * lanes > registers
+
+    assert not offenders(results(architecture, precision), too_large)
+
+
+@each_target
+def test_tensor_cores(results, architecture, precision):
+    """Used by every convolution, but for full-precision float32 on NVIDIA, which has no instruction for it."""
+    expected = precision != "ieee" or architecture.startswith("gfx")
+
+    def wrong(item: Launch, made: Compiled) -> bool:
+        return (made.tensor_core > 0) != (expected and "BK" in item.plan.constants)
+
+    assert not offenders(results(architecture, precision), wrong)
+
+
+@each_target
+def test_loads_are_16_bytes_wide(results, architecture, precision):
+    """With channels in multiples of 16 bytes: no copy to shared memory is narrower, and no load is of single halves."""
+    item_size = 2 if precision in ("fp16", "bf16") else 4
+
+    def narrow(item: Launch, made: Compiled) -> bool:
+        if item.plan.constants["C"] * item_size % 16 != 0:
+            return False
+        return made.wide_loads == 0 or made.narrow_copies > 0 or made.tiny_loads > 0
+
+    assert not offenders(results(architecture, precision), narrow)
+
+
+@each_target
+def test_every_tile_is_in_use(architecture, precision):
+    """The data holds no tile that no layer of the models gets."""
+    name = "half" if precision in ("fp16", "bf16") else precision
+    shipped = {(bm, bn) for bm, bn, *_ in tiles.load(architecture)[name]}
+    used = {
+        (item.plan.constants["BM"], item.plan.constants["BN"])
+        for item in launches(architecture, precision)
+        if "BK" in item.plan.constants
+    }
+    assert shipped == used
+
+
+@pytest.mark.parametrize("architecture", ["sm_86", "sm_89", "sm_120", "gfx90a", "gfx950"])
+@pytest.mark.parametrize("precision", ["fp16", "tf32", "ieee"])
+def test_relatives_take_the_tiles_of_their_nearest(architecture, precision):
+    """Architectures without tiles of their own: a large 3x3 and a large 1x1 with a residual each."""
+    chosen = [
+        item
+        for item in launches(architecture, precision)
+        if "batch 128" in item.name and item.name.startswith(("3x3/1 128->128 28x28 +relu", "1x1/1 64->256 56x56 +res"))
+    ]
+    if precision == "tf32" and architecture.startswith("gfx"):
+        assert not chosen
+        return
+    assert len(chosen) == 2
+    with Worker() as worker:
+        for item in chosen:
+            made = worker.compile(item.plan, architecture)
+            assert made.spilled == 0
+            assert made.shared <= SHARED_MEMORY["gfx942" if architecture.startswith("gfx") else "sm_80"]
+            assert (made.tensor_core > 0) == (precision != "ieee" or architecture.startswith("gfx"))
+
+
+def test_nearest_architecture():
+    names = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "gfx942", "gfx950"]
+    nearest = [tiles.nearest(name) for name in names]
+    assert nearest == [*["sm_80"] * 4, "sm_90", *["sm_100"] * 3, "sm_80", "gfx942", "gfx942"]
+
+
+def test_tiles_follow_the_problem():
+    """The largest tile that still gives every multiprocessor a program, cut down to the problem."""
+    for architecture in ARCHITECTURES:
+        data = tiles.load(architecture)
+        largest, last = data["half"][0], data["half"][-1]
+        assert list(tiles.pick(architecture, "half", 10**6, 1024, 256, 1)[:2]) == largest[:2]
+        assert list(tiles.pick(architecture, "half", 49, 64, 256, 1)[:2]) == last[:2]
+        assert tiles.pick(architecture, "half", 10**6, 10, 256, 1).columns == 16
+        assert tiles.pick(architecture, "half", 10**6, 1024, 3, 1).reduction == 16
+        assert tiles.pick(architecture, "half", 10**6, 1024, 96, 1).reduction == 32
+
+
+def test_a_tensor_beyond_2_gib_gets_offsets_of_64_bits():
+    def plan(batch: int) -> dict:
+        x = torch.empty(batch, 64, 128, 128, dtype=torch.float16, device="meta").to(memory_format=torch.channels_last)
+        weight = torch.empty(64, 64, 3, 3, dtype=torch.float16, device="meta")
+        vector = torch.empty(64, device="meta")
+        return launch.plan_conv(
+            x, weight, vector, vector, None, (1, 1), (1, 1), (1, 1), 1, True, "sm_90"
+        ).constants  # fmt: skip
+
+    assert not plan(2**11 - 1)["INDEX64"]
+    assert plan(2**11)["INDEX64"]
