@@ -40,10 +40,14 @@ def bench(
 
     from resnet_fast.bench import measure
     from resnet_fast.bench.machine import available_cores, describe, load
+    from resnet_fast.bench.providers import provider_names
     from resnet_fast.cli.models import build, randomise_batch_norm
     from resnet_fast.export.metadata import channels_of
 
-    names = _provider_names(provider)
+    try:
+        names = provider_names(provider)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--providers") from None
     cores = available_cores()
     threads = threads or cores
     out = console()
@@ -76,20 +80,6 @@ def bench(
     failed = [entry for work in workloads for entry in work["providers"] if entry["status"] in ("failed", "inaccurate")]
     if failed:
         raise RuntimeError(f"{failed[0]['title']} {failed[0]['status']}: {failed[0]['reason']}")
-
-
-def _provider_names(text: Optional[str]) -> list[str]:
-    import difflib
-
-    from resnet_fast.bench.providers import NAMES
-
-    names = list(dict.fromkeys(text.split(","))) if text else list(NAMES)
-    for name in names:
-        if name not in NAMES:
-            close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(NAMES)}"
-            raise typer.BadParameter(f"no provider is called {name!r}: {hint}", param_hint="--providers")
-    return names
 
 
 def as_dicts(results: "list[Measurement]") -> list[dict[str, Any]]:

@@ -13,8 +13,10 @@ A provider's module has
 and imports libraries, PyTorch included, only in ``load``: the process that starts the others reads the module too.
 """
 
+import difflib
 import importlib
 from types import ModuleType
+from typing import Optional
 
 NAMES = ("ours", "eager", "channels_last", "compile", "onnxruntime", "openvino")
 
@@ -22,3 +24,18 @@ NAMES = ("ours", "eager", "channels_last", "compile", "onnxruntime", "openvino")
 def provider(name: str) -> ModuleType:
     """The module of the provider ``name``, one of ``NAMES``."""
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def provider_names(text: Optional[str]) -> list[str]:
+    """The names in ``text``, which has commas between them; all if it is None.
+
+    Raises:
+        ValueError: a name is not in ``NAMES``; the message has the closest one that is.
+    """
+    names = list(NAMES) if text is None else list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in names:
+        if name not in NAMES:
+            close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(NAMES)}"
+            raise ValueError(f"no provider is called {name!r}: {hint}")
+    return names

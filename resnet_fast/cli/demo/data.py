@@ -1,0 +1,83 @@
+"""Real data that installed packages bring along: nothing is downloaded."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLASSES = tuple(str(digit) for digit in range(10))
+
+_SIDE = 32
+_TEST_SHARE = 0.25
+# Of ImageNet, as torchvision normalises.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images ``[N, 3, 32, 32]`` in [-1, 1], float32; labels ``[N]``, int64."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def digits(seed: int) -> Digits:
+    """scikit-learn's 1797 handwritten digits, 8x8, enlarged; a quarter, the same of each class, for the test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    raw = load_digits()
+    parts = train_test_split(raw.images, raw.target, test_size=_TEST_SHARE, random_state=seed, stratify=raw.target)
+    train, test = (_enlarged(images) for images in parts[:2])
+    labels = [torch.from_numpy(part).long() for part in parts[2:]]
+    return Digits(train, labels[0], test, labels[1])
+
+
+def _enlarged(images: np.ndarray) -> Tensor:
+    grey = torch.from_numpy(images).float().unsqueeze(1) / 8 - 1  # pixels are 0 to 16
+    large = F.interpolate(grey, size=(_SIDE, _SIDE), mode="bilinear", align_corners=False)
+    return large.repeat(1, 3, 1, 1)
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """``images [N, 3, size, size]``, normalised as for ImageNet, and ``pictures``, uint8 ``[size, size, 3]`` each."""
+
+    names: tuple[str, ...]
+    images: Tensor
+    pictures: tuple[np.ndarray, ...]
+
+
+def photographs(size: int) -> Photographs:
+    """Eight photographs from scikit-image and scikit-learn, the short side scaled to 8/7 of ``size``, then cropped."""
+    from skimage import data
+    from sklearn.datasets import load_sample_image
+
+    raw = {
+        "astronaut": data.astronaut(),
+        "coffee": data.coffee(),
+        "cat": data.chelsea(),
+        "rocket": data.rocket(),
+        "motorcycle": data.stereo_motorcycle()[0],
+        "galaxies": data.hubble_deep_field(),
+        "temple": load_sample_image("china.jpg"),
+        "flower": load_sample_image("flower.jpg"),
+    }
+    cropped = torch.stack([_cropped(picture, size) for picture in raw.values()])
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
+    pictures = tuple((picture.permute(1, 2, 0) * 255).round().byte().numpy() for picture in cropped)
+    return Photographs(tuple(raw), (cropped - mean) / std, pictures)
+
+
+def _cropped(picture: np.ndarray, size: int) -> Tensor:
+    """``[3, size, size]`` in [0, 1]."""
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).unsqueeze(0).float() / 255
+    short = round(size * 8 / 7)
+    height, width = (round(extent * short / min(pixels.shape[2:])) for extent in pixels.shape[2:])
+    scaled = F.interpolate(pixels, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+    top, left = (height - size) // 2, (width - size) // 2
+    return scaled[0, :, top : top + size, left : left + size].clamp(0, 1)
