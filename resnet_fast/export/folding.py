@@ -108,13 +108,13 @@ def _owner(graph_module: fx.GraphModule, conv: fx.Node) -> str:
     owner = str(weight.target).rpartition(".")[0]
     if readers == [conv] and owner:
         return owner
-    return f"folded.{conv.name}"
+    owner = f"folded.{conv.name}"
+    graph_module.add_submodule(owner, nn.Module())
+    return owner
 
 
 def _constant(graph_module: fx.GraphModule, target: str, value: Tensor) -> fx.Node:
     owner, _, name = target.rpartition(".")
-    if owner.startswith("folded."):
-        graph_module.add_submodule(owner, nn.Module())
     module = graph_module.get_submodule(owner)
     setattr(module, name, nn.Parameter(value, requires_grad=False))
     return graph_module.graph.get_attr(target)

@@ -104,15 +104,18 @@ def _training(history: dict[str, Any]) -> str:
 
 
 def _times_chart(bench: dict[str, Any]) -> str:
-    timed = sorted((e for e in bench["providers"] if e["median_ms"]), key=lambda e: e["median_ms"], reverse=True)
+    timed: Any = sorted((e for e in bench["providers"] if e["median_ms"]), key=lambda e: e["median_ms"], reverse=True)
     figure, axes = _figure(7.4, 0.42 * len(timed) + 0.7)
     colours = [_OURS if entry["provider"] == "ours" else _PEER for entry in timed]
     medians = [entry["median_ms"] for entry in timed]
     low = [entry["median_ms"] - min(entry["rounds_ms"]) for entry in timed]
     high = [max(entry["rounds_ms"]) - entry["median_ms"] for entry in timed]
-    bars = axes.barh([entry["title"] for entry in timed], medians, color=colours, height=0.62)
+    axes.barh([entry["title"] for entry in timed], medians, color=colours, height=0.62)
     axes.errorbar(medians, range(len(timed)), xerr=[low, high], fmt="none", ecolor=_INK, elinewidth=1, capsize=3)
-    axes.bar_label(bars, [f"{value:.1f}" for value in medians], label_type="center", color="white", fontsize=9)
+    for position, entry in enumerate(timed):
+        place = {"xy": (max(entry["rounds_ms"]), position), "xytext": (6, 0), "textcoords": "offset points"}
+        axes.annotate(f"{entry['median_ms']:.1f}", **place, va="center", color=_INK, fontsize=9)
+    axes.margins(x=0.1)
     axes.set_xlabel("milliseconds a call, median of the rounds; the line spans all rounds", color=_INK, fontsize=9)
     axes.grid(axis="x", color=_GRID)
     return _svg(figure)
