@@ -754,7 +754,7 @@ def test_autocast(dtype, implementation):
 
 
 def test_half_model_under_autocast(implementation):
-    """The stock convolution casts a float16 weight to autocast's bfloat16; so does the op, and float64 stays as it is."""
+    """The stock convolution casts a float16 weight to autocast's bfloat16; so does the op. float64 stays."""
     data = make(WEIRD["17 channels"], torch.float16)
     with torch.autocast("cpu", torch.bfloat16):
         y = conv_bn_act(*data.args(True, True))
@@ -878,7 +878,7 @@ def test_inference_mode(implementation):
 
 
 def test_a_result_changed_in_place_is_caught():
-    """The ReLU's result is saved for backward: writing to it is an error, as with the stock ReLU, not a wrong gradient."""
+    """The ReLU's result is saved for backward: writing to it is an error, as with PyTorch's, not a wrong gradient."""
     leaves = _leaves(make(WEIRD["17 channels"], torch.float32))
     y = conv_bn_act(*leaves, *WEIRD["17 channels"].geometry, True)
     y.add_(1)
@@ -922,7 +922,7 @@ assert torch.equal(y[:, :, :, [0, -1]], torch.ones(1, 5, 11, 2)), y
     ids=["layer4, narrow", "3x2/2", "3x4"],
 )
 def test_one_output_column_and_columns_left_over(conv, dtype, implementation, poison):
-    """Where the stride leaves one output column and input columns unused. oneDNN's AMX kernels are wrong in bfloat16."""
+    """One output column, and input columns that the stride leaves unused: oneDNN's AMX kernels read too far."""
     args = poison.args(make(conv, dtype).args(True, False))
     exact = exact_conv(args)
     assert_close(conv_bn_act(*args), exact, tolerance(args, exact, unfused(make(conv, dtype), True, False)))
@@ -930,7 +930,7 @@ def test_one_output_column_and_columns_left_over(conv, dtype, implementation, po
 
 @pytest.mark.parametrize("dtype", SERVED, ids=dtype_name)
 def test_shift_beyond_float16(dtype, implementation, poison):
-    """A channel of tiny variance and large mean: scale * mean overflows float16 although each factor and the result fit.
+    """Tiny variance and large mean: their product overflows float16 although each factor and the result fit.
 
     PyTorch normalises in float32 and gets it right.
     """
