@@ -48,9 +48,12 @@ def load(architecture: str) -> dict[str, Any]:
 
 
 def nearest(architecture: str) -> str:
-    """The file for ``"sm_89"``, ``"gfx950"``, ``"interpreter"``: the newest that is not newer, of the same maker."""
+    """The file for ``"sm_89"``, ``"gfx90a"``, ``"interpreter"``.
+
+    NVIDIA: of the files, the newest that is not newer. AMD: gfx942's, whose local memory no later GPU undercuts.
+    """
     if architecture.startswith("gfx"):
-        return "gfx942"
+        return architecture if (_FOLDER / f"{architecture}.json").exists() else "gfx942"
     if not architecture.startswith("sm_"):
         return architecture
     capability = int(architecture.removeprefix("sm_"))

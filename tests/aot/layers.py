@@ -16,8 +16,8 @@ from resnet_fast.kernels.triton import launch
 from resnet_fast.kernels.triton.launch import Plan
 
 MODELS = ("resnet18", "resnet50", "resnext50_32x4d")
-BATCHES = (1, 128)
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+BATCHES = (1, 8, 128)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 PRECISIONS = ("fp16", "bf16", "tf32", "ieee")
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
@@ -151,8 +151,8 @@ def representative(all_launches: Iterable[Launch]) -> list[Launch]:
 
 
 def one_per_tile(all_launches: Iterable[Launch]) -> list[Launch]:
-    """One launch per kernel and tile, with and without a residual; the last, so the one with the longest loop."""
-    names = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT", "HAS_RESIDUAL")
+    """One launch per kernel, tile and size of window, with and without a residual; the last, so the one with the longest loop."""
+    names = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT", "HAS_RESIDUAL", "R")
     chosen = {}
     for one in all_launches:
         key = (one.plan.kernel.__name__, tuple(one.plan.constants.get(name) for name in names))

@@ -51,12 +51,17 @@ class Compiled(NamedTuple):
     instructions: int
 
 
+def lanes(architecture: str) -> int:
+    """Threads per warp: 32, but 64 on AMD's data-centre GPUs."""
+    return 64 if architecture.startswith("gfx9") else 32
+
+
 class _Driver:
     """As much of a driver as compiling asks for."""
 
     def __init__(self, architecture: str) -> None:
         if architecture.startswith("gfx"):
-            self._target = GPUTarget("hip", architecture, 64)
+            self._target = GPUTarget("hip", architecture, lanes(architecture))
         else:
             self._target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
 
@@ -166,7 +171,7 @@ def _read_amd(kernel: Any) -> Compiled:
         local_accesses=len(re.findall(r"^\s+scratch_(?:load|store)", assembly, re.MULTILINE)),
         shared=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
-        tensor_core=len(re.findall(r"^\s+v_mfma", assembly, re.MULTILINE)),
+        tensor_core=len(re.findall(r"^\s+v_(?:mfma|wmma)", assembly, re.MULTILINE)),
         wide_loads=wide,
         narrow_loads=len(loads) - wide,
         narrow_copies=sum("_lds_" in name and "dwordx4" not in name for name in loads),

@@ -1,7 +1,7 @@
 """Every shipped kernel and tile, compiled for its targets from the very plans that would be launched. No GPU is used.
 
-Compiled here: one launch of every kind (layers.py) in fp16 and TF32, and one for every tile, with and without a
-residual, in bf16 and fp32, whose kernels differ from the former in instructions but not in structure. Left out: layers
+Compiled here: one launch of every kind (layers.py) in fp16, and one for every tile and window, with and without a
+residual, in bf16, TF32 and fp32, whose kernels differ from the former in instructions but not in structure. Left out: layers
 that differ from a compiled one in their number of channels only. ``python -m tests.aot.report --all`` compiles those
 too.
 """
@@ -15,17 +15,17 @@ import torch
 
 from resnet_fast.kernels.triton import launch, tiles
 from tests.aot.layers import ARCHITECTURES, Launch, launches, one_per_tile, representative
-from tests.aot.offline import Compiled, CompilerCrash, Worker
+from tests.aot.offline import Compiled, CompilerCrash, Worker, lanes
 
-# Bytes of shared memory that one program may use, from the CUDA programming guide and the CDNA3 manual. The tiles of
-# sm_80 also serve sm_86, sm_89 and sm_120, which have 101376 instead of 166912.
-SHARED_MEMORY = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+# Bytes of shared memory that one program may use, from the CUDA programming guide and AMD's CDNA 3 and 4 manuals. The
+# tiles of sm_80 also serve sm_86, sm_89 and sm_120, which have 101376 instead of 166912.
+SHARED_MEMORY = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536, "gfx950": 163840}
 REGISTERS = {"sm": 65536, "gfx": 4 * 512 * 64}  # of a multiprocessor; of the 4 SIMDs of a compute unit, 64 lanes wide
 
 CHOICES: dict[str, Callable[[list[Launch]], list[Launch]]] = {
     "fp16": representative,
     "bf16": one_per_tile,
-    "tf32": representative,
+    "tf32": one_per_tile,
     "ieee": one_per_tile,
 }
 TARGETS = [(a, p) for a in ARCHITECTURES for p in CHOICES if not (a.startswith("gfx") and p == "tf32")]
@@ -68,7 +68,7 @@ def offenders(results: list[Result], wrong: Callable[[Launch, Compiled], bool]) 
 @each_target
 def test_compiles(results, architecture, precision):
     found = results(architecture, precision)
-    assert len(found) > 10
+    assert len(found) >= 8
     assert not [item.name for item, compiled in found if compiled is None]
 
 
@@ -82,10 +82,11 @@ def test_a_program_fits_the_multiprocessor(results, architecture, precision):
     """Triton does not check shared memory when it compiles; a kernel that takes too much fails at its first launch."""
     assert tiles.load(architecture)["shared_memory"] == SHARED_MEMORY[architecture]
     registers = REGISTERS["gfx" if architecture.startswith("gfx") else "sm"]
-    lanes = 64 if architecture.startswith("gfx") else 32
 
     def too_large(_: Launch, made: Compiled) -> bool:
-        return made.shared > SHARED_MEMORY[architecture] or made.registers * made.warps * lanes > registers
+        return (
+            made.shared > SHARED_MEMORY[architecture] or made.registers * made.warps * lanes(architecture) > registers
+        )
 
     assert not offenders(results(architecture, precision), too_large)
 
@@ -127,8 +128,16 @@ def test_every_tile_is_in_use(architecture, precision):
     assert shipped == used
 
 
-@pytest.mark.parametrize("architecture", ["sm_86", "sm_89", "sm_120", "gfx90a", "gfx950"])
-@pytest.mark.parametrize("precision", ["fp16", "tf32", "ieee"])
+# Without gfx11 and gfx12 in float32, for which those have no matrix instructions: compiled from gfx942's tiles, such
+# kernels work but spill a few registers.
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [
+        *[(a, p) for a in ("sm_86", "sm_89", "sm_120") for p in ("fp16", "tf32", "ieee")],
+        *[("gfx90a", p) for p in ("fp16", "ieee")],
+        *[(a, "fp16") for a in ("gfx1100", "gfx1201")],
+    ],
+)
 def test_relatives_take_the_tiles_of_their_nearest(architecture, precision):
     """Architectures without tiles of their own: a large 3x3 and a large 1x1 with a residual each."""
     chosen = [
@@ -136,9 +145,6 @@ def test_relatives_take_the_tiles_of_their_nearest(architecture, precision):
         for item in launches(architecture, precision)
         if "batch 128" in item.name and item.name.startswith(("3x3/1 128->128 28x28 +relu", "1x1/1 64->256 56x56 +res"))
     ]
-    if precision == "tf32" and architecture.startswith("gfx"):
-        assert not chosen
-        return
     assert len(chosen) == 2
     with Worker() as worker:
         for item in chosen:
@@ -149,9 +155,23 @@ def test_relatives_take_the_tiles_of_their_nearest(architecture, precision):
 
 
 def test_nearest_architecture():
-    names = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "gfx942", "gfx950"]
+    names = [
+        "sm_75",
+        "sm_80",
+        "sm_86",
+        "sm_89",
+        "sm_90",
+        "sm_100",
+        "sm_103",
+        "sm_110",
+        "sm_120",
+        "gfx942",
+        "gfx950",
+        "gfx90a",
+        "gfx1100",
+    ]
     nearest = [tiles.nearest(name) for name in names]
-    assert nearest == [*["sm_80"] * 4, "sm_90", *["sm_100"] * 3, "sm_80", "gfx942", "gfx942"]
+    assert nearest == [*["sm_80"] * 4, "sm_90", *["sm_100"] * 3, "sm_80", "gfx942", "gfx950", *["gfx942"] * 2]
 
 
 def test_tiles_follow_the_problem():

@@ -19,6 +19,9 @@ from tests.interpreter import bfloat16, guard
 bfloat16.install()
 
 
+torch.set_num_threads(1)  # the cases are small; more threads only wait for each other
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
