@@ -84,7 +84,7 @@ def fold_batch_norm(bn: BatchNorm, conv_bias: Optional[Tensor] = None) -> tuple[
 
 def _fold(bn: BatchNorm, conv_bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
     assert bn.running_var is not None and bn.running_mean is not None
-    wide = torch.promote_types(bn.running_var.dtype, torch.float32)
+    wide = torch.float64 if bn.running_var.dtype == torch.float64 else torch.float32
     scale = torch.rsqrt(bn.running_var.to(wide) + bn.eps)
     if bn.weight is not None:
         scale = scale * bn.weight
@@ -101,14 +101,18 @@ def _check_input(x: Tensor, conv: nn.Conv2d) -> None:
     if x.dim() != 4:
         error = ValueError if x.dim() == 3 else RuntimeError  # what batch norm and convolution raise
         raise error(f"x has shape {list(x.shape)}, expected 4 dimensions: [N, {conv.in_channels}, H, W]")
-    if x.dtype != conv.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != conv.weight.dtype and not _autocast_enabled(x.device.type):
         raise RuntimeError(f"x is {x.dtype}, expected {conv.weight.dtype}, the dtype of conv.weight (or autocast)")
+
+
+def _autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _fits(residual: Tensor, x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether the op can add the residual itself: the output's shape, and the dtype that the output will have."""
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+    if _autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     geometry: Any = (conv.stride, conv.padding, conv.dilation)
     shape = ops.conv_output(x, conv.weight, *geometry)

@@ -23,10 +23,9 @@ def fused(cls: Any) -> Any:
 
     @functools.wraps(stock.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not stock_wanted(args, kwargs):
-            program = program_of(self)
-            if program is not None and program.function is not None and not program.refusal(self):
-                return program.function(self, *args, **kwargs)
+        program = None if stock_wanted(args, kwargs) else program_of(self)
+        if program is not None and program.takes(args, kwargs) and not program.refusal(self):
+            return program.function(self, *args, **kwargs)
         return stock.forward(self, *args, **kwargs)
 
     def getstate(self: nn.Module) -> Any:

@@ -10,6 +10,7 @@ every call, whether that still holds: children of the exact expected types, no h
 does not, the module's own forward runs.
 """
 
+import inspect
 import linecache
 import operator
 from collections.abc import Callable
@@ -38,9 +39,14 @@ _ADDITIONS = {
     "add_": operator.iadd,
 }
 _BATCH_STATISTICS = "normalises by batch statistics (training mode)"
-# What reads the strides of its input: given a channels_last tensor, it would fail or see another layout.
-_LAYOUT_METHODS = {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "storage", "numpy"}
-_LAYOUT_SAFE_PACKAGES = {"torch", "torchvision", "timm", "_operator", "builtins", "math"}
+# What reads the strides of its input, or makes a view that keeps them: given a channels_last tensor, it (or a ``view``
+# further on) would fail or see another layout.
+_LAYOUT_FUNCTIONS = {
+    *("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "storage", "untyped_storage", "numpy"),
+    *("getitem", "chunk", "split", "tensor_split", "narrow", "select", "unbind", "expand", "unfold", "diagonal"),
+    *("permute", "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze"),
+}
+_LAYOUT_SAFE_PACKAGES = {"resnet_fast", "torch", "torchvision", "timm", "_operator", "builtins", "math"}
 
 
 # --- what may be fused, asked at every call ---------------------------------------------------------------------------
@@ -172,7 +178,8 @@ class Step:
 class Program:
     """A module's forward with its fused ops, or the reason why there is none."""
 
-    function: Optional[Callable] = None
+    function: Any = None  # called with the module and its inputs
+    inputs: tuple[str, ...] = ()  # the parameters it takes: the forward's required ones
     source: str = ""
     steps: list[Step] = field(default_factory=list)
     rest: list[str] = field(default_factory=list)  # children that run their own forward
@@ -180,6 +187,10 @@ class Program:
     parts: dict[Path, str] = field(default_factory=dict)  # child -> what it must still be (a key of _REFUSALS)
     children: dict[Path, tuple[str, ...]] = field(default_factory=dict)  # of the module and its inlined Sequentials
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def takes(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a call gives the inputs and nothing else; optional arguments are left to the module's own forward."""
+        return len(args) + len(kwargs) == len(self.inputs) and all(name in self.inputs for name in kwargs)
 
     def inlined(self, module: nn.Module) -> list[nn.Module]:
         """The Sequentials of ``module`` whose children this program calls itself."""
@@ -247,7 +258,12 @@ def laid_out_like(value: Any, given: Any) -> Any:
         return value
     if given.is_contiguous(memory_format=torch.channels_last) and not given.is_contiguous():
         return value
-    return tree_map(lambda t: t.contiguous() if isinstance(t, Tensor) else t, value)
+
+    def restored(leaf: Any) -> Any:
+        moved = isinstance(leaf, Tensor) and leaf.dim() == 4 and leaf.is_contiguous(memory_format=torch.channels_last)
+        return leaf.contiguous() if moved else leaf
+
+    return tree_map(restored, value)
 
 
 # --- tracing ----------------------------------------------------------------------------------------------------------
@@ -272,13 +288,26 @@ for _operation in _IN_PLACE:
 class _Tracer(fx.Tracer):
     """Children are leaves, but a Sequential is only a way to write its children in a row."""
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
     def __init__(self, traced_func_name: str) -> None:
         super().__init__()
         self.traced_func_name = traced_func_name
         self.inlined: list[Path] = []
+        self.inputs: tuple[str, ...] = ()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_args_for_root(
+        self, root_fn: Callable, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable, list[Any]]:
+        """Only the required parameters are symbolic: code that asks whether an optional one is None must get a true
+        answer, so the graph holds for calls that leave the optional ones out."""
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if any(p.kind is p.KEYWORD_ONLY for p in required):
+            raise TypeError("it has a required keyword-only parameter")
+        self.inputs = tuple(p.name for p in required)
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self.inputs)]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if not _is_sequential(m):
@@ -317,6 +346,10 @@ def _trace(module: nn.Module) -> tuple[_Tracer, fx.Graph]:
                 v[:] = was
     if changed:
         raise _Untraceable(f"its forward writes to the attribute {changed[0]!r}")
+    for node in graph.nodes:
+        first = node.args[0] if node.args else None
+        if isinstance(first, fx.Node) and first.op == "placeholder" and _writes(node, _called(module, node)):
+            raise _Untraceable("its forward writes to its input")
     return tracer, graph
 
 
@@ -340,9 +373,10 @@ class _Match:
 class _Matcher:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.taken: set[fx.Node] = set()  # nodes of matches found so far
 
     def child(self, node: fx.Node) -> Optional[nn.Module]:
-        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return _called(self.module, node)
 
     def next(self, node: fx.Node, parts: dict[Path, str], passed: list[fx.Node]) -> Optional[fx.Node]:
         """The only user of a node, identities skipped (and noted); None if there are several."""
@@ -350,7 +384,7 @@ class _Matcher:
             if len(node.users) != 1:
                 return None
             user = next(iter(node.users))
-            if user.op == "output":
+            if user.op == "output" or user in self.taken:
                 return None
             child = self.child(user)
             if child is None or _exact(nn.Identity)(child):
@@ -432,6 +466,10 @@ class _Matcher:
         return _Match(step, nodes, parts, functional.conv_bn_act, inputs, kwargs)
 
 
+def _called(module: nn.Module, node: fx.Node) -> Optional[nn.Module]:
+    return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
 def _is_addition(node: fx.Node) -> bool:
     plain = len(node.args) == 2 and not node.kwargs
     return plain and node.op in ("call_function", "call_method") and node.target in _ADDITIONS
@@ -441,17 +479,21 @@ def _path(node: fx.Node) -> Path:
     return tuple(str(node.target).split("."))
 
 
+def _writes(node: fx.Node, child: Optional[nn.Module]) -> bool:
+    """Whether a node is known to write to its first input."""
+    if child is not None:
+        return bool(getattr(child, "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    name = getattr(node.target, "__name__", "")
+    in_place = node.kwargs.get("inplace", False) or name.endswith("_") or node.target in (*_IN_PLACE, operator.setitem)
+    return node.op == "call_function" and bool(in_place)
+
+
 def _harmless(node: fx.Node, child: Optional[nn.Module]) -> bool:
     """Whether a node surely writes to none of its inputs, so that a convolution may move past it."""
-    if child is not None:
-        return type(child).__module__.startswith("torch.nn") and not getattr(child, "inplace", False)
-    if node.op == "call_method":
-        return not str(node.target).endswith("_")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "_")
-        in_place = node.kwargs.get("inplace", False) or name.endswith("_") or node.target is operator.setitem
-        return not in_place and node.target not in _IN_PLACE
-    return True
+    known = child is None or type(child).__module__.startswith("torch.nn.") or isinstance(child, FrozenBatchNorm2d)
+    return known and not _writes(node, child)
 
 
 # --- rewriting --------------------------------------------------------------------------------------------------------
@@ -462,15 +504,14 @@ def _matches(module: nn.Module, graph: fx.Graph) -> list[_Match]:
     order = {node: i for i, node in enumerate(graph.nodes)}
     nodes = list(graph.nodes)
     found: list[_Match] = []
-    taken: set[fx.Node] = set()
     for node in nodes:
         match = matcher.conv(node) or matcher.global_pool(node)
-        if match is None or taken.intersection(match.nodes):
+        if match is None:
             continue
         between = nodes[order[match.nodes[0]] : order[match.nodes[-1]]]
         if all(n in match.nodes or _harmless(n, matcher.child(n)) for n in between):
             found.append(match)
-            taken.update(match.nodes)
+            matcher.taken.update(match.nodes)
     return found
 
 
@@ -505,10 +546,10 @@ def _rewrite(module: nn.Module, graph: fx.Graph, matches: list[_Match]) -> None:
 def _reads_layout(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node may depend on how its input lies in memory. Code that is not known is taken to."""
     if node.op == "call_method":
-        return node.target in _LAYOUT_METHODS
+        return node.target in _LAYOUT_FUNCTIONS
     if node.op == "call_function":
-        known = getattr(node.target, "__module__", None) or type(node.target).__module__
-        return node.target is torch.as_strided or known.split(".")[0] not in {*_LAYOUT_SAFE_PACKAGES, "resnet_fast"}
+        package = (getattr(node.target, "__module__", None) or type(node.target).__module__).split(".")[0]
+        return package not in _LAYOUT_SAFE_PACKAGES or getattr(node.target, "__name__", "") in _LAYOUT_FUNCTIONS
     if node.op == "call_module":
         child = module.get_submodule(str(node.target))
         return not isinstance(child, Fused) and type(child).__module__.split(".")[0] not in _LAYOUT_SAFE_PACKAGES
@@ -551,4 +592,6 @@ def build(module: nn.Module) -> Program:
     _rewrite(module, graph, matches)
     rest = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     function, source = _compile(graph, type(module).__name__)
-    return Program(function, source, [match.step for match in matches], rest, "", parts, children, settings)
+    return Program(
+        function, tracer.inputs, source, [match.step for match in matches], rest, "", parts, children, settings
+    )

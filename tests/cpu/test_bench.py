@@ -1,0 +1,133 @@
+"""The benchmark: real workers, short rounds."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from resnet_fast.bench import measure, unavailable
+from resnet_fast.bench.providers import NAMES, provider
+from resnet_fast.bench.runner import Measurement
+from resnet_fast.bench.worker import timed_round
+from resnet_fast.cli import main
+from resnet_fast.cli.models import build, randomise_batch_norm
+
+QUICK = ["--model", "resnet18", "--size", "32", "--rounds", "2", "--seconds", "0"]
+
+
+def children() -> list[tuple[int, str]]:
+    """Process id and state of the child processes of this one."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == os.getpid():
+            found.append((int(path.parent.name), fields[0]))
+    return found
+
+
+def test_every_provider_here_is_right_and_timed_alone():
+    """All but torch.compile, which takes a while; while one runs, the others stand still."""
+    names = [name for name in NAMES if name != "compile"]
+    model = build("resnet18", num_classes=10)
+    randomise_batch_norm(model, 0)
+    before = {pid for pid, _ in children()}
+    states = []
+
+    def watch(text: str) -> None:
+        if text.startswith("round"):
+            states.append([state for pid, state in children() if pid not in before])
+
+    results = measure(model, torch.randn(2, 3, 32, 32), providers=names, threads=1, rounds=2, seconds=0, progress=watch)
+    assert [result.provider for result in results] == names
+    for result in results:
+        assert result.status == ("missing" if unavailable(result.provider) else "ok"), result.reason
+    timed = [result for result in results if result.status == "ok"]
+    for result in timed:
+        assert result.error is not None
+        assert 0 < result.error < 1e-5
+        assert len(result.rounds_ms) == 2
+        assert result.min_ms <= result.median_ms
+        assert result.peak_mib > 20
+    assert len(states) == 2 * len(timed)
+    assert all(state == ["T"] * len(timed) for state in states)
+    assert {pid for pid, _ in children()} <= before
+
+
+def test_a_fast_wrong_answer_is_not_timed():
+    first, second = nn.Linear(12, 4), nn.Linear(4, 4)
+    with torch.no_grad():
+        first.bias.fill_(1e6)  # float32 loses what is added to it
+        second.weight.copy_(torch.eye(4))
+        second.bias.fill_(-1e6)
+    model = nn.Sequential(nn.Flatten(), first, second).eval()
+    (result,) = measure(model, torch.randn(2, 3, 2, 2), providers=["eager"], threads=1, rounds=1, seconds=0)
+    assert result.status == "inaccurate"
+    assert result.error > 1e-4
+    assert result.rounds_ms == []
+    assert "expected at most 1e-04" in result.reason
+
+
+def test_one_failure_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("RESNET_FAST_IMPLEMENTATION", "nonsense")  # the worker of `ours` dies of it
+    arguments = ["bench", *QUICK, "--providers", "ours,eager", "--batch", "1", "--json", str(tmp_path / "b.json")]
+    assert main(arguments) == 1
+    ours, eager = json.loads((tmp_path / "b.json").read_text())["workloads"][0]["providers"]
+    assert ours["status"] == "failed"
+    assert "RESNET_FAST_IMPLEMENTATION is 'nonsense'" in ours["reason"]
+    assert eager["status"] == "ok"
+    assert eager["median_ms"] > 0
+    assert eager["ratio"] is None
+
+
+def test_missing_peer_is_shown_with_its_reason(monkeypatch, capsys):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert main(["bench", *QUICK, "--providers", "eager,openvino", "--batch", "1", "--batch", "2", "--json", "-"]) == 0
+    output = capsys.readouterr()
+    data = json.loads(output.out)
+    assert [workload["batch"] for workload in data["workloads"]] == [1, 2]
+    for workload in data["workloads"]:
+        eager, openvino = workload["providers"]
+        assert eager["status"] == "ok"
+        assert openvino["status"] == "missing"
+        assert openvino["reason"] == "openvino is not installed: pip install 'resnet-fast[openvino]'"
+    assert {"cpu", "cores", "isa", "packages"} <= set(data["machine"])
+    assert "openvino is not installed" in output.err
+
+
+def test_compile_without_a_compiler_is_missing(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert unavailable("compile") == "needs a C++ compiler, no-such-compiler is not there"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_providers_keep_to_the_protocol(name):
+    module = provider(name)
+    assert module.TITLE
+    assert isinstance(module.ONNX, bool)
+    assert callable(module.load)
+
+
+def test_ratio_is_theirs_over_ours():
+    ours = Measurement("ours", "", "ok", rounds_ms=[2.0, 4.0, 3.0])
+    peer = Measurement("eager", "", "ok", rounds_ms=[9.0, 5.0, 6.0])
+    assert peer.as_dict(ours)["ratio"] == 2.0
+    assert peer.as_dict(ours)["min_ms"] == 5.0
+    assert ours.as_dict(ours)["ratio"] == 1.0
+
+
+def test_rounds_last_as_long_as_asked():
+    calls = []
+    start = time.perf_counter()
+    times = timed_round(lambda: calls.append(time.sleep(0.01)), 0.2)
+    assert 0.25 <= time.perf_counter() - start < 2
+    assert len(calls) > len(times) >= 3
+    assert min(times) >= 0.01
