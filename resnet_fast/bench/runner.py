@@ -97,6 +97,8 @@ def measure(
     """
     present = [name for name in providers if unavailable(name) is None]
     results = {name: Measurement(name, provider(name).TITLE, "missing", unavailable(name) or "") for name in providers}
+    if not present:
+        return list(results.values())
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resnet-fast-bench-")))
         progress("preparing")
@@ -195,8 +197,14 @@ class _Worker:
             raise _WorkerError(f"no answer within {timeout:.0f} s")
         if not answer:
             raise _WorkerError(self._last_words())
-        self._process.send_signal(signal.SIGSTOP)
+        self._stop()
         return json.loads(answer)
+
+    def _stop(self) -> None:
+        """Stop the process, and return when it stands still."""
+        self._process.send_signal(signal.SIGSTOP)
+        # It may have ended instead; that is left for Popen to find.
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def _last_words(self) -> str:
         code = self._process.wait()

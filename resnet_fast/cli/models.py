@@ -1,7 +1,6 @@
 """Models by name, with random, published or the user's own weights."""
 
 import difflib
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
@@ -89,15 +88,13 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         load = _load_tensors
     try:
         content = load(path)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a file of another kind can raise anything
         raise RuntimeError(
             f"{str(path)!r} is not loaded: it is no checkpoint, or holds Python objects other than tensors, whose "
-            "loading could run code; expected what torch.save(model.state_dict(), path) writes"
+            "loading could run code; expected a safetensors file or what torch.save(model.state_dict(), path) writes"
         ) from error
-    except Exception as error:
-        if type(error).__module__.startswith("safetensors"):
-            raise RuntimeError(f"{str(path)!r} is not a safetensors file: {error}") from error
-        raise
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

@@ -3,40 +3,62 @@
 import base64
 import io
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup  # jinja2 brings it
 
 from resnet_fast.cli.demo.data import Digits, Photographs
 from resnet_fast.cli.demo.study import Study
+from resnet_fast.cli.output import write_json
+from resnet_fast.export.files import replacing
 
 _INK, _OURS, _PEER, _GRID = "#1f2933", "#0b7285", "#adb5bd", "#e9ecef"
 
 
-def write_report(content: dict[str, Any], digits: Digits, photographs: Photographs, on_digits: Study) -> str:
-    """The page as text.
+def write_report(
+    folder: Path,
+    content: dict[str, Any],
+    digits: Digits,
+    photographs: Photographs,
+    on_digits: Study,
+    on_photographs: Study,
+) -> dict[str, Any]:
+    """Write ``report.html`` and ``report.json`` to ``folder``.
 
     Args:
-        content: what ``report.json`` holds.
-        on_digits: whose predictions are shown beside the digits.
+        content: ``seed``, ``threads``, ``seconds``, ``load_before``, ``machine`` and ``training`` of the run.
+        digits, photographs: what is shown beside the studies of them.
+
+    Returns:
+        What ``report.json`` holds: ``content``, the studies and the verdict.
     """
     import jinja2
+
+    studies = [on_digits, on_photographs]
+    checks = [check for study in studies for check in study.checks]
+    passed = sum(check.passed for check in checks)
+    verdict = {"passed": passed == len(checks), "checks": len(checks), "checks_passed": passed}
+    report = {**verdict, **content, "studies": [study.as_dict() for study in studies]}
 
     template = resources.files("resnet_fast.cli.demo").joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters.update(times=_times, sentence=_sentence)
-    return environment.from_string(template).render(
-        **content,
-        checks=[check for study in content["studies"] for check in study["checks"]],
-        training_chart=Markup(_training(content["training"])),
-        time_charts=[Markup(_times_chart(study["bench"])) for study in content["studies"]],
-        error_charts=[Markup(_errors(study["blocks"])) for study in content["studies"]],
+    page = environment.from_string(template).render(
+        **report,
+        training_chart=Markup(_training(report["training"])),
+        time_charts=[Markup(_times_chart(study["bench"])) for study in report["studies"]],
+        error_charts=[Markup(_errors(study["blocks"])) for study in report["studies"]],
         digits=_digit_pictures(digits, on_digits.predictions),
         photographs=[
             (name, _png(picture)) for name, picture in zip(photographs.names, photographs.pictures, strict=True)
         ],
     )
+    with replacing(folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    write_json(report, str(folder / "report.json"))
+    return report
 
 
 def _times(value: Any, digits: int = 2) -> str:
