@@ -1,48 +1,66 @@
 """Packed weights, cached until a tensor they were made from changes.
 
 A pack is derived data: it belongs to no module, is in no state_dict, and neither ``deepcopy`` nor ``pickle`` sees it.
-It is found again by the identity of its source tensors and goes with the first of them. PyTorch bumps a tensor's
-``_version`` at every in-place write but those through ``.data``; the first bytes of CPU tensors are compared as well,
-so that the usual whole-tensor writes through ``.data`` (old optimisers, moving averages) are seen too.
+It is found again by the identity of its source tensors and goes with the first of them.
+
+PyTorch raises a tensor's ``_version`` at most in-place writes, but not at those of optimisers with ``fused=True``, nor
+at those through ``.data``. So every optimiser step drops all packs, and the first bytes of CPU tensors are compared too,
+which shows the usual whole-tensor writes through ``.data`` (moving averages, weights copied the old way). For anything
+else there is ``clear_all``. (Batch norm does not raise the version of its running statistics either: whoever
+makes a pack of those names ``num_batches_tracked`` among its sources.)
 """
 
-import ctypes
 import weakref
 from collections.abc import Callable, Hashable
+from ctypes import string_at
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _PROBED_BYTES = 64
 _PACKS_KEPT = 4  # per weight: oneDNN's layout depends on the input size, and detectors see many sizes
 
-
+_MISSING = object()
 _caches: "weakref.WeakSet[PackCache]" = weakref.WeakSet()
 
 
+class _Source(NamedTuple):
+    """A tensor, and what it held when the pack was made."""
+
+    reference: weakref.ref
+    version: int
+    pointer: int
+    probed: int  # how many bytes from the pointer on are compared
+    probe: bytes
+
+    def unchanged(self, tensor: torch.Tensor) -> bool:
+        return (
+            self.reference() is tensor
+            and tensor._version == self.version
+            and tensor.data_ptr() == self.pointer
+            and (not self.probed or string_at(self.pointer, self.probed) == self.probe)
+        )
+
+
+def _remember(tensor: torch.Tensor, forget: Any = None) -> _Source:
+    pointer, probed = tensor.data_ptr(), 0
+    if tensor.device.type == "cpu" and tensor.numel():
+        storage = tensor.untyped_storage()
+        probed = min(_PROBED_BYTES, storage.data_ptr() + storage.nbytes() - pointer)
+    return _Source(weakref.ref(tensor, forget), tensor._version, pointer, probed, string_at(pointer, probed))
+
+
 class _Entry(NamedTuple):
-    others: tuple[weakref.ref, ...]  # the sources after the first, which is the dictionary's key
-    states: tuple[Hashable, ...]
+    sources: tuple[_Source, ...]
     packs: dict[Hashable, Any]
-
-
-def _state(tensor: torch.Tensor) -> Hashable:
-    """A value that changes when the tensor's contents do."""
-    pointer = tensor.data_ptr()
-    probe = b""
-    if tensor.device.type == "cpu":
-        # A dense tensor's elements fill nbytes from its pointer on; a strided view holds at least its first element.
-        size = tensor.nbytes if tensor.is_contiguous() else tensor.element_size()
-        probe = ctypes.string_at(pointer, min(_PROBED_BYTES, size)) if tensor.numel() else b""
-    return tensor._version, pointer, probe
 
 
 class PackCache:
     """Values made from tensors, kept while these live and stay as they are."""
 
     def __init__(self) -> None:
-        self._entries = WeakIdKeyDictionary()
+        self._entries: dict[int, _Entry] = {}  # by the id of the first source, which removes its entry when it dies
         _caches.add(self)
 
     def get(self, sources: tuple[torch.Tensor, ...], key: Hashable, make: Callable[[], Any]) -> Any:
@@ -50,31 +68,46 @@ class PackCache:
 
         Tensors made under ``torch.inference_mode`` carry no version, so what is made of them is never kept.
         """
-        if any(source.is_inference() for source in sources):
-            return make()
-        states = tuple(map(_state, sources))
-        entry = self._entries.get(sources[0])
-        if (
-            entry is None
-            or entry.states != states
-            or any(ref() is not other for ref, other in zip(entry.others, sources[1:]))
-        ):
-            entry = _Entry(tuple(weakref.ref(other) for other in sources[1:]), states, {})
-            self._entries[sources[0]] = entry
+        entry = self._entries.get(id(sources[0]))
+        if entry is None or not _all_unchanged(entry.sources, sources):
+            if any(source.is_inference() for source in sources):
+                return make()
+            entry = self._new_entry(sources)
         packs = entry.packs
-        if key not in packs:
-            if len(packs) >= _PACKS_KEPT:
-                packs.pop(next(iter(packs)), None)
+        pack = packs.get(key, _MISSING)
+        if pack is _MISSING:
             # Ordinary tensors even when first asked for under inference_mode: autograd may want to save them later.
             with torch.inference_mode(False), torch.no_grad():
-                packs[key] = make()
-        return packs[key]
+                pack = make()
+            if len(packs) >= _PACKS_KEPT:
+                packs.pop(next(iter(packs), None), None)
+            packs[key] = pack
+        return pack
+
+    def _new_entry(self, sources: tuple[torch.Tensor, ...]) -> _Entry:
+        identity, entries = id(sources[0]), self._entries
+
+        def forget(reference: weakref.ref) -> None:
+            entry = entries.get(identity)
+            if entry is not None and entry.sources[0].reference is reference:
+                del entries[identity]
+
+        entry = _Entry((_remember(sources[0], forget), *map(_remember, sources[1:])), {})
+        entries[identity] = entry
+        return entry
 
     def clear(self) -> None:
         self._entries.clear()
 
 
+def _all_unchanged(remembered: tuple[_Source, ...], sources: tuple[torch.Tensor, ...]) -> bool:
+    return len(remembered) == len(sources) and all(map(_Source.unchanged, remembered, sources))
+
+
 def clear_all() -> None:
-    """Forget every pack. Needed only after writes through ``.data`` that no check can see."""
-    for cache in _caches:
+    """Forget every pack. Needed by hand only after writes that nothing above can see."""
+    for cache in list(_caches):
         cache.clear()
+
+
+register_optimizer_step_post_hook(lambda *_: clear_all())

@@ -75,7 +75,9 @@ def fold_batch_norm(bn: BatchNorm, conv_bias: Optional[Tensor] = None) -> tuple[
     ``scale = weight / sqrt(running_var + eps)`` and ``shift = bias + (conv_bias - running_mean) * scale`` (Ioffe and
     Szegedy 2015, section 3.1).
     """
-    sources = tuple(t for t in (bn.running_var, bn.running_mean, bn.weight, bn.bias, conv_bias) if t is not None)
+    counter = getattr(bn, "num_batches_tracked", None)  # its version rises when the running statistics are updated
+    tensors = (bn.running_var, bn.running_mean, bn.weight, bn.bias, conv_bias, counter)
+    sources = tuple(t for t in tensors if t is not None)
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
     if differentiated or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return _fold(bn, conv_bias)
