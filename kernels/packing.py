@@ -4,7 +4,7 @@ A pack is derived data: it belongs to no module, is in no state_dict, and neithe
 It is found again by the identity of its source tensors and goes with the first of them.
 
 PyTorch raises a tensor's ``_version`` at most in-place writes, but not at those of optimisers with ``fused=True``, nor
-at those through ``.data``. So every optimiser step drops all packs, and the first bytes of CPU tensors are compared too,
+at those through ``.data``. So every optimiser step drops all packs, and the first bytes of CPU tensors are compared,
 which shows the usual whole-tensor writes through ``.data`` (moving averages, weights copied the old way). For anything
 else there is ``clear_all``. (Batch norm does not raise the version of its running statistics either: whoever
 makes a pack of those names ``num_batches_tracked`` among its sources.)
