@@ -128,7 +128,7 @@ def test_weights_are_torchvisions_own(name):
     assert getattr(resnet_fast, name) is getattr(torchvision.models, name)
 
 
-@pytest.mark.parametrize(("name", "weights"), zip(BUILDERS, WEIGHTS))
+@pytest.mark.parametrize(("name", "weights"), list(zip(BUILDERS, WEIGHTS)))
 def test_registry(name, weights):
     """``get_model`` and its kin know the builders, under names of their own."""
     registered = f"fast_{name}"

@@ -1,0 +1,262 @@
+"""What is shipped, and what importing it does not do."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository")
+
+
+def _git(*args: str) -> list[str]:
+    done = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True)
+    return [name for name in done.stdout.split("\0") if name]
+
+
+@functools.cache
+def tracked() -> list[str]:
+    return [name for name in _git("ls-files", "-z") if (ROOT / name).exists() or (ROOT / name).is_symlink()]
+
+
+def _python(program: str, cwd: Path = ROOT, **environment: str) -> str:
+    """Run a program in a process of its own, started in ``cwd`` and without what this one imports."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")} | environment
+    done = subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+# --- the wheel --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> dict[str, bytes]:
+    """Contents of the wheel by name, built from a copy of what is in the repository or would go into it."""
+    work = tmp_path_factory.mktemp("wheel")
+    source = work / "source"
+    for name in _git("ls-files", "-z", "--cached", "--others", "--exclude-standard"):
+        if (ROOT / name).exists() or (ROOT / name).is_symlink():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*command, "--wheel-dir", work, source], capture_output=True, text=True, cwd=work)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    (built,) = work.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        return {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
+
+
+def test_wheel_has_no_top_level_kernels(wheel):
+    """A top-level ``kernels`` would overwrite Hugging Face's package of that name without a word."""
+    tops = {name.split("/")[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"resnet_fast"}
+    (metadata,) = (name for name in wheel if name.endswith("/METADATA"))
+    assert b"\nName: resnet-fast\n" in wheel[metadata]
+
+
+def test_wheel_has_the_kernels(wheel):
+    """As real files with the code in them, not as the link that the repository has."""
+    for name in tracked():
+        if name.startswith("kernels/") and name.endswith((".py", ".json")):
+            shipped = f"resnet_fast/{name}"
+            assert shipped in wheel, f"{shipped} is missing"
+            assert wheel[shipped] == (ROOT / name).read_bytes()
+    assert "resnet_fast/kernels/onednn.py" in wheel
+
+
+def test_wheel_has_every_module_and_its_data(wheel):
+    """Subpackages without an ``__init__.py`` included; typing marker, tile tables and templates too."""
+    kinds = (".py", ".json", ".html", ".typed")
+    for name in tracked():
+        if name.startswith("resnet_fast/") and name.endswith(kinds):
+            assert name in wheel, f"{name} is missing"
+    assert "resnet_fast/py.typed" in wheel
+    assert any(re.fullmatch(r"resnet_fast/kernels/triton/tiles/\w+\.json", name) for name in wheel)
+
+
+def test_wheel_has_nothing_else(wheel):
+    """No tests, no caches, no benchmarks, no builds, no file that the repository would not hold."""
+    for name in wheel:
+        assert "__pycache__" not in name
+        assert ".dist-info/" in name or name.startswith("resnet_fast/")
+        if name.startswith("resnet_fast/kernels/"):
+            assert (ROOT / name.removeprefix("resnet_fast/")).is_file()
+
+
+def test_wheel_works_where_it_is_unpacked(wheel, tmp_path):
+    """From a folder that is not the repository, it imports its own kernels and computes."""
+    for name, data in wheel.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    program = """
+import sys
+sys.path.insert(0, "")
+import torch, resnet_fast
+from resnet_fast.kernels import onednn
+assert "kernels" not in sys.modules
+y = resnet_fast.resnet18(num_classes=3).eval()(torch.ones(1, 3, 32, 32))
+print(resnet_fast.__file__, onednn.__file__, tuple(y.shape))
+"""
+    out = _python(program, tmp_path, OMP_NUM_THREADS="1").split(maxsplit=2)
+    assert out[:2] == [str(tmp_path / "resnet_fast/__init__.py"), str(tmp_path / "resnet_fast/kernels/onednn.py")]
+    assert out[2] == "(1, 3)"
+
+
+def test_version_is_told_once(wheel):
+    """The version of the wheel is that of the package."""
+    import resnet_fast
+
+    (dist_info,) = {name.split("/")[0] for name in wheel if ".dist-info/" in name}
+    assert dist_info == f"resnet_fast-{resnet_fast.__version__}.dist-info"
+
+
+# --- the repository ---------------------------------------------------------------------------------------------------
+
+
+def test_kernels_is_a_namespace_and_a_link():
+    """No ``kernels/__init__.py``: a checkout must not shadow Hugging Face's package. The link is stored as one."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+    assert not (ROOT / "kernels/__init__.pyi").exists()
+    link = ROOT / "resnet_fast/kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == "../kernels"
+    (entry,) = _git("ls-files", "-z", "--stage", "resnet_fast/kernels")
+    assert entry.startswith("120000 ")
+
+
+def test_a_real_kernels_package_is_not_shadowed(tmp_path):
+    """With another ``kernels`` installed, ``import kernels`` in the repository's root finds that one."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("whose = 'theirs'\n")
+    program = f"""
+import sys
+sys.path[:0] = [""]
+sys.path.append({str(tmp_path)!r})
+import kernels, resnet_fast.kernels.case
+print(kernels.whose)
+"""
+    assert _python(program) == "theirs"
+
+
+def test_imports_go_through_the_package():
+    """``kernels.x`` and ``resnet_fast.kernels.x`` would be two modules, with two caches and two registrations."""
+    wrong = re.compile(r"^\s*(from|import)\s+kernels\b", re.MULTILINE)
+    sources = [name for name in tracked() if name.endswith(".py") and "/test_package.py" not in name]
+    assert len(sources) > 20
+    assert [name for name in sources if wrong.search((ROOT / name).read_text())] == []
+
+
+def test_no_machine_paths():
+    """Nothing tracked names a folder of the machine that it was written on."""
+    paths = re.compile(rb"(?<![\w.~-])/(work|root|tmp|home)/\w")
+    found = []
+    for name in tracked():
+        path = ROOT / name
+        if path.is_file() and not path.is_symlink() and name != "tests/cpu/test_package.py":
+            for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+                if paths.search(line):
+                    found.append(f"{name}:{number}: {line[:100].decode(errors='replace')}")
+    assert not found, "\n".join(found)
+
+
+def test_the_tests_find_the_tree_they_lie_in():
+    """Not an installed copy."""
+    import resnet_fast
+
+    assert Path(resnet_fast.__file__).resolve() == (ROOT / "resnet_fast/__init__.py").resolve()
+
+
+def test_import_from_the_root():
+    """``python`` started in the root imports the package, and no top-level ``kernels`` comes along."""
+    program = "import sys; sys.path.insert(0, ''); import resnet_fast, resnet_fast.ops, resnet_fast.kernels.onednn\n"
+    assert _python(program + "print('kernels' in sys.modules, resnet_fast.__file__)") == (
+        f"False {ROOT / 'resnet_fast/__init__.py'}"
+    )
+
+
+# --- what importing does not do ---------------------------------------------------------------------------------------
+
+IMPORTS = """
+import sys
+{before}
+import torch, torchvision
+known = set(sys.modules)
+threads = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.backends.cudnn.benchmark
+import resnet_fast
+assert threads == (
+    torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.backends.cudnn.benchmark
+), "a global setting was changed"
+new = set(sys.modules) - known
+"""
+
+
+def test_import_touches_no_gpu():
+    """No CUDA context, no query of devices, no Triton: each may take seconds, fork badly, or fail without a driver."""
+    program = (
+        IMPORTS.format(before="")
+        + """
+assert not torch.cuda.is_initialized()
+heavy = sorted(m for m in new if m.split(".")[0] in ("triton", "onnx", "onnxruntime", "onnxscript", "timm", "typer"))
+assert not heavy, heavy
+assert "triton" not in sys.modules or "triton.backends.nvidia.driver" not in new
+print("fine")
+"""
+    )
+    assert _python(program) == "fine"
+
+
+def test_import_asks_no_driver_and_compiles_nothing():
+    """Every way to a driver or a compiler is barred; the import does not notice."""
+    program = (
+        IMPORTS.format(before="import subprocess, ctypes, torch")
+        + """
+print("fine")
+"""
+    )
+    barred = """
+import torch, subprocess, torch.utils.cpp_extension
+def refuse(*args, **kwargs):
+    raise AssertionError(f"import went to the machine: {args}")
+for name in ("init", "_lazy_init", "is_available", "device_count", "get_device_capability", "get_device_name"):
+    setattr(torch.cuda, name, refuse)
+import torchvision
+subprocess.Popen.__init__ = refuse
+torch.utils.cpp_extension.load = torch.utils.cpp_extension.load_inline = refuse
+torch.compile = refuse
+"""
+    assert _python(barred + program) == "fine"
+
+
+def test_import_works_without_triton():
+    """On a platform where it is not installed, the CPU route serves."""
+    program = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import torch, resnet_fast
+print(tuple(resnet_fast.resnet18(num_classes=3).eval()(torch.ones(1, 3, 32, 32)).shape))
+print(resnet_fast.explain(resnet_fast.resnet18()).rows[0].steps[0])
+"""
+    out = _python(program, OMP_NUM_THREADS="1").splitlines()
+    assert out == ["(1, 3)", "conv1+bn1+relu+maxpool: onednn"]
+
+
+def test_public_names():
+    """``from resnet_fast import *`` gives what the package lists, and the version is a plain one."""
+    import resnet_fast
+
+    space: dict = {}
+    exec("from resnet_fast import *", space)
+    assert set(resnet_fast.__all__) <= set(space)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", resnet_fast.__version__)
