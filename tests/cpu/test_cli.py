@@ -1,7 +1,9 @@
 """The command line, run in this process: exit codes, JSON, and what is said when something is wrong."""
 
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -17,6 +19,7 @@ from resnet_fast.cli import main
 from resnet_fast.cli.models import build, randomise_batch_norm, read_checkpoint
 from resnet_fast.cli.numerics import check_layers
 from resnet_fast.cli.output import write_json
+from resnet_fast.export.optional import EXTRAS
 
 SMALL = ["--size", "64", "--batch", "1"]
 
@@ -75,6 +78,7 @@ def test_runtime_errors_exit_with_1_and_one_line(capsys, tmp_path):
         ("timm", ["explain", "timm:test_resnet"], "timm"),
         ("onnxruntime", ["export", "resnet18", "m.onnx"], "onnxruntime"),
         ("skimage", ["demo"], "demo"),
+        ("jinja2", ["demo"], "demo"),
         ("safetensors", ["verify", "resnet18", "--weights", "w.safetensors"], "dev"),
     ],
 )
@@ -87,6 +91,14 @@ def test_missing_packages_exit_with_4_and_name_the_extra(module, arguments, extr
     assert main(arguments) == 4
     assert f"pip install 'resnet-fast[{extra}]'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_extras_bring_what_they_are_said_to():
+    requirements = importlib.metadata.requires("resnet-fast")
+    distributions = {"sklearn": "scikit-learn", "skimage": "scikit-image", "onnxruntime": "onnxruntime-gpu"}
+    for module, extra in EXTRAS.items():
+        name = distributions.get(module, module)
+        assert any(re.match(rf"{name}\b.*extra == ['\"]{extra}['\"]", line) for line in requirements), (module, extra)
 
 
 # --- doctor, explain ----------------------------------------------------------------------------------------------

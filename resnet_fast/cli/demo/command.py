@@ -27,6 +27,11 @@ def demo(
     Takes a few minutes and downloads nothing. Writes OUT/report.html and OUT/report.json, and exits with 3 if a
     check fails.
     """
+    from resnet_fast.export.optional import require
+
+    for module in ("onnxruntime", "sklearn", "skimage", "matplotlib", "jinja2"):
+        require(module, "the demo")
+
     import time
 
     import torch
@@ -39,10 +44,7 @@ def demo(
     from resnet_fast.cli.demo.training import accuracy_of, calibrate, digits_network, train
     from resnet_fast.cli.models import build
     from resnet_fast.export import VerificationError
-    from resnet_fast.export.optional import require
 
-    for module in ("onnxruntime", "sklearn", "skimage", "matplotlib", "jinja2"):
-        require(module, "the demo")
     try:
         names = provider_names(providers)
     except ValueError as error:
