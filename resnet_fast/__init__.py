@@ -1,5 +1,7 @@
 """ResNets with convolution, batch norm, residual add and ReLU fused into custom kernels, behind torchvision's API."""
 
+from typing import TYPE_CHECKING, Any
+
 from resnet_fast.accelerate import accelerate, explain, restore
 from resnet_fast.blocks import BasicBlock, Bottleneck
 from resnet_fast.resnet import (
@@ -42,6 +44,7 @@ __all__ = [
     "Wide_ResNet101_2_Weights",
     "accelerate",
     "explain",
+    "export_onnx",
     "resnet18",
     "resnet34",
     "resnet50",
@@ -55,3 +58,14 @@ __all__ = [
     "wide_resnet101_2",
 ]
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from resnet_fast.export import export_onnx
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export_onnx":  # imported when asked for: the ONNX libraries take longer to load than all of this
+        from resnet_fast.export import export_onnx
+
+        return export_onnx
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
