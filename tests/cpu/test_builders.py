@@ -202,6 +202,7 @@ def test_initialisation():
 # --- legacy arguments and weights -------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Arguments other than a weight enum:UserWarning")
 @pytest.mark.parametrize("arguments", [((False,), {}), ((), {"pretrained": False}), ((None,), {})], ids=str)
 def test_legacy_interface(arguments):
     """``pretrained=False`` and a positional argument still work, with torchvision's own warnings."""

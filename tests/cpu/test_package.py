@@ -260,3 +260,12 @@ def test_public_names():
     exec("from resnet_fast import *", space)
     assert set(resnet_fast.__all__) <= set(space)
     assert re.fullmatch(r"\d+\.\d+\.\d+", resnet_fast.__version__)
+
+
+# --- known to fail ----------------------------------------------------------------------------------------------------
+
+
+def test_wheel_carries_the_readme(wheel):
+    """It is the page on PyPI; setuptools only warns where the file is missing."""
+    (metadata,) = (name for name in wheel if name.endswith("/METADATA"))
+    assert wheel[metadata].partition(b"\n\n")[2].strip(), "no description: is README.md there?"
