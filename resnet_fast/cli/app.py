@@ -18,6 +18,7 @@ app = typer.Typer(
     name="resnet-fast",
     help="ResNets with convolution, batch norm, residual add and ReLU fused: check, measure, export.",
     epilog="Exit codes: 0 ok, 1 error, 2 usage, 3 verification failed, 4 something is missing on this machine.",
+    rich_markup_mode="markdown",  # which joins the lines of a paragraph
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -30,7 +30,7 @@ def verify(
 
     import torch
 
-    from resnet_fast import accelerate
+    from resnet_fast import accelerate, explain
     from resnet_fast.cli.models import build, randomise_batch_norm
     from resnet_fast.cli.numerics import Check, check_layers, check_model
     from resnet_fast.export.metadata import channels_of
@@ -47,9 +47,12 @@ def verify(
         shape = (batch, channels_of(stock) or 3, size, size)
         images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         with out.status(f"checking {name}"):
-            checks = list(check_model(stock, accelerate(stock, inplace=False), images))
+            fast = accelerate(stock, inplace=False)
+            checks = list(check_model(stock, fast, images))
             if layers:
                 checks += check_layers(stock, images)
+        if all(row.status == "stock" for row in explain(fast).rows):
+            out.print(f"[yellow]nothing is fused in {name}, so there is nothing to compare; see resnet-fast explain[/]")
         results[name] = checks
         rows = [
             (
