@@ -118,12 +118,25 @@ def test_replaced_data_is_seen(counted):
     """``p.data = new`` keeps the object and its version; the address changes."""
     parameter = nn.Parameter(torch.zeros(2 * BEYOND))
     counted(parameter)
-    version = parameter._version
+    version, old = parameter._version, parameter.data  # the old memory stays as it was, and could be compared in vain
     new = torch.zeros(2 * BEYOND)
     new[-1] = 1
     parameter.data = new
     assert parameter._version == version, "PyTorch now counts this: simplify the cache"
     assert counted(parameter) == 1
+    parameter.data = old
+    assert counted(parameter) == 0
+
+
+def test_views_of_one_memory_are_different_sources(counted):
+    """Same address, same version, same first bytes: yet another tensor, with other values."""
+    memory = torch.ones(2 * BEYOND)
+    first, short, spread = torch.zeros(1), memory[:BEYOND], memory[:1].expand(3)
+    assert counted(first, memory) == 2 * BEYOND
+    assert counted(first, short) == BEYOND
+    assert counted(first, spread) == 3
+    assert counted(short, memory) == 3 * BEYOND
+    assert counted(short, short) == 2 * BEYOND
 
 
 def test_deepcopy_and_pickle_start_afresh(counted):
@@ -310,9 +323,6 @@ def test_threads_make_and_drop_weights():
                 packing.clear_all()
 
     _in_threads(work)
-
-
-# --- known to fail ----------------------------------------------------------------------------------------------------
 
 
 class _Interrupted:
