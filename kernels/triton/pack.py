@@ -4,6 +4,8 @@ Weights are packed once and kept until they change (``kernels/packing.py``); an 
 every call, which takes the place of its conversion to NHWC.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -15,6 +17,7 @@ ROW_UNIT = 16  # elements to which a row of a padded image is rounded up, so tha
 _packs = PackCache()
 
 
+@functools.cache
 def merged(groups: int, channels: int) -> int:
     """How many neighbouring groups of ``channels`` input channels to merge into one.
 

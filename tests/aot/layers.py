@@ -151,7 +151,7 @@ def representative(all_launches: Iterable[Launch]) -> list[Launch]:
 
 
 def one_per_tile(all_launches: Iterable[Launch]) -> list[Launch]:
-    """One launch per kernel, tile and size of window, with and without a residual; the last, so the one with the longest loop."""
+    """One launch per kernel, tile and kernel height, with and without a residual: the last, so one with a long loop."""
     names = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT", "HAS_RESIDUAL", "R")
     chosen = {}
     for one in all_launches:

@@ -39,7 +39,7 @@ class Compiled(NamedTuple):
     """What the compiler made of one launch."""
 
     registers: int
-    spilled: int  # bytes of stack on NVIDIA, registers on AMD
+    spilled: int  # bytes of stack per thread
     local_accesses: int  # loads and stores of spilled or indexed local memory
     shared: int  # bytes
     warps: int
@@ -167,7 +167,9 @@ def _read_amd(kernel: Any) -> Compiled:
     wide = sum(name.endswith("dwordx4") for name in loads)
     return Compiled(
         registers=number("vgpr_count"),
-        spilled=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        # Vector registers spill to memory, the private segment. Scalar ones spill to lanes of a vector register, which
+        # costs a move; they are not counted (gfx950 does so in float32).
+        spilled=number("private_segment_fixed_size") + number("vgpr_spill_count"),
         local_accesses=len(re.findall(r"^\s+scratch_(?:load|store)", assembly, re.MULTILINE)),
         shared=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,

@@ -1,9 +1,8 @@
 """Every shipped kernel and tile, compiled for its targets from the very plans that would be launched. No GPU is used.
 
-Compiled here: one launch of every kind (layers.py) in fp16, and one for every tile and window, with and without a
-residual, in bf16, TF32 and fp32, whose kernels differ from the former in instructions but not in structure. Left out: layers
-that differ from a compiled one in their number of channels only. ``python -m tests.aot.report --all`` compiles those
-too.
+Compiled here: one launch of every kind (layers.py) in fp16; in bf16, TF32 and fp32, whose kernels differ from those in
+instructions but not in structure, one for every tile and kernel height, with and without a residual. Left out: layers
+that differ from a compiled one in their numbers of channels only. ``python -m tests.aot.report --all`` compiles those.
 """
 
 import functools
