@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+RESULTS ?= benchmarks/results/latest
 
 .PHONY: demo test install lint test-cpu test-interpreter test-aot bench clean
 
@@ -36,7 +37,9 @@ test-aot: install
 
 # Needs an idle machine; takes about ten minutes.
 bench: install
-	$(BIN)/resnet-fast bench --model resnet18 --model resnet50 --batch 1 --batch 16
+	mkdir -p benchmarks/results
+	$(BIN)/resnet-fast bench --model resnet18 --model resnet50 --batch 1 --batch 16 --json $(RESULTS).json
+	$(BIN)/python benchmarks/plot.py $(RESULTS).json $(RESULTS).svg
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

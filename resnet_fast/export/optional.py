@@ -11,7 +11,7 @@ EXTRAS = {
     "skimage": "demo",
     "matplotlib": "demo",
     "jinja2": "demo",
-    "safetensors": "dev",
+    "safetensors": "safetensors",
 }
 """The extra of ``resnet-fast`` that brings each optional module."""
 

@@ -79,7 +79,7 @@ def test_runtime_errors_exit_with_1_and_one_line(capsys, tmp_path):
         ("onnxruntime", ["export", "resnet18", "m.onnx"], "onnxruntime"),
         ("skimage", ["demo"], "demo"),
         ("jinja2", ["demo"], "demo"),
-        ("safetensors", ["verify", "resnet18", "--weights", "w.safetensors"], "dev"),
+        ("safetensors", ["verify", "resnet18", "--weights", "w.safetensors"], "safetensors"),
     ],
 )
 def test_missing_packages_exit_with_4_and_name_the_extra(module, arguments, extra, monkeypatch, tmp_path, capsys):
