@@ -1,46 +1,58 @@
-"""Poisoned borders around what a kernel reads and writes.
+"""No kernel touches memory outside its operands.
 
 The interpreter follows any address. A read outside a tensor is silent and finds whatever lies there, usually harmless
-numbers; a write destroys it. So every tensor is placed between two borders of NaN. A read from a border makes the
-result NaN, and a write to one is found afterwards. Outputs start as NaN too, so that an element never written shows.
+numbers, often in a column that is never stored; on a GPU it may be a fault. So every operand is registered, and every
+load and store is checked: the addresses that its mask lets through must all lie in one operand.
+
+Outputs start as NaN, so that an element never written shows.
 """
 
+import numpy as np
 import torch
+from triton.runtime.interpreter import InterpreterBuilder, _get_np_dtype
 
 from resnet_fast.kernels.triton import launch, pack
 
-_BORDER = 1 << 14  # elements on each side at least: more than any tile of the small tests reaches out
-
 
 class Guards:
+    """The operands of a test, by address."""
+
     def __init__(self) -> None:
-        self._borders: list[torch.Tensor] = []
+        self._operands: list[torch.Tensor] = []  # kept alive: another tensor must not get the same addresses
 
-    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """NaN of the shape and the strides of ``tensor``, which is dense, between borders of NaN."""
-        size = tensor.numel()
-        border = max(_BORDER, size)
-        buffer = torch.full((border + size + border,), torch.nan, dtype=tensor.dtype)
-        self._borders += [buffer[:border], buffer[border + size :]]
-        return buffer.as_strided(tensor.shape, tensor.stride(), border)
-
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` between borders."""
-        return self.empty_like(tensor).copy_(tensor)
+    def operand(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of ``tensor``, which is dense, that kernels may touch."""
+        self._operands.append(tensor.clone(memory_format=torch.preserve_format))
+        return self._operands[-1]
 
     def install(self, monkeypatch) -> None:
-        """Guard all that ``launch`` hands to a kernel: images, weights, scale and shift, residuals, outputs."""
+        """Register all that ``launch`` hands to a kernel, and check what kernels do."""
 
-        def around(function):
-            return lambda *args: self.copy(function(*args))
+        def registered(function):
+            return lambda *args: self.operand(function(*args))
 
-        allocate = launch.allocate
-        monkeypatch.setattr(launch, "allocate", lambda *args: self.empty_like(allocate(*args)))
-        monkeypatch.setattr(launch, "_nhwc", around(launch._nhwc))
-        monkeypatch.setattr(launch, "_vector", around(launch._vector))
+        for name in ("_nhwc", "_vector"):
+            monkeypatch.setattr(launch, name, registered(getattr(launch, name)))
         for name in ("weight", "row_weight", "pixels"):
-            monkeypatch.setattr(pack, name, around(getattr(pack, name)))
+            monkeypatch.setattr(pack, name, registered(getattr(pack, name)))
+        allocate = launch.allocate
+        monkeypatch.setattr(launch, "allocate", lambda *args: self.operand(allocate(*args).fill_(torch.nan)))
 
-    def check(self) -> None:
-        for border in self._borders:
-            assert border.isnan().all(), "a kernel wrote outside its output"
+        for name in ("create_masked_load", "create_masked_store"):
+            monkeypatch.setattr(InterpreterBuilder, name, self._checked(getattr(InterpreterBuilder, name), name))
+
+    def _checked(self, access, name: str):
+        mask_at = 0 if name == "create_masked_load" else 1  # after the pointers, and the value of a store
+
+        def checked(builder, pointers, *args):
+            touched = pointers.data[np.broadcast_to(args[mask_at].data, pointers.data.shape)]
+            if touched.size:
+                item = _get_np_dtype(pointers.get_element_ty()).itemsize
+                self._check(int(touched.min()), int(touched.max()) + item, name)
+            return access(builder, pointers, *args)
+
+        return checked
+
+    def _check(self, first: int, end: int, name: str) -> None:
+        if not any(t.data_ptr() <= first and end <= t.data_ptr() + t.nbytes for t in self._operands):
+            raise AssertionError(f"{name} outside its operand")

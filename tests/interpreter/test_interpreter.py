@@ -1,4 +1,4 @@
-"""The corrections to the interpreter themselves (bfloat16.py), against PyTorch's casts and products."""
+"""What the other tests stand on: bfloat16.py against PyTorch's casts and products, and that guard.py sees an access."""
 
 import pytest
 import torch
@@ -55,3 +55,20 @@ def test_arithmetic_in_bfloat16_is_refused():
     x = torch.ones(16, dtype=torch.bfloat16)
     with pytest.raises(triton.runtime.errors.InterpreterError, match="widen to float32"):
         _double_kernel[(1,)](x, torch.empty_like(x), 16)
+
+
+@triton.jit
+def _shift_kernel(x_ptr, y_ptr, READ, WRITE, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + at + READ, mask=at < SIZE - 1, other=0.0)
+    tl.store(y_ptr + at + WRITE, x, mask=at < SIZE - 1)
+
+
+def test_an_access_outside_an_operand_is_an_error(guarded):
+    """By one element at either end, though the memory there is another operand's."""
+    x, y = guarded.operand(torch.ones(64)), guarded.operand(torch.zeros(64))
+    _shift_kernel[(1,)](x, y, 1, 0, 64)
+    assert y.sum() == 63
+    for read, write in [(2, 0), (-1, 0), (0, 2), (0, -1)]:
+        with pytest.raises(triton.runtime.errors.InterpreterError, match="outside its operand"):
+            _shift_kernel[(1,)](x, y, read, write, 64)
