@@ -54,6 +54,13 @@ def conv_bn_act(
 ) -> torch.Tensor:
     """See ``reference.conv_bn_act``."""
 
+    if _reads_astray(x, weight, stride, padding, dilation):
+        wide = x.float().contiguous()
+        wide_residual = None if residual is None else residual.float()
+        y = reference.conv_bn_act(
+            wide, weight.float(), scale, shift, wide_residual, stride, padding, dilation, groups, relu
+        )
+        return y.to(x.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     pack = _packs.get(
         (weight, scale, shift),
@@ -87,10 +94,25 @@ def _pack(
         largest = folded.abs().amax((1, 2, 3))
         if ((largest > 0) & ((largest < _FLOAT16_SAFE[0]) | (largest > _FLOAT16_SAFE[1]))).any():
             return None
+        if shift.abs().max() > torch.finfo(torch.float16).max:
+            return None
     plain = folded.to(x.dtype).contiguous(memory_format=torch.channels_last).to_mkldnn()
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
     blocked = reorder(plain, padding, stride, dilation, groups, x.shape)
-    return blocked, shift.to(x.dtype)
+    return blocked, shift.to(x.dtype).contiguous()
+
+
+def _reads_astray(x: torch.Tensor, weight: torch.Tensor, stride: Pair, padding: Pair, dilation: Pair) -> bool:
+    """Whether oneDNN's channels_last kernels would read outside the input (PyTorch 2.14), and crash or return NaN.
+
+    Two cases: a dilated kernel through which some outputs see no pixel; and, in half precision, a single column of
+    outputs whose stride leaves columns over. Both take images smaller than networks are built for.
+    """
+    extents = [dilation[i] * (weight.shape[2 + i] - 1) + 1 for i in (0, 1)]
+    if dilation != (1, 1) and any(padding[i] >= extents[i] or x.shape[2 + i] < dilation[i] for i in (0, 1)):
+        return True
+    left_over = x.shape[3] + 2 * padding[1] - extents[1]
+    return x.dtype != torch.float32 and 0 < left_over < stride[1]
 
 
 def stem(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ def conv_bn_act(
         ``[N, K, P, Q]`` in channels_last.
 
     Raises:
+        TypeError: ``x`` is no tensor.
         ValueError: ``x`` is 3-dimensional, as batch norm does.
         RuntimeError: another number of dimensions, wrong channels, dtype or device, as convolution does.
     """
@@ -100,6 +101,8 @@ def _fold(bn: BatchNorm, conv_bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _check_input(x: Tensor, conv: nn.Conv2d) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, expected a tensor [N, {conv.in_channels}, H, W]")
     if x.dim() != 4:
         error = ValueError if x.dim() == 3 else RuntimeError  # what batch norm and convolution raise
         raise error(f"x has shape {list(x.shape)}, expected 4 dimensions: [N, {conv.in_channels}, H, W]")

@@ -10,7 +10,6 @@ runs what it does not cover. Triton serves CPU tensors only so, and only in its 
 
 import os
 from collections.abc import Callable
-from functools import lru_cache
 from types import ModuleType
 from typing import Any, Optional
 
@@ -26,20 +25,13 @@ Pair = tuple[int, int]
 IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "onednn": onednn, "reference": reference}
 """By name, best first. Each has the functions of ``reference``; ``supports(case)`` gives None, or the reason."""
 
+# Triton's interpreter is a test instrument: it serves the CPU only on request.
+_CANDIDATES = {"cpu": [name for name in IMPLEMENTATIONS if name != "triton"]}
+
 _library = torch.library.Library("resnet_fast", "DEF")
 
 
 # --- dispatch -------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4096)
-def _select(case: Case, preferred: Optional[str]) -> str:
-    names = list(IMPLEMENTATIONS)
-    if preferred is not None:
-        names = [preferred, "reference"]
-    elif case.device == "cpu":
-        names.remove("triton")  # the interpreter is a test instrument: only on request
-    return next(name for name in names if IMPLEMENTATIONS[name].supports(case) is None)
 
 
 def implementation_for(case: Case) -> str:
@@ -49,7 +41,8 @@ def implementation_for(case: Case) -> str:
         raise ValueError(
             f"RESNET_FAST_IMPLEMENTATION is {preferred!r}, expected one of {', '.join(IMPLEMENTATIONS)} or nothing"
         )
-    return _select(case, preferred)
+    names = (preferred, "reference") if preferred else _CANDIDATES.get(case.device, IMPLEMENTATIONS)
+    return next(name for name in names if IMPLEMENTATIONS[name].supports(case) is None)
 
 
 def _implementation(case: Case, x: Tensor) -> ModuleType:
@@ -64,48 +57,62 @@ def _check_images(x: Tensor) -> None:
         raise RuntimeError(f"x has shape {list(x.shape)}, expected 4 dimensions: [N, C, H, W]")
 
 
-def _check_conv(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor], groups: int, out: list[int]
-) -> None:
+def conv_output(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> list[Any]:
+    """Shape of the convolution's result ``[N, K, P, Q]``; sizes may be symbolic.
+
+    Raises:
+        RuntimeError: ``x`` or ``weight`` has not 4 dimensions, the image is smaller than the kernel, or the geometry
+            makes no sense.
+    """
+    _check_images(x)
+    if min(*stride, *dilation) < 1 or min(padding) < 0:
+        raise RuntimeError(
+            f"stride is {stride}, dilation is {dilation}, padding is {padding}, "
+            "expected positive numbers, positive numbers, and numbers not below 0"
+        )
     if weight.dim() != 4:
         raise RuntimeError(f"weight has shape {list(weight.shape)}, expected 4 dimensions: [K, C/groups, R, S]")
-    if groups < 1 or weight.shape[0] % groups:
-        raise RuntimeError(f"groups is {groups}, expected a divisor of weight.shape[0] = {weight.shape[0]}")
-    channels = weight.shape[1] * groups
-    if x.shape[1] != channels:
-        raise RuntimeError(
-            f"x has {x.shape[1]} channels (shape {list(x.shape)}), expected {channels}: "
-            f"weight is {list(weight.shape)} with groups={groups}"
-        )
-    if torch.promote_types(x.dtype, weight.dtype) != weight.dtype or not x.dtype.is_floating_point:
-        raise RuntimeError(f"x is {x.dtype} and weight is {weight.dtype}, expected the same floating-point dtype")
-    for name, vector in (("scale", scale), ("shift", shift)):
-        if list(vector.shape) != [weight.shape[0]]:
-            raise RuntimeError(f"{name} has shape {list(vector.shape)}, expected [{weight.shape[0]}]")
-        if torch.promote_types(vector.dtype, torch.float32) != vector.dtype:
-            raise RuntimeError(f"{name} is {vector.dtype}, expected float32 or float64")
-    if residual is not None and (list(residual.shape) != out or residual.dtype != x.dtype):
-        raise RuntimeError(
-            f"residual is {residual.dtype} of shape {list(residual.shape)}, expected {x.dtype} of shape {out}"
-        )
-    for name, tensor in (("weight", weight), ("scale", scale), ("shift", shift), ("residual", residual)):
-        if tensor is not None and tensor.device != x.device:
-            raise RuntimeError(f"{name} is on {tensor.device}, expected the device of x, {x.device}")
-
-
-def conv_output(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> list[Any]:
-    """Shape of the convolution's result. Sizes may be symbolic, so nothing is checked that the batch decides."""
-    sizes = []
-    for axis in (0, 1):
-        extent = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
-        padded = x.shape[2 + axis] + 2 * padding[axis]
+    n, _, *image = x.shape
+    k, _, *kernel = weight.shape
+    size = []
+    for axis, name in enumerate(("height", "width")):
+        extent = dilation[axis] * (kernel[axis] - 1) + 1
+        padded = image[axis] + 2 * padding[axis]
         if padded < extent:
             raise RuntimeError(
-                f"x has shape {list(x.shape)}, expected {'height' if axis == 0 else 'width'} + 2 * {padding[axis]} "
-                f"(padding) of at least {extent} (dilated kernel)"
+                f"x has shape {list(x.shape)}, expected {name} + 2 * {padding[axis]} (padding) of at least {extent} "
+                "(dilated kernel)"
             )
-        sizes.append((padded - extent) // stride[axis] + 1)
-    return [x.shape[0], weight.shape[0], *sizes]
+        size.append((padded - extent) // stride[axis] + 1)
+    return [n, k, *size]
+
+
+def _check_conv(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor], groups: int, out: list[Any]
+) -> None:
+    """Raise RuntimeError unless the tensors fit; ``out`` is the shape of the result."""
+    k, group_channels = weight.shape[:2]
+    if groups < 1 or k % groups:
+        raise RuntimeError(f"groups is {groups}, expected a divisor of weight.shape[0] = {k}")
+    if x.shape[1] != group_channels * groups:
+        raise RuntimeError(
+            f"x has {x.shape[1]} channels (shape {list(x.shape)}), expected {group_channels * groups}: "
+            f"weight is {list(weight.shape)} with groups={groups}"
+        )
+    dtype, device = x.dtype, x.device
+    wider = weight.dtype is not dtype and torch.promote_types(dtype, weight.dtype) != weight.dtype
+    if wider or not dtype.is_floating_point:
+        raise RuntimeError(f"x is {dtype} and weight is {weight.dtype}, expected the same floating-point dtype")
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector.dim() != 1 or vector.shape[0] != k:
+            raise RuntimeError(f"{name} has shape {list(vector.shape)}, expected [{k}]")
+        if vector.dtype not in (torch.float32, torch.float64):
+            raise RuntimeError(f"{name} is {vector.dtype}, expected float32 or float64")
+    if residual is not None and (list(residual.shape) != out or residual.dtype is not dtype):
+        raise RuntimeError(f"residual is {residual.dtype} of shape {list(residual.shape)}, expected {dtype} of {out}")
+    for name, tensor in (("weight", weight), ("scale", scale), ("shift", shift), ("residual", residual)):
+        if tensor is not None and tensor.device != device:
+            raise RuntimeError(f"{name} is on {tensor.device}, expected the device of x, {device}")
 
 
 def _pooled(size: int) -> int:
@@ -141,7 +148,6 @@ def _conv_bn_act(
     relu: bool,
 ) -> Tensor:
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
-    _check_images(x)
     out = conv_output(x, weight, stride, padding, dilation)
     _check_conv(x, weight, scale, shift, residual, groups, out)
     kernel = (weight.shape[2], weight.shape[3])
@@ -163,7 +169,6 @@ def _conv_bn_act_fake(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    _check_images(x)
     out = conv_output(x, weight, _pair(stride), _pair(padding), _pair(dilation))
     _check_conv(x, weight, scale, shift, residual, groups, out)
     return _channels_last(x, out)
