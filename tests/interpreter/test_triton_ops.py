@@ -220,6 +220,17 @@ def test_an_updated_weight_is_packed_again():
     _check(x, weight, *rest, conv)
 
 
+def test_one_weight_under_several_tiles_and_dtypes(monkeypatch):
+    """As with several image sizes or autocast: each gets the pack that it needs."""
+    for name in ("round", "17 channels", "1x1, odd channels", "7x7/2, 3 channels"):
+        conv = CONVS[name]
+        x, weight, scale, shift, residual = conv.inputs(torch.float32)
+        for tile in (SMALL, TILES["split"], SMALL._replace(reduction=64)):
+            monkeypatch.setattr(tiles, "pick", lambda *problem, tile=tile: tile)
+            for dtype in DTYPES:
+                _check(x.to(dtype), weight, scale, shift, _maybe(residual, lambda r, dtype=dtype: r.to(dtype)), conv)
+
+
 def test_offsets_of_64_bits(monkeypatch, tile):
     """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
     monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
