@@ -378,9 +378,6 @@ def test_accelerate_wants_a_module(wrong):
             function(wrong)
 
 
-# --- known to fail ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", [(8,), (8, 4), (8, 4, 3), (8, 4, 3, 3, 1)])
 def test_weight_of_other_dimensions(shape):
     """RuntimeError that names the weight, before anything is computed from its shape."""

@@ -914,7 +914,7 @@ def test_reference_is_what_the_others_fall_back_to():
     assert list(ops.IMPLEMENTATIONS)[-1] == "reference"
 
 
-# --- known to fail ----------------------------------------------------------------------------------------------------
+# --- what oneDNN gets wrong -------------------------------------------------------------------------------------------
 
 
 @each_dtype

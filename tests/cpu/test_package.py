@@ -262,9 +262,6 @@ def test_public_names():
     assert re.fullmatch(r"\d+\.\d+\.\d+", resnet_fast.__version__)
 
 
-# --- known to fail ----------------------------------------------------------------------------------------------------
-
-
 def test_wheel_carries_the_readme(wheel):
     """It is the page on PyPI; setuptools only warns where the file is missing."""
     (metadata,) = (name for name in wheel if name.endswith("/METADATA"))
