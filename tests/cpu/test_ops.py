@@ -945,13 +945,18 @@ for x, w in itertools.product((x, nhwc(x)), (w, nhwc(w))):
         Conv(1, 256, 4, 2, 512, stride=(2, 2)),  # ResNet's layer4 under an image of 128 x 64
         Conv(2, 64, 8, 3, 64, (3, 2), (2, 2), (1, 0)),
         Conv(1, 12, 12, 5, 20, (3, 4), (1, 2), (0, 0)),
+        Conv(1, 256, 4, 1, 512, stride=(2, 2)),  # layer4 under an image of 128 x 32: no column is left over
+        Conv(1, 128, 7, 3, 512, (4, 3), (2, 2), (0, 0)),
+        Conv(1, 1, 5, 2, 18, (3, 3), (1, 2), (1, 1)),
+        Conv(1, 1, 8, 3, 3, (3, 4), (1, 3), (0, 1)),
     ],
-    ids=["layer4, narrow", "3x2/2", "3x4"],
+    ids=["layer4, narrow", "3x2/2", "3x4", "layer4, one column", "4x3/2", "grey 3x3", "grey 3x4"],
 )
 def test_one_output_column(conv, dtype, implementation, poison):
-    """One output column and a stride: oneDNN's AMX kernels read too far in bfloat16, in PyTorch's convolution as well.
+    """One output column and a horizontal stride: oneDNN reads past the input, called by PyTorch's convolution as well.
 
-    With a horizontal stride of 1, which means the same there, they are right.
+    Its AMX kernels do in bfloat16, those for images of one channel in float32. With a horizontal stride of 1, which
+    means the same there, all are right.
     """
     args = poison.args(make(conv, dtype).args(True, False))
     exact = exact_conv(args)
