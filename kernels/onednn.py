@@ -54,13 +54,21 @@ def conv_bn_act(
 ) -> torch.Tensor:
     """See ``reference.conv_bn_act``."""
 
-    if _reads_astray(x, weight, stride, padding, dilation):
+    extents = [dilation[i] * (weight.shape[2 + i] - 1) + 1 for i in (0, 1)]
+    if dilation != (1, 1) and any(padding[i] >= extents[i] or x.shape[2 + i] < dilation[i] for i in (0, 1)):
+        # Some outputs may see no pixel through the dilated kernel: oneDNN follows a wild pointer there, in PyTorch's
+        # half-precision convolution as well (2.14).
         wide = x.float().contiguous()
         wide_residual = None if residual is None else residual.float()
         y = reference.conv_bn_act(
             wide, weight.float(), scale, shift, wide_residual, stride, padding, dilation, groups, relu
         )
         return y.to(x.dtype)
+    if stride[1] > 1 and x.shape[3] + 2 * padding[1] - extents[1] < stride[1]:
+        # A single column of outputs: with a horizontal stride, oneDNN reads past the input, in PyTorch's convolution
+        # as well (2.14). Cut to what that column sees, the image gives the same without one.
+        x = F.pad(x, (padding[1], max(0, extents[1] - padding[1] - x.shape[3])))[..., : extents[1]]
+        stride, padding = (stride[0], 1), (padding[0], 0)
     x = x.contiguous(memory_format=torch.channels_last)
     pack = _packs.get(
         (weight, scale, shift),
@@ -100,19 +108,6 @@ def _pack(
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
     blocked = reorder(plain, padding, stride, dilation, groups, x.shape)
     return blocked, shift.to(x.dtype).contiguous()
-
-
-def _reads_astray(x: torch.Tensor, weight: torch.Tensor, stride: Pair, padding: Pair, dilation: Pair) -> bool:
-    """Whether oneDNN's channels_last kernels would read outside the input (PyTorch 2.14), and crash or return NaN.
-
-    Two cases: a dilated kernel through which some outputs see no pixel; and, in half precision, a single column of
-    outputs whose stride leaves columns over. Both take images smaller than networks are built for.
-    """
-    extents = [dilation[i] * (weight.shape[2 + i] - 1) + 1 for i in (0, 1)]
-    if dilation != (1, 1) and any(padding[i] >= extents[i] or x.shape[2 + i] < dilation[i] for i in (0, 1)):
-        return True
-    left_over = x.shape[3] + 2 * padding[1] - extents[1]
-    return x.dtype != torch.float32 and 0 < left_over < stride[1]
 
 
 def stem(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,7 @@ class PackCache:
         def forget(reference: weakref.ref) -> None:
             entry = entries.get(identity)
             if entry is not None and entry.sources[0].reference is reference:
-                del entries[identity]
+                entries.pop(identity, None)
 
         entry = _Entry((_remember(sources[0], forget), *map(_remember, sources[1:])), {})
         entries[identity] = entry
