@@ -304,6 +304,8 @@ class _Tracer(fx.Tracer):
         answer, so the graph holds for calls that leave the optional ones out."""
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
         required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if not required:
+            raise TypeError("it has no required parameter")
         if any(p.kind is p.KEYWORD_ONLY for p in required):
             raise TypeError("it has a required keyword-only parameter")
         self.inputs = tuple(p.name for p in required)

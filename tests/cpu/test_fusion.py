@@ -269,6 +269,17 @@ def test_structured_results_and_several_inputs():
     assert relative_error(fast(X, 3.0, mask=mask), stock(X, 3.0, mask=mask)) < 1e-5
 
 
+def test_a_forward_with_only_optional_inputs_is_left_alone():
+    """As Hugging Face writes them; there is no input to trace with. Its children are accelerated all the same."""
+
+    def forward(self, x=None):
+        return self.inner(self.relu(self.bn1(self.conv1(x))))
+
+    inner = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+    fast, _ = check(forward, expected_ops=1, inner=inner)
+    assert "no required parameter" in resnet_fast.explain(fast).rows[0].reason
+
+
 def test_a_parameter_of_its_own():
     def forward(self, x):
         return self.gamma * self.bn1(self.conv1(x)) + x
