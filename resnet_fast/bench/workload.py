@@ -1,5 +1,6 @@
 """What every provider is given: model, images and the right result, as files in one folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +40,13 @@ def load_model(folder: Path) -> nn.Module:
 def load_images(folder: Path) -> Tensor:
     """The images of the workload in ``folder``, ``[N, C, H, W]``, float32."""
     return torch.from_numpy(np.load(folder / IMAGES))
+
+
+def eager(model: nn.Module, images: Tensor) -> Callable[[], np.ndarray]:
+    """A call runs ``model`` on ``images`` once, without autograd."""
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            return model(images).numpy()
+
+    return run

@@ -18,14 +18,8 @@ def unavailable() -> Optional[str]:
 def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
     import torch
 
-    from resnet_fast.bench.workload import load_images, load_model
+    from resnet_fast.bench.workload import eager, load_images, load_model
 
     torch.set_num_threads(threads)
     layout: Any = {"memory_format": torch.channels_last}
-    model, images = load_model(folder).to(**layout), load_images(folder).to(**layout)
-
-    def run() -> np.ndarray:
-        with torch.inference_mode():
-            return model(images).numpy()
-
-    return run
+    return eager(load_model(folder).to(**layout), load_images(folder).to(**layout))

@@ -18,13 +18,7 @@ def unavailable() -> Optional[str]:
 def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
     import torch
 
-    from resnet_fast.bench.workload import load_images, load_model
+    from resnet_fast.bench.workload import eager, load_images, load_model
 
     torch.set_num_threads(threads)
-    model, images = load_model(folder), load_images(folder)
-
-    def run() -> np.ndarray:
-        with torch.inference_mode():
-            return model(images).numpy()
-
-    return run
+    return eager(load_model(folder), load_images(folder))

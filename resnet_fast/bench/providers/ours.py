@@ -19,14 +19,8 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
     import torch
 
     from resnet_fast import accelerate
-    from resnet_fast.bench.workload import load_images, load_model
+    from resnet_fast.bench.workload import eager, load_images, load_model
 
     torch.set_num_threads(threads)
-    model = accelerate(load_model(folder))
     images = load_images(folder).contiguous(memory_format=torch.channels_last)
-
-    def run() -> np.ndarray:
-        with torch.inference_mode():
-            return model(images).numpy()
-
-    return run
+    return eager(accelerate(load_model(folder)), images)
