@@ -1,0 +1,145 @@
+"""The compiled kernels, through ctypes (which releases the GIL during a call). ``src/abi.h`` says what everything means.
+
+The library is one file beside this one, made by ``setup.py`` where there is a C++ compiler. It is linked to the
+OpenMP runtime by the name that torch ships its own under: torch is imported first, so both share one pool of threads.
+"""
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Optional
+
+import torch  # noqa: F401  (before the library is loaded: see above)
+
+ABI = 1
+LIBRARY = Path(__file__).with_name("_native.so")
+
+CONV, MAX_POOL, AVG_POOL, ADD, TO_NHWC, TO_NCHW = range(6)
+ALGORITHMS = ("gemm", "winograd2", "winograd4", "grouped")
+"""By their number in the interface."""
+
+_int = ctypes.c_int32
+_SIZES = "n h w c p q k r s stride_h stride_w pad_h pad_w dilation_h dilation_w groups relu pool"
+
+
+class Shape(ctypes.Structure):
+    """``rf_shape``."""
+
+    _fields_ = [("dtype", _int), *((name, _int) for name in _SIZES.split())]
+
+
+class Ref(ctypes.Structure):
+    """``rf_ref``: bytes from the start of a buffer; buffer -1 is none."""
+
+    _fields_ = [("buffer", _int), ("reserved", _int), ("offset", ctypes.c_int64)]
+
+
+class Op(ctypes.Structure):
+    """``rf_op``."""
+
+    _fields_ = [
+        ("kind", _int),
+        ("algorithm", _int),
+        ("shape", Shape),
+        ("reserved", _int),
+        ("packed", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("x", Ref),
+        ("residual", Ref),
+        ("y", Ref),
+    ]
+
+
+NOWHERE = Ref(-1, 0, 0)
+
+_library: Optional[ctypes.CDLL] = None
+_reason: Optional[str] = None
+
+
+def unavailable() -> Optional[str]:
+    """Why the compiled kernels cannot be used, or None. Loads them at the first call.
+
+    Raises:
+        ValueError: ``RESNET_FAST_ISA`` names no compiled variant that this CPU runs.
+    """
+    global _library, _reason
+    if _library is None and _reason is None:
+        if not LIBRARY.exists():
+            _reason = "the compiled kernels are not there: the package was installed without a C++ compiler"
+            return _reason
+        try:
+            library = _open()
+        except OSError as error:
+            _reason = f"the compiled kernels cannot be loaded: {error}"
+            return _reason
+        if library.rf_abi() != ABI:
+            _reason = f"the compiled kernels have interface {library.rf_abi()}, expected {ABI}: install the package again"
+            return _reason
+        _select(library, os.environ.get("RESNET_FAST_ISA") or None)
+        _library = library
+    return _reason
+
+
+def _open() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY))
+    shape = ctypes.POINTER(Shape)
+    library.rf_variant_name.restype = ctypes.c_char_p
+    library.rf_supports.argtypes = [shape, ctypes.c_int]
+    library.rf_packed_bytes.argtypes = [shape, ctypes.c_int]
+    library.rf_packed_bytes.restype = ctypes.c_int64
+    library.rf_pack.argtypes = [shape, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    library.rf_pack.restype = None
+    library.rf_run.argtypes = [ctypes.POINTER(Op), ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int]
+    library.rf_run.restype = None
+    return library
+
+
+def _select(library: ctypes.CDLL, wanted: Optional[str]) -> None:
+    if wanted is None:
+        return
+    names = _variant_names(library)
+    usable = [name for i, name in enumerate(names) if library.rf_variant_usable(i)]
+    if wanted not in usable:
+        raise ValueError(f"RESNET_FAST_ISA is {wanted!r}, expected one that this CPU runs: {', '.join(usable)}")
+    library.rf_select_variant(names.index(wanted))
+
+
+def _variant_names(library: ctypes.CDLL) -> list[str]:
+    return [library.rf_variant_name(i).decode() for i in range(library.rf_variants())]
+
+
+def _loaded() -> ctypes.CDLL:
+    reason = unavailable()
+    if _library is None:
+        raise RuntimeError(reason)
+    return _library
+
+
+def usable_variants() -> list[str]:
+    """The instruction sets that the kernels are compiled for and this CPU runs, slowest first."""
+    library = _loaded()
+    return [name for i, name in enumerate(_variant_names(library)) if library.rf_variant_usable(i)]
+
+
+def variant() -> str:
+    """The instruction set in use."""
+    library = _loaded()
+    return _variant_names(library)[library.rf_selected_variant()]
+
+
+def supports(shape: Shape, algorithm: str) -> bool:
+    return bool(_loaded().rf_supports(shape, ALGORITHMS.index(algorithm)))
+
+
+def pack(shape: Shape, algorithm: str, weight: torch.Tensor) -> torch.Tensor:
+    """``weight``, ``[K, C/groups, R, S]`` in float64 with the scale multiplied in, as the algorithm reads it: bytes."""
+    library, number = _loaded(), ALGORITHMS.index(algorithm)
+    weight = weight.to(torch.float64).contiguous()
+    packed = torch.empty(library.rf_packed_bytes(shape, number), dtype=torch.uint8)
+    library.rf_pack(shape, number, weight.data_ptr(), packed.data_ptr())
+    return packed
+
+
+def run(ops: "ctypes.Array[Op]", count: int, buffers: "ctypes.Array[ctypes.c_void_p]", threads: int) -> None:
+    """Run ``count`` operations, in order, on ``threads`` threads of torch's pool."""
+    _loaded().rf_run(ops, count, buffers, threads)

@@ -1,0 +1,76 @@
+// The C interface between Python (ctypes) and the kernels. Images are NHWC, float32.
+//
+// A program is an array of operations over a handful of buffers; one call runs all of it, so that a whole network costs
+// Python one call. Pointers in an operation are a buffer's number and a byte offset: the arena of a network is one
+// buffer, its input another, and neither address is part of the program.
+#pragma once
+
+#include <cstdint>
+
+#define RESNET_FAST_ABI 1
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+enum rf_dtype : int32_t { RF_FLOAT32 = 0, RF_BFLOAT16 = 1 };  // RF_INT8 will be 2
+
+enum rf_kind : int32_t {
+  RF_CONV = 0,      // y = relu?(conv(x) + shift + residual?), then a 3x3/2 max-pool with padding 1 if `pool`
+  RF_MAX_POOL = 1,  // windows r x s; outside the image counts as nothing; NaN wins
+  RF_AVG_POOL = 2,  // as above; the divisor counts the pixels inside the image
+  RF_ADD = 3,       // y = relu?(x + residual?)
+  RF_TO_NHWC = 4,   // x is NCHW, y NHWC
+  RF_TO_NCHW = 5,   // the other way round
+};
+
+enum rf_algorithm : int32_t {
+  RF_GEMM = 0,       // gather patches into panels, multiply: every shape
+  RF_WINOGRAD2 = 1,  // F(2x2, 3x3): 3x3, stride 1, dilation 1, one group
+  RF_WINOGRAD4 = 2,  // F(4x4, 3x3): same
+  RF_GROUPED = 3,    // few channels per group: 1, 2, 4 or 8 in and as many out
+};
+
+// Sizes of one operation. Output sizes are given, not derived: ceil_mode is the caller's business.
+struct rf_shape {
+  int32_t dtype;
+  int32_t n, h, w, c;  // input
+  int32_t p, q, k;     // output of the convolution or pool: height, width, channels
+  int32_t r, s;        // window: height, width
+  int32_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int32_t groups;
+  int32_t relu;
+  int32_t pool;  // convolutions: a 3x3/2 max-pool follows; y is [n, (p - 1) / 2 + 1, (q - 1) / 2 + 1, k]
+};
+
+struct rf_ref {
+  int32_t buffer;  // index into the buffers of the call; -1: absent
+  int32_t reserved;
+  int64_t offset;  // bytes
+};
+
+struct rf_op {
+  int32_t kind;
+  int32_t algorithm;  // of a convolution
+  rf_shape shape;
+  int32_t reserved;
+  const void* packed;  // weights from rf_pack
+  const float* shift;  // [k], or null for zero
+  rf_ref x, residual, y;
+};
+
+int rf_abi(void);
+
+// The compiled variants, slowest first: "portable", "avx2", "avx512". The best usable one is selected at load.
+int rf_variants(void);
+const char* rf_variant_name(int index);
+int rf_variant_usable(int index);
+void rf_select_variant(int index);
+int rf_selected_variant(void);
+
+int rf_supports(const rf_shape* shape, int algorithm);
+int64_t rf_packed_bytes(const rf_shape* shape, int algorithm);
+// weight: [k, c / groups, r, s] contiguous, batch norm's scale multiplied in. Packs are for one variant.
+void rf_pack(const rf_shape* shape, int algorithm, const double* weight, void* packed);
+void rf_run(const rf_op* ops, int count, void* const* buffers, int threads);
+}
+#pragma GCC visibility pop

@@ -1,0 +1,109 @@
+// The C interface: picks the compiled variant, and runs programs on the OpenMP threads.
+#include <omp.h>
+#include <unistd.h>
+
+#include <cstdlib>
+
+#include "variant.h"
+
+namespace portable {
+extern const Variant variant;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Variant variant;
+}
+namespace avx512 {
+extern const Variant variant;
+}
+#endif
+
+namespace {
+
+const Variant* const variants[] = {
+    &portable::variant,
+#if defined(__x86_64__)
+    &avx2::variant,
+    &avx512::variant,
+#endif
+};
+constexpr int count = sizeof(variants) / sizeof(*variants);
+
+int best() {
+  int index = count - 1;
+  while (index > 0 && !rf_variant_usable(index)) index--;
+  return index;
+}
+
+int selected = best();
+
+// Memory that grows to what its thread has asked for, and goes with the thread.
+struct Scratch {
+  void* memory = nullptr;
+  size_t size = 0;
+
+  void* at_least(size_t bytes) {
+    if (bytes > size) {
+      free(memory);
+      size = (bytes + 4095) / 4096 * 4096;
+      memory = aligned_alloc(64, size);
+      if (!memory) abort();  // the kernels have no way to report it, and Linux does not refuse in practice
+    }
+    return memory;
+  }
+  ~Scratch() { free(memory); }
+};
+
+thread_local Scratch scratch, scratch_second;
+
+int64_t cache_bytes() {
+  const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return bytes > 0 ? bytes : 256 << 10;
+}
+
+}  // namespace
+
+__attribute__((visibility("hidden"))) void* rf_scratch(size_t bytes) { return scratch.at_least(bytes); }
+__attribute__((visibility("hidden"))) void* rf_scratch_second(size_t bytes) { return scratch_second.at_least(bytes); }
+__attribute__((visibility("hidden"))) int64_t rf_cache_bytes() {
+  static const int64_t bytes = cache_bytes();
+  return bytes;
+}
+
+extern "C" {
+
+int rf_abi(void) { return RESNET_FAST_ABI; }
+
+int rf_variants(void) { return count; }
+const char* rf_variant_name(int index) { return variants[index]->name; }
+
+int rf_variant_usable(int index) {
+#if defined(__x86_64__)
+  if (index == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (index == 2)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return index == 0;
+}
+
+void rf_select_variant(int index) { selected = index; }
+int rf_selected_variant(void) { return selected; }
+
+int rf_supports(const rf_shape* shape, int algorithm) { return variants[selected]->supports(shape, algorithm); }
+int64_t rf_packed_bytes(const rf_shape* shape, int algorithm) {
+  return variants[selected]->packed_bytes(shape, algorithm);
+}
+void rf_pack(const rf_shape* shape, int algorithm, const double* weight, void* packed) {
+  variants[selected]->pack(shape, algorithm, weight, packed);
+}
+
+void rf_run(const rf_op* ops, int number, void* const* buffers, int threads) {
+  const Variant& variant = *variants[selected];
+#pragma omp parallel num_threads(threads)
+  for (int i = 0; i < number; i++) {
+    variant.run(ops + i, buffers, omp_get_thread_num(), omp_get_num_threads());
+#pragma omp barrier
+  }
+}
+}

@@ -1,0 +1,259 @@
+// Winograd's minimal filtering for 3x3, stride 1 (Lavin and Gray 2015, arXiv:1509.09308): y = A' [U * (B' d B)] A.
+//
+// A thread takes a block of tiles that fits its cache: transforms their input into panels, one set per point of the
+// transformed domain; then, for 2 vectors of output channels at a time, multiplies at every point and transforms back,
+// with shift, residual and ReLU in the last step. Neither transformed image ever exists as a whole.
+#pragma once
+
+#include "abi.h"
+#include "tile.h"
+#include "work.h"
+
+namespace RF_VARIANT {
+
+// One-dimensional transforms, on anything that adds and multiplies.
+template <int OUT> struct Filter;
+
+template <> struct Filter<2> {
+  static constexpr int IN = 4;
+  template <class T> static inline void input(const T (&d)[4], T (&v)[4]) {
+    v[0] = d[0] - d[2];
+    v[1] = d[1] + d[2];
+    v[2] = d[2] - d[1];
+    v[3] = d[1] - d[3];
+  }
+  template <class T> static inline void output(const T (&m)[4], T (&y)[2]) {
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = m[1] - m[2] - m[3];
+  }
+  static inline void weight(const double (&g)[3], double (&u)[4]) {
+    u[0] = g[0];
+    u[1] = (g[0] + g[1] + g[2]) / 2;
+    u[2] = (g[0] - g[1] + g[2]) / 2;
+    u[3] = g[2];
+  }
+};
+
+template <> struct Filter<4> {
+  static constexpr int IN = 6;
+  template <class T> static inline void input(const T (&d)[6], T (&v)[6]) {
+    const T a = d[4] - 4.0f * d[2], b = d[3] - 4.0f * d[1], c = d[4] - d[2], e = 2.0f * (d[3] - d[1]);
+    v[0] = 4.0f * d[0] + (d[4] - 5.0f * d[2]);
+    v[1] = a + b;
+    v[2] = a - b;
+    v[3] = c + e;
+    v[4] = c - e;
+    v[5] = 4.0f * d[1] + (d[5] - 5.0f * d[3]);
+  }
+  template <class T> static inline void output(const T (&m)[6], T (&y)[4]) {
+    const T a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], e = m[3] - m[4];
+    y[0] = m[0] + a + c;
+    y[1] = b + 2.0f * e;
+    y[2] = a + 4.0f * c;
+    y[3] = b + 8.0f * e + m[5];
+  }
+  static inline void weight(const double (&g)[3], double (&u)[6]) {
+    const double a = -(g[0] + g[2]) / 6, b = g[1] / 6, c = g[0] / 24 + g[2] / 6, e = g[1] / 12;
+    u[0] = g[0] / 4;
+    u[1] = a - b;
+    u[2] = a + b;
+    u[3] = c + e;
+    u[4] = c - e;
+    u[5] = g[2];
+  }
+};
+
+template <int OUT> struct Winograd {
+  using F = Filter<OUT>;
+  static constexpr int IN = F::IN, POINTS = IN * IN;
+
+  // Packed weights: panels of NR output channels, each [POINTS][C][NR], the last one [..][VL] if that is enough.
+  static int64_t packed_floats(const rf_shape& s) { return int64_t(POINTS) * s.c * round_up(s.k, VL); }
+
+  static void pack(const rf_shape& s, const double* weight, float* packed) {
+    for (int64_t j = 0; j < s.k; j += NR) {
+      const int width = s.k - j > VL ? NR : VL;
+      for (int c = 0; c < s.c; c++)
+        for (int lane = 0; lane < width; lane++) {
+          double u[IN][IN] = {};
+          if (j + lane < s.k) transform_weight(weight + ((j + lane) * s.c + c) * 9, u);
+          for (int point = 0; point < POINTS; point++)
+            packed[(int64_t(point) * s.c + c) * width + lane] = float(u[point / IN][point % IN]);
+        }
+      packed += int64_t(POINTS) * s.c * width;
+    }
+  }
+
+  static void transform_weight(const double* g, double (&u)[IN][IN]) {
+    double half[3][IN];
+    for (int j = 0; j < 3; j++) {
+      const double column[3] = {g[j], g[3 + j], g[6 + j]};
+      F::weight(column, half[j]);
+    }
+    for (int i = 0; i < IN; i++) {
+      const double row[3] = {half[0][i], half[1][i], half[2][i]};
+      F::weight(row, u[i]);
+    }
+  }
+
+  struct Task {
+    const rf_shape& shape;
+    const float* x;
+    const float* packed;
+    const float* shift;
+    const float* residual;
+    float* y;
+    int64_t tiles_high, tiles_wide, lines;  // lines: of VL input channels
+
+    Task(const rf_shape& s, const float* x, const float* packed, const float* shift, const float* residual, float* y)
+        : shape(s), x(x), packed(packed), shift(shift), residual(residual), y(y), tiles_high(ceil_div(s.p, OUT)),
+          tiles_wide(ceil_div(s.q, OUT)), lines(ceil_div(s.c, VL)) {}
+    int64_t tiles() const { return shape.n * tiles_high * tiles_wide; }
+  };
+
+  struct Place {  // of a tile
+    int64_t image;
+    int p, q;
+  };
+  static Place place(const Task& task, int64_t tile) {
+    const int64_t per_image = task.tiles_high * task.tiles_wide, at = tile % per_image;
+    return {tile / per_image, int(at / task.tiles_wide) * OUT, int(at % task.tiles_wide) * OUT};
+  }
+
+  // Input transform of one tile into its row of the panels; `v` at that row, `line_step` floats from a line of channels
+  // to the next, `point_step` from point to point.
+  static void transform_input(const Task& task, int64_t tile, float* v, int64_t line_step, int64_t point_step) {
+    const rf_shape& s = task.shape;
+    const Place at = place(task, tile);
+    const float* image = task.x + at.image * s.h * s.w * s.c;
+    const int y0 = at.p - s.pad_h, x0 = at.q - s.pad_w;
+    const bool inside = y0 >= 0 && x0 >= 0 && y0 + IN <= s.h && x0 + IN <= s.w;
+    for (int64_t line = 0; line < task.lines; line++, v += line_step) {
+      const int channels = int(smaller<int64_t>(VL, s.c - line * VL));
+      const float* corner = image + (int64_t(y0) * s.w + x0) * s.c + line * VL;
+      vec half[IN][IN];
+      if (inside && channels == VL) {
+#pragma GCC unroll 6
+        for (int j = 0; j < IN; j++) {
+          vec d[IN];
+#pragma GCC unroll 6
+          for (int i = 0; i < IN; i++) d[i] = load(corner + (int64_t(i) * s.w + j) * s.c);
+          vec column[IN];
+          F::input(d, column);
+#pragma GCC unroll 6
+          for (int i = 0; i < IN; i++) half[i][j] = column[i];
+        }
+      } else {
+        for (int j = 0; j < IN; j++) {
+          vec d[IN];
+#pragma GCC unroll 6
+          for (int i = 0; i < IN; i++) {
+            const bool there = y0 + i >= 0 && y0 + i < s.h && x0 + j >= 0 && x0 + j < s.w;
+            const float* pixel = corner + (int64_t(i) * s.w + j) * s.c;
+            d[i] = !there ? vec{} : channels == VL ? load(pixel) : load_part(pixel, channels);
+          }
+          vec column[IN];
+          F::input(d, column);
+#pragma GCC unroll 6
+          for (int i = 0; i < IN; i++) half[i][j] = column[i];
+        }
+      }
+#pragma GCC unroll 6
+      for (int i = 0; i < IN; i++) {
+        vec row[IN];
+        F::input(half[i], row);
+#pragma GCC unroll 6
+        for (int j = 0; j < IN; j++) store(v + (i * IN + j) * point_step, row[j]);
+      }
+    }
+  }
+
+  // Output transform of one tile for one vector of channels, from `m`, `point_step` floats from point to point.
+  static void transform_output(const Task& task, int64_t tile, const float* m, int64_t point_step, int channel) {
+    const rf_shape& s = task.shape;
+    const Place at = place(task, tile);
+    const int channels = smaller(VL, s.k - channel);
+    vec half[OUT][IN];
+#pragma GCC unroll 6
+    for (int j = 0; j < IN; j++) {
+      vec column[IN], out[OUT];
+#pragma GCC unroll 6
+      for (int i = 0; i < IN; i++) column[i] = load(m + (i * IN + j) * point_step);
+      F::output(column, out);
+#pragma GCC unroll 4
+      for (int i = 0; i < OUT; i++) half[i][j] = out[i];
+    }
+    const int high = smaller(OUT, s.p - at.p), wide = smaller(OUT, s.q - at.q);
+    const int64_t corner = ((at.image * s.p + at.p) * s.q + at.q) * s.k + channel;
+    const vec shift = channels == VL ? load(task.shift + channel) : load_part(task.shift + channel, channels);
+    const bool whole = high == OUT && wide == OUT && channels == VL;
+#pragma GCC unroll 4
+    for (int i = 0; i < OUT; i++) {
+      vec out[OUT];
+      F::output(half[i], out);
+#pragma GCC unroll 4
+      for (int j = 0; j < OUT; j++) {
+        if (!whole && (i >= high || j >= wide)) continue;
+        const int64_t pixel = corner + (int64_t(i) * s.q + j) * s.k;
+        vec v = out[j] + shift;
+        if (task.residual)
+          v += channels == VL ? load(task.residual + pixel) : load_part(task.residual + pixel, channels);
+        if (s.relu) v = relu(v);
+        if (channels == VL)
+          store(task.y + pixel, v);
+        else
+          store_part(task.y + pixel, v, channels);
+      }
+    }
+  }
+
+  // The block's tiles are cut into panels of at most MR. Transformed inputs lie as [point][panel][line][tile][VL].
+  static void block(const Task& task, Range range, Range columns, float* v, int64_t v_point, float* m) {
+    const rf_shape& s = task.shape;
+    const Tiles panels{range.end - range.begin};
+    const int64_t panel_count = panels.count(), m_point = panels.rows * NR + VL;
+    for (int64_t panel = 0; panel < panel_count; panel++) {
+      const int64_t first = panels.begin(panel), rows = panels.begin(panel + 1) - first;
+      for (int64_t i = 0; i < rows; i++)
+        transform_input(task, range.begin + first + i, v + first * task.lines * VL + i * VL, rows * VL, v_point);
+    }
+    for (int64_t j = columns.begin; j < columns.end; j++) {
+      const int channel = int(j * NR), channels = smaller(NR, s.k - channel), width = channels > VL ? NR : VL;
+      const float* u = task.packed + int64_t(POINTS) * s.c * channel;
+      for (int point = 0; point < POINTS; point++, u += int64_t(s.c) * width)
+        for (int64_t panel = 0; panel < panel_count; panel++) {
+          const int64_t first = panels.begin(panel);
+          multiply({v + point * v_point + first * task.lines * VL, u, s.c, m + point * m_point + first * width, width,
+                    nullptr, nullptr, 0, false, width},
+                   int(panels.begin(panel + 1) - first));
+        }
+      for (int64_t i = 0; i < panels.rows; i++)
+        for (int part = 0; part < channels; part += VL)
+          transform_output(task, range.begin + i, m + i * width + part, m_point, channel + part);
+    }
+  }
+
+  static void conv(const rf_shape& s, const float* x, const float* packed, const float* shift, const float* residual,
+                   float* y, Team team) {
+    const Task task(s, x, packed, shift, residual, y);
+    const Tiles panels{task.tiles()};
+    const Grid grid = share_grid(panels.count(), ceil_div(s.k, NR), 0.3, 0.3, team);
+    if (grid.rows.empty() || grid.columns.empty()) return;
+    const Range mine{panels.begin(grid.rows.begin), panels.begin(grid.rows.end)};
+    // A block's transformed input takes about half the cache; one panel at least.
+    const int64_t tile_floats = POINTS * task.lines * VL;
+    const int64_t fitting = rf_cache_bytes() / 2 / int64_t(sizeof(float)) / tile_floats / MR * MR;
+    const int64_t size = smaller(mine.end - mine.begin, larger<int64_t>(fitting, MR));
+    const int64_t blocks = ceil_div(mine.end - mine.begin, size);
+    // An odd number of lines from point to point spreads a tile's 36 stores over the sets of the first-level cache.
+    const int64_t longest = ceil_div(mine.end - mine.begin, blocks);
+    const int64_t v_point = (longest * task.lines | 1) * VL, m_point = longest * NR + VL;
+    float* v = (float*)rf_scratch(POINTS * (v_point + m_point) * sizeof(float));
+    for (int64_t i = 0; i < blocks; i++) {
+      const Range part = share(mine.end - mine.begin, i, blocks);
+      block(task, {mine.begin + part.begin, mine.begin + part.end}, grid.columns, v, v_point, v + POINTS * v_point);
+    }
+  }
+};
+
+}  // namespace RF_VARIANT
