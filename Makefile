@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+COMPILED := $(VENV)/.compiled
 RESULTS ?= benchmarks/results/latest
 
 .PHONY: demo test install lint test-cpu test-interpreter test-aot bench clean
@@ -13,11 +14,16 @@ demo: install
 
 test: lint test-cpu test-interpreter test-aot
 
-install: $(INSTALLED)
+install: $(INSTALLED) $(COMPILED)
 
 $(INSTALLED): pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --config-settings editable_mode=compat
+	RESNET_FAST_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --editable '.[dev]' --config-settings editable_mode=compat
+	touch $@
+
+# The C++ kernels alone, so that a changed source does not set up everything again. Without a compiler this only warns.
+$(COMPILED): $(INSTALLED) $(wildcard kernels/native/src/*)
+	$(BIN)/python setup.py --quiet build_ext --inplace --build-lib $(VENV)/build --build-temp $(VENV)/build
 	touch $@
 
 lint: install

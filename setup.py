@@ -1,18 +1,100 @@
-"""Metadata lives in pyproject.toml; here is only what it cannot say: the packages, and the version's place.
+"""What pyproject.toml cannot say: the packages, the version's place, and how the kernels for the CPU are compiled.
 
 ``resnet_fast/kernels`` is a link to ``kernels/`` (a namespace package, so that a checkout never shadows Hugging Face's
 package of that name), which the automatic discovery would follow to a top-level ``kernels``.
 """
 
+import os
 import re
+import shlex
+import subprocess
+import sysconfig
 from pathlib import Path
 
-from setuptools import find_namespace_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
+
+NATIVE = Path("resnet_fast/kernels/native")
+
+FLAGS = [
+    *("-std=gnu++17", "-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-fvisibility=hidden"),
+    *("-Wall", "-Wextra"),
+]
+# Name to flags: variant.cpp is compiled once for each, and the best one that the CPU runs is picked at load.
+VARIANTS: dict[str, list[str]] = {"portable": []}
+if sysconfig.get_platform().endswith("x86_64"):
+    VARIANTS["avx2"] = ["-mavx2", "-mfma"]
+    VARIANTS["avx512"] = [
+        *VARIANTS["avx2"],
+        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"),
+    ]
+
+
+class BuildKernels(build_ext):
+    """Compiles a plain shared library, not a Python module, by calling g++ (or ``$CXX``) with our flags alone.
+
+    Python's own flags would come along otherwise, among them ``-fwrapv``. Where that fails the package is installed
+    without the library and works through PyTorch's convolutions. ``RESNET_FAST_NO_NATIVE=1`` asks for that.
+    """
+
+    def run(self) -> None:
+        super().run()
+        for extension in self.extensions:
+            name = self.get_ext_filename(extension.name)
+            if self.inplace and not Path(self.build_lib, name).exists():
+                Path(name).unlink(missing_ok=True)  # what an earlier build left would be taken for this one
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.build_lib, self.get_ext_filename(ext.name))
+        target.unlink(missing_ok=True)
+        if os.environ.get("RESNET_FAST_NO_NATIVE", "0") not in ("", "0"):
+            reason = "RESNET_FAST_NO_NATIVE is set"
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+            try:
+                return self._compile(target, *map(Path, ext.sources))
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = f"{error} (they need g++ with OpenMP; $CXX names another)"
+        self.warn(f"resnet_fast is built WITHOUT its compiled CPU kernels, and will be slower on a CPU: {reason}")
+
+    def _compile(self, target: Path, variant: Path, dispatch: Path) -> None:
+        """Raises OSError or CalledProcessError where there is no compiler, or it does not know what we ask for."""
+        compiler = [*shlex.split(os.environ.get("CXX") or "g++"), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        jobs = [(name, [f"-DRF_VARIANT={name}", *flags, "-c", str(variant)]) for name, flags in VARIANTS.items()]
+        jobs.append(("dispatch", ["-c", str(dispatch)]))
+        objects = [str(Path(self.build_temp, f"{name}.o")) for name, _ in jobs]
+        running = []
+        for (_, arguments), to in zip(jobs, objects):
+            print(shlex.join([*compiler, *arguments, "-o", to]), flush=True)
+            running.append(subprocess.Popen([*compiler, *arguments, "-o", to]))
+        for status, process in [(process.wait(), process) for process in running]:
+            if status:
+                raise subprocess.CalledProcessError(status, shlex.join(map(str, process.args)))
+        subprocess.run([*compiler, "-shared", *objects, "-o", str(target)], check=True)
+
 
 version = re.search(r'__version__ = "(.+)"', Path("resnet_fast/__init__.py").read_text())[1]
 
 setup(
     version=version,
-    packages=find_namespace_packages(include=["resnet_fast", "resnet_fast.*"], exclude=["*__pycache__*"]),
+    packages=find_namespace_packages(
+        include=["resnet_fast", "resnet_fast.*"], exclude=["*__pycache__*", "resnet_fast.kernels.native.src"]
+    ),
+    # Named one by one: the sources of the kernels are in the sdist, but a wheel has no use for them.
+    include_package_data=False,
     package_data={"resnet_fast": ["py.typed"], "": ["*.json", "*.html"]},
+    ext_modules=[
+        Extension(
+            "resnet_fast.kernels.native._native",
+            [f"{NATIVE}/src/variant.cpp", f"{NATIVE}/src/dispatch.cpp"],
+            depends=sorted(map(str, Path(NATIVE, "src").glob("*.h"))),
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
 )
