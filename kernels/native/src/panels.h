@@ -6,90 +6,107 @@
 
 namespace RF_VARIANT {
 
-// Where a convolution's patches lie.
+// The patches of a convolution, for some of its groups side by side.
 struct Patches {
   const rf_shape& shape;
   const float* x;
-  int channels;       // of one group
-  int first_channel;  // of that group
+  int first_group, groups;
 
-  int64_t depth() const { return int64_t(shape.r) * shape.s * channels; }
+  int channels() const { return shape.c / shape.groups; }  // of one group
+  int64_t depth() const { return int64_t(shape.r) * shape.s * channels(); }
+  int64_t lines() const { return ceil_div(depth(), VL); }
 };
 
 static inline void copy_line(float* to, const float* from) { store(to, load(from)); }
 
-// One run of `count` floats, a multiple of VL, into the lines of a row; `from` null writes zeros.
-static inline float* put_lines(float* line, int64_t step, const float* from, int64_t count) {
-  if (from)
-    for (int64_t i = 0; i < count; i += VL, line += step) copy_line(line, from + i);
-  else
-    for (int64_t i = 0; i < count; i += VL, line += step) store(line, vec{});
-  return line;
+// One run of `count` floats, a multiple of VL, into the lines of a row, `step` floats apart.
+static inline void put_lines(float* line, int64_t step, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += VL, line += step) copy_line(line, from + i);
+}
+static inline void put_zeros(float* line, int64_t step, int64_t count) {
+  for (int64_t i = 0; i < count; i += VL, line += step) store(line, vec{});
 }
 
-// One patch in a row, contiguous.
-static inline void put_patch(const Patches& from, const float* image, int y0, int x0, float* to) {
+// Whole vectors, the last one overlapping the one before.
+static inline void copy(float* to, const float* from, int64_t count) {
+  if (count < VL) {
+    for (int64_t i = 0; i < count; i++) to[i] = from[i];
+    return;
+  }
+  for (int64_t i = 0; i + VL <= count; i += VL) store(to + i, load(from + i));
+  store(to + count - VL, load(from + count - VL));
+}
+
+// One patch of one group, contiguous. `x0`, `y0`: its corner.
+static inline void put_patch(const Patches& from, int group, const float* image, int y0, int x0, float* to) {
   const rf_shape& s = from.shape;
+  const int channels = from.channels();
+  const int64_t run = int64_t(s.s) * channels;
   const bool dense = s.groups == 1 && s.dilation_w == 1 && x0 >= 0 && x0 + s.s <= s.w;
-  for (int r = 0; r < s.r; r++) {
+  for (int r = 0; r < s.r; r++, to += run) {
     const int y = y0 + r * s.dilation_h;
-    const int64_t run = int64_t(s.s) * from.channels;
     if (y < 0 || y >= s.h) {
       memset(to, 0, run * sizeof(float));
     } else if (dense) {
-      const float* row = image + (int64_t(y) * s.w + x0) * s.c;
-      int64_t i = 0;
-      for (; i + VL <= run; i += VL) store(to + i, load(row + i));
-      for (; i < run; i++) to[i] = row[i];
+      copy(to, image + (int64_t(y) * s.w + x0) * s.c, run);
     } else {
       for (int t = 0; t < s.s; t++) {
         const int x = x0 + t * s.dilation_w;
-        float* pixel = to + int64_t(t) * from.channels;
         if (x < 0 || x >= s.w)
-          memset(pixel, 0, from.channels * sizeof(float));
+          memset(to + t * channels, 0, channels * sizeof(float));
         else
-          memcpy(pixel, image + (int64_t(y) * s.w + x) * s.c + from.first_channel, from.channels * sizeof(float));
+          copy(to + t * channels, image + (int64_t(y) * s.w + x) * s.c + group * channels, channels);
       }
     }
-    to += run;
   }
 }
 
-// `rows` patches, from the output pixel number `first` on, as one panel. `staging` holds rows * (depth + VL) floats.
-static void gather(const Patches& from, int64_t first, int rows, float* panel, float* staging) {
-  const rf_shape& s = from.shape;
-  const int64_t depth = from.depth(), step = int64_t(rows) * VL;
-  const bool whole_lines = from.channels % VL == 0;
-  const int64_t pitch = round_up(depth, VL);
-  int64_t image = first / (int64_t(s.p) * s.q), pixel = first % (int64_t(s.p) * s.q);
+// Calls each(i, image, y0, x0) for `rows` output pixels from number `first` on, with the corner of each one's patch.
+template <class Each> static inline void each_patch(const rf_shape& s, const float* x, int64_t first, int rows, Each each) {
+  const int64_t pixel = first % (int64_t(s.p) * s.q);
+  const float* image = x + first / (int64_t(s.p) * s.q) * s.h * s.w * s.c;
   int p = int(pixel / s.q), q = int(pixel % s.q);
   for (int i = 0; i < rows; i++) {
-    const float* base = from.x + image * s.h * s.w * s.c;
-    const int y0 = p * s.stride_h - s.pad_h, x0 = q * s.stride_w - s.pad_w;
-    if (whole_lines) {
-      float* line = panel + i * VL;
+    each(i, image, p * s.stride_h - s.pad_h, q * s.stride_w - s.pad_w);
+    if (++q < s.q) continue;
+    q = 0;
+    if (++p < s.p) continue;
+    p = 0, image += int64_t(s.h) * s.w * s.c;
+  }
+}
+
+// `rows` patches, from the output pixel number `first` on: a panel for each group, `pitch` floats apart. `staging` holds
+// rows * lines * VL floats.
+static void gather(const Patches& from, int64_t first, int rows, float* panels, int64_t pitch, float* staging) {
+  const rf_shape& s = from.shape;
+  const int channels = from.channels();
+  const int64_t step = int64_t(rows) * VL, width = from.lines() * VL;
+  if (channels % VL == 0) {
+    each_patch(s, from.x, first, rows, [&](int i, const float* image, int y0, int x0) {
+      float* tap = panels + i * VL;
       for (int r = 0; r < s.r; r++) {
         const int y = y0 + r * s.dilation_h;
-        for (int t = 0; t < s.s; t++) {
+        for (int t = 0; t < s.s; t++, tap += channels / VL * step) {
           const int x = x0 + t * s.dilation_w;
           const bool inside = y >= 0 && y < s.h && x >= 0 && x < s.w;
-          const float* run = inside ? base + (int64_t(y) * s.w + x) * s.c + from.first_channel : nullptr;
-          line = put_lines(line, step, run, from.channels);
+          const float* pixel = image + (int64_t(y) * s.w + x) * s.c + from.first_group * channels;
+          for (int g = 0; g < from.groups; g++) {
+            if (inside)
+              put_lines(tap + g * pitch, step, pixel + g * channels, channels);
+            else
+              put_zeros(tap + g * pitch, step, channels);
+          }
         }
       }
-    } else {
-      put_patch(from, base, y0, x0, staging + i * pitch);
-    }
-    if (++q == s.q) {
-      q = 0;
-      if (++p == s.p) p = 0, image++;
-    }
+    });
+    return;
   }
-  if (!whole_lines)
-    for (int i = 0; i < rows; i++) {
-      float* line = panel + i * VL;
-      for (int64_t k = 0; k < depth; k += VL, line += step) copy_line(line, staging + i * pitch + k);
-    }
+  for (int g = 0; g < from.groups; g++, panels += pitch) {
+    each_patch(s, from.x, first, rows, [&](int i, const float* image, int y0, int x0) {
+      put_patch(from, from.first_group + g, image, y0, x0, staging + i * width);
+    });
+    for (int i = 0; i < rows; i++) put_lines(panels + i * VL, step, staging + i * width, width);
+  }
 }
 
 }  // namespace RF_VARIANT

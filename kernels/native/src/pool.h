@@ -100,8 +100,8 @@ static void stem(const rf_shape& s, const float* x, const float* packed, const f
     const bool kept = have == first;  // the row that this block shares with the one before
     if (kept) memmove(rows, rows + last * row_floats, row_floats * sizeof(float));
     const int64_t from = first + kept;
-    const GemmTask task{s, x, packed, shift, nullptr, s.relu != 0, rows + kept * row_floats, from * s.q};
-    gemm_rows(task, 0, {from * s.q, end * s.q}, {0, GemmWeights(s).panels()});
+    const GemmTask task{s, x, packed, shift, nullptr, rows + kept * row_floats, from * s.q};
+    gemm_part(task, {0, 1}, {from * s.q, end * s.q}, {0, GemmWeights(s).panels()});
     have = end - 1, last = int(end - 1 - first);
     window.h = int(end - first);
     for (int i = 0; i < count; i++)

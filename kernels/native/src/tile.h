@@ -60,7 +60,7 @@ template <int ROWS, int VECTORS> static void multiply(const Tile& t) {
       b += VECTORS * VL;
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; i++) {
-        const vec x = in_register(splat(a[i * VL + k]));
+        const vec x = VECTORS > 1 ? in_register(splat(a[i * VL + k])) : splat(a[i * VL + k]);
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) sum[i][j] += x * weights[j];
       }
