@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
+PEERS := .venv-peers
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: demo test install lint test-cpu test-interpreter test-aot bench clean
+.PHONY: demo test install lint test-cpu test-interpreter test-aot bench bench-peers clean
 
 demo: install
 	$(BIN)/resnet-fast demo
@@ -42,10 +43,21 @@ test-aot: install
 	$(BIN)/python -m pytest tests/aot
 
 # Needs an idle machine; takes about ten minutes.
-bench: install
+bench: export RESNET_FAST_PEERS := $(PEERS)
+bench: install bench-peers
 	mkdir -p benchmarks/results
 	$(BIN)/resnet-fast bench --model resnet18 --model resnet50 --batch 1 --batch 16 --json $(RESULTS).json
 	$(BIN)/python benchmarks/plot.py $(RESULTS).json $(RESULTS).svg
 
+# Peers that must not share an environment with PyTorch's: resnet_fast/bench/apart.py says why. pnnx asks for PyTorch, but
+# only its Python module uses that, and its program is all that is needed.
+bench-peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: Makefile
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet 'numpy>=2.0,<3' 'ncnn>=1.0.20260700' 'MNN>=3.6,<4'
+	$(PEERS)/bin/python -m pip install --quiet --no-deps 'pnnx>=20260700'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info runs

@@ -3,6 +3,7 @@
 providers/         one library each: how it loads the model, with which settings
 runner.py          every provider in a process of its own, in alternating rounds
 worker.py          that process
+apart.py           the environment of those that cannot share this one
 workload.py        what it gets: model, images and the right result, as files
 machine.py         what the numbers were taken on
 """

@@ -18,6 +18,7 @@ from typing import Any, Optional
 import numpy as np
 from torch import Tensor, nn
 
+from resnet_fast.bench import apart
 from resnet_fast.bench.providers import provider
 from resnet_fast.bench.workload import REFERENCE, prepare
 from resnet_fast.export.optional import EXTRAS
@@ -71,6 +72,8 @@ class Measurement:
 def unavailable(name: str) -> Optional[str]:
     """Why the provider ``name`` cannot run here, or None."""
     module = provider(name)
+    if module.APART:
+        return apart.missing(module.NEEDS) or module.unavailable()
     if module.NEEDS is not None and importlib.util.find_spec(module.NEEDS) is None:
         return f"{module.NEEDS} is not installed: pip install 'resnet-fast[{EXTRAS[module.NEEDS]}]'"
     return module.unavailable()
@@ -169,10 +172,13 @@ class _Worker:
 
     def __init__(self, name: str, folder: Path, threads: int) -> None:
         self._log = folder / f"{name}.log"
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        python, environment = sys.executable, dict(os.environ)
+        if provider(name).APART:
+            python, environment = apart.python(), apart.environment(folder)
+        environment["OMP_NUM_THREADS"] = str(threads)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(_WORKER), name, str(folder), str(threads)],
+                [python, str(_WORKER), name, str(folder), str(threads)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -1,7 +1,8 @@
 """One provider in a process of its own: ``python worker.py PROVIDER FOLDER THREADS``.
 
 The provider's file is run by its path, so that ``resnet_fast``, and with it PyTorch, is imported by those providers
-alone that need it: the others' memory is their own.
+alone that need it: the others' memory is their own. Some providers' Python is of another environment (apart.py), which
+has numpy alone in common with this one's.
 
 The process loads the model, saves its result as ``PROVIDER.npy``, and says so on stdout; then every line on stdin, a
 number of seconds, is answered by a round of timed calls. Answers are JSON, one a line. It ends with its stdin.
@@ -34,10 +35,12 @@ def main(name: str, folder: str, threads: str) -> None:
         answers.write(json.dumps(values) + "\n")
         answers.flush()
 
-    sys.path[0] = str(ROOT)  # instead of this file's folder
+    del sys.path[0]  # this file's folder
     start = time.perf_counter()
-    load = runpy.run_path(str(Path(__file__).with_name("providers") / f"{name}.py"))["load"]
-    run = load(Path(folder), int(threads))
+    provider = runpy.run_path(str(Path(__file__).with_name("providers") / f"{name}.py"))
+    if not provider["APART"]:  # where the package is installed, its folder holds that environment's libraries as well
+        sys.path.insert(0, str(ROOT))
+    run = provider["load"](Path(folder), int(threads))
     np.save(Path(folder) / f"{name}.npy", run())
     answer(seconds=time.perf_counter() - start)
     for line in sys.stdin:

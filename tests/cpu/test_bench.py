@@ -3,13 +3,15 @@
 import json
 import os
 import time
+import venv
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
-from resnet_fast.bench import measure, unavailable
+from resnet_fast.bench import apart, measure, unavailable
 from resnet_fast.bench.providers import NAMES, provider
 from resnet_fast.bench.runner import Measurement
 from resnet_fast.bench.worker import timed_round
@@ -17,6 +19,15 @@ from resnet_fast.cli import main
 from resnet_fast.cli.models import build, randomise_batch_norm
 
 QUICK = ["--model", "resnet18", "--size", "32", "--rounds", "2", "--seconds", "0"]
+
+PEERS = Path(__file__).parents[2] / ".venv-peers"
+
+
+@pytest.fixture(autouse=True)
+def peers(monkeypatch):
+    """What `make bench-peers` made, unless another one is named."""
+    if PEERS.exists() and apart.VARIABLE not in os.environ:
+        monkeypatch.setenv(apart.VARIABLE, str(PEERS))
 
 
 def children() -> list[tuple[int, str]]:
@@ -108,11 +119,66 @@ def test_compile_without_a_compiler_is_missing(monkeypatch):
     assert unavailable("compile") == "needs a C++ compiler, no-such-compiler is not there"
 
 
+@pytest.mark.parametrize("name", ["ncnn", "MNN"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_peer_of_another_environment_is_right(name, batch):
+    if reason := unavailable(name):
+        pytest.skip(reason)
+    model = build("resnet18", num_classes=10)
+    randomise_batch_norm(model, 0)
+    (result,) = measure(model, torch.randn(batch, 3, 48, 32), providers=[name], threads=1, rounds=1, seconds=0)
+    assert result.status == "ok", result.reason
+    assert result.error < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ncnn", "MNN"])
+def test_peer_without_its_environment_is_missing(name, monkeypatch, tmp_path):
+    reason = f"{name} is not installed: make bench-peers, and name the environment it makes in RESNET_FAST_PEERS"
+    monkeypatch.delenv(apart.VARIABLE, raising=False)
+    assert unavailable(name) == reason
+    monkeypatch.setenv(apart.VARIABLE, str(tmp_path / "nowhere"))
+    assert unavailable(name) == reason
+    venv.create(tmp_path / "empty")
+    monkeypatch.setenv(apart.VARIABLE, str(tmp_path / "empty"))
+    assert unavailable(name) == reason
+    (result,) = measure(nn.Identity(), torch.zeros(1, 1), providers=[name], threads=1)
+    assert (result.status, result.reason) == ("missing", reason)
+
+
+def test_peer_of_another_environment_finds_neither_programs_nor_this_one(monkeypatch, tmp_path):
+    """A converter like MNN's, that would run the `pip` on PATH, says what it sees."""
+    venv.create(tmp_path / "env")
+    packages = next((tmp_path / "env").glob("lib/python*/site-packages"))
+    (packages / "numpy").symlink_to(Path(numpy.__file__).parent)
+    (packages / "mnn-3.0.dist-info").mkdir()
+    (packages / "mnn-3.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: MNN\nVersion: 3.0\n")
+    (packages / "_tools.py").write_text(
+        "import os, shutil, sys\n"
+        "from importlib.util import find_spec\n"
+        "seen = shutil.which('pip'), os.system('pip') >> 8, find_spec('torch'), find_spec('resnet_fast'), sys.prefix\n"
+        "raise RuntimeError(repr(seen))\n"
+    )
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "pip").write_text(f"#!/bin/sh\ntouch {tmp_path}/pip-ran\n")
+    (programs / "pip").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(Path(torch.__file__).parents[1]))
+    monkeypatch.setenv(apart.VARIABLE, str(tmp_path / "env"))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+    (result,) = measure(model, torch.randn(1, 3, 2, 2), providers=["MNN"], threads=1)
+    command_not_found = 127
+    assert result.status == "failed"
+    assert result.reason == f"RuntimeError: {(None, command_not_found, None, None, str(tmp_path / 'env'))!r}"
+    assert not (tmp_path / "pip-ran").exists()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_providers_keep_to_the_protocol(name):
     module = provider(name)
     assert module.TITLE
     assert isinstance(module.ONNX, bool)
+    assert isinstance(module.APART, bool)
     assert callable(module.load)
 
 

@@ -5,12 +5,14 @@ A provider's module has
     TITLE      its name in tables, with the settings that matter
     NEEDS      the optional module that it imports, or None
     ONNX       whether it reads the model as an ONNX file
+    APART      whether it runs in the environment of its own that apart.py describes; then NEEDS is looked for there
     unavailable() -> Optional[str]
                why it cannot run on this machine beside a missing module, or None
     load(folder: Path, threads: int) -> Callable[[], numpy.ndarray]
                the model of the workload in ``folder``, ready: a call runs it on the images once
 
-and imports libraries, PyTorch included, only in ``load``: the process that starts the others reads the module too.
+and imports libraries, PyTorch included, only in ``load``: the process that starts the others reads the module too. One
+that runs apart has numpy and its own libraries, not PyTorch, and no programs.
 """
 
 import difflib
@@ -18,7 +20,7 @@ import importlib
 from types import ModuleType
 from typing import Optional
 
-NAMES = ("ours", "eager", "channels_last", "compile", "onnxruntime", "openvino")
+NAMES = ("ours", "eager", "channels_last", "compile", "onnxruntime", "openvino", "ncnn", "MNN")
 
 
 def provider(name: str) -> ModuleType:

@@ -11,6 +11,7 @@ import numpy as np
 TITLE = "torch.compile, freezing"
 NEEDS = None
 ONNX = False
+APART = False
 
 
 def unavailable() -> Optional[str]:

@@ -9,6 +9,7 @@ import numpy as np
 TITLE = "ONNX Runtime"
 NEEDS = "onnxruntime"
 ONNX = True
+APART = False
 
 
 def unavailable() -> Optional[str]:

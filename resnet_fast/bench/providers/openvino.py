@@ -9,6 +9,7 @@ import numpy as np
 TITLE = "OpenVINO"
 NEEDS = "openvino"
 ONNX = True
+APART = False
 
 
 def unavailable() -> Optional[str]:

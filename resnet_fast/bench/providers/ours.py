@@ -9,6 +9,7 @@ import numpy as np
 TITLE = "resnet_fast"
 NEEDS = None
 ONNX = False
+APART = False
 
 
 def unavailable() -> Optional[str]:
