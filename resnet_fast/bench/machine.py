@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Optional
 
+from resnet_fast.bench import apart
+
 PACKAGES = (
     "resnet-fast",
     "torch",
@@ -49,7 +51,10 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {
+            **{name: _version(name) for name in PACKAGES},
+            **{name: apart.version(name) for name in apart.PACKAGES},
+        },
     }
 
 

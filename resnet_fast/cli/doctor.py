@@ -31,11 +31,14 @@ def doctor(json: options.Json = None, debug: options.Debug = False) -> None:
 
 
 def _package(name: str, version: Optional[str]) -> str:
+    from resnet_fast.bench import apart
     from resnet_fast.export.optional import EXTRAS
 
     module = {"scikit-learn": "sklearn", "scikit-image": "skimage"}.get(name, name)
     if version is not None:
         return version
+    if name in apart.PACKAGES:
+        return (apart.missing(name) or "").removeprefix(f"{name} is ")
     return f"not installed: pip install 'resnet-fast[{EXTRAS[module]}]'" if module in EXTRAS else "not installed"
 
 
