@@ -98,12 +98,21 @@ void rf_pack(const rf_shape* shape, int algorithm, const double* weight, void* p
   variants[selected]->pack(shape, algorithm, weight, packed);
 }
 
-void rf_run(const rf_op* ops, int number, void* const* buffers, int threads) {
+void rf_run(const rf_op* ops, int number, void* const* buffers, int threads, double* seconds) {
   const Variant& variant = *variants[selected];
 #pragma omp parallel num_threads(threads)
-  for (int i = 0; i < number; i++) {
-    variant.run(ops + i, buffers, omp_get_thread_num(), omp_get_num_threads());
+  {
+    const int thread = omp_get_thread_num();
+    double start = omp_get_wtime();
+    for (int i = 0; i < number; i++) {
+      variant.run(ops + i, buffers, thread, omp_get_num_threads());
 #pragma omp barrier
+      if (seconds && thread == 0) {
+        const double end = omp_get_wtime();
+        seconds[i] = end - start;
+        start = end;
+      }
+    }
   }
 }
 }

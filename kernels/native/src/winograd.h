@@ -240,9 +240,9 @@ template <int OUT> struct Winograd {
     const Grid grid = share_grid(panels.count(), ceil_div(s.k, NR), 0.3, 0.3, team);
     if (grid.rows.empty() || grid.columns.empty()) return;
     const Range mine{panels.begin(grid.rows.begin), panels.begin(grid.rows.end)};
-    // A block's transformed input takes about half the cache; one panel at least.
+    // A block's transformed input takes a quarter of the cache: its products, the weights and the image need the rest.
     const int64_t tile_floats = POINTS * task.lines * VL;
-    const int64_t fitting = rf_cache_bytes() / 2 / int64_t(sizeof(float)) / tile_floats / MR * MR;
+    const int64_t fitting = rf_cache_bytes() / 4 / int64_t(sizeof(float)) / tile_floats / MR * MR;
     const int64_t size = smaller(mine.end - mine.begin, larger<int64_t>(fitting, MR));
     const int64_t blocks = ceil_div(mine.end - mine.begin, size);
     // An odd number of lines from point to point spreads a tile's 36 stores over the sets of the first-level cache.
