@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from resnet_fast import ops
-from resnet_fast.fused import accelerated_class, drop_program, program_of, rebuild
+from resnet_fast.fused import accelerated_class
 from resnet_fast.fusion import Fused, Program, Step, build, child_at
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.case import Case
+from resnet_fast.programs import drop_program, program_of, rebuild
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -7,14 +7,13 @@ state_dict, is left out when the module is copied or pickled, and is made anew t
 
 import functools
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
-import torch
 from torch import nn
 
-from resnet_fast.fusion import Fused, Program, build, stock_wanted
-
-_PROGRAM = "_resnet_fast_program"
+from resnet_fast import network
+from resnet_fast.fusion import Fused, stock_wanted
+from resnet_fast.programs import PROGRAM, program_of, rebuild
 
 
 def fused(cls: Any) -> Any:
@@ -24,13 +23,17 @@ def fused(cls: Any) -> Any:
     @functools.wraps(stock.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         program = None if stock_wanted(args, kwargs) else program_of(self)
-        if program is not None and program.takes(args, kwargs) and not program.refusal(self):
-            return program.function(self, *args, **kwargs)
+        if program is not None and program.takes(args, kwargs):
+            plan = network.plan_for(self, program, args, kwargs)
+            if plan is not None:
+                return plan.run(*args, **kwargs)
+            if not program.refusal(self):
+                return program.function(self, *args, **kwargs)
         return stock.forward(self, *args, **kwargs)
 
     def getstate(self: nn.Module) -> Any:
         state = super(cls, self).__getstate__()
-        return {k: v for k, v in state.items() if k != _PROGRAM} if isinstance(state, dict) else state
+        return {k: v for k, v in state.items() if k != PROGRAM} if isinstance(state, dict) else state
 
     def setstate(self: nn.Module, state: Any) -> None:
         super(cls, self).__setstate__(state)
@@ -39,7 +42,7 @@ def fused(cls: Any) -> Any:
     def prepare_scriptable(self: nn.Module) -> nn.Module:
         """What ``torch.jit.script`` compiles: the stock class, over the same parameters."""
         plain = stock.__new__(stock)
-        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != _PROGRAM})
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != PROGRAM})
         plain._modules = dict(self._modules)
         return plain
 
@@ -71,22 +74,3 @@ def accelerated_class(stock: Any) -> Any:
 
 def _make(stock: type, made: Callable, *args: Any) -> Any:
     return made(accelerated_class(stock), *args)
-
-
-def rebuild(module: nn.Module) -> Program:
-    """Trace the module's forward again and keep the program."""
-    program = build(module)
-    module.__dict__[_PROGRAM] = program
-    return program
-
-
-def program_of(module: nn.Module) -> Optional[Program]:
-    """The module's program, traced again if its structure has changed; None where that cannot be done (compiling)."""
-    program = module.__dict__.get(_PROGRAM)
-    if program is None or program.stale(module):
-        return None if torch.compiler.is_compiling() else rebuild(module)
-    return program
-
-
-def drop_program(module: nn.Module) -> None:
-    module.__dict__.pop(_PROGRAM, None)

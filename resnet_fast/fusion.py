@@ -52,23 +52,23 @@ _LAYOUT_SAFE_PACKAGES = {"resnet_fast", "torch", "torchvision", "timm", "_operat
 # --- what may be fused, asked at every call ---------------------------------------------------------------------------
 
 
-def _customised(module: nn.Module) -> str:
+def customised(module: nn.Module) -> str:
     """How this instance differs from its class, or ''."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
     return "has a forward of its own set on the instance" if "forward" in module.__dict__ else ""
 
 
-def _conv_refusal(conv: nn.Module) -> str:
+def conv_refusal(conv: nn.Module) -> str:
     if type(conv) is not nn.Conv2d:
         return f"is a {type(conv).__name__}, not nn.Conv2d"
     if conv.padding_mode != "zeros":
         return f"pads with {conv.padding_mode!r}, not zeros"
-    return f"has padding={conv.padding!r}, not numbers" if isinstance(conv.padding, str) else _customised(conv)
+    return f"has padding={conv.padding!r}, not numbers" if isinstance(conv.padding, str) else customised(conv)
 
 
 def _stem_conv_refusal(conv: nn.Module) -> str:
-    return _conv_refusal(conv) or ("" if _is_stem_conv(conv) else "is no longer 7x7, stride 2, padding 3")
+    return conv_refusal(conv) or ("" if _is_stem_conv(conv) else "is no longer 7x7, stride 2, padding 3")
 
 
 def _norm_refusal(bn: nn.Module) -> str:
@@ -79,14 +79,12 @@ def _norm_refusal(bn: nn.Module) -> str:
             return "normalises by batch statistics (it tracks no running ones)"
     elif type(bn) is not FrozenBatchNorm2d:
         return f"is a {type(bn).__name__}, not BatchNorm2d or FrozenBatchNorm2d"
-    return _customised(bn)
+    return customised(bn)
 
 
 def _exact(*types: type) -> Callable[[nn.Module], str]:
     def refusal(module: nn.Module) -> str:
-        return (
-            _customised(module) if type(module) in types else f"is a {type(module).__name__}, not {types[0].__name__}"
-        )
+        return customised(module) if type(module) in types else f"is a {type(module).__name__}, not {types[0].__name__}"
 
     return refusal
 
@@ -100,11 +98,11 @@ def _global_pool_refusal(pool: nn.Module) -> str:
 
 
 def _sequential_refusal(module: nn.Module) -> str:
-    return _customised(module) if _is_sequential(module) else f"is a {type(module).__name__}, not a Sequential"
+    return customised(module) if _is_sequential(module) else f"is a {type(module).__name__}, not a Sequential"
 
 
 _REFUSALS: dict[str, Callable[[nn.Module], str]] = {
-    "conv": _conv_refusal,
+    "conv": conv_refusal,
     "stem conv": _stem_conv_refusal,
     "norm": _norm_refusal,
     "relu": _exact(nn.ReLU),
@@ -174,7 +172,7 @@ class Step:
         return "+".join(self.parts)
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
     """A module's forward with its fused ops, or the reason why there is none."""
 
@@ -187,6 +185,8 @@ class Program:
     parts: dict[Path, str] = field(default_factory=dict)  # child -> what it must still be (a key of _REFUSALS)
     children: dict[Path, tuple[str, ...]] = field(default_factory=dict)  # of the module and its inlined Sequentials
     settings: dict[str, Any] = field(default_factory=dict)
+    graph: Optional[fx.Graph] = None  # what ``function`` computes; without one, what the module's own forward does
+    plans: Any = None  # what ``network`` made of it
 
     def takes(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call gives the inputs and nothing else; optional arguments are left to the module's own forward."""
@@ -214,12 +214,18 @@ class Program:
             return self.reason
         if module.training and not ignore_training:
             return "training mode"
+        return self.parts_refusal(module, ignore_training) or (
+            "global module hooks are registered" if nn_module._has_any_global_hook() else ""
+        )
+
+    def parts_refusal(self, module: nn.Module, ignore_training: bool = False) -> str:
+        """The same for the children that the program calls itself."""
         for path, kind in self.parts.items():
             child = child_at(module, path)
             reason = "is gone" if child is None else _REFUSALS[kind](child)
             if reason and not (ignore_training and module.training and reason == _BATCH_STATISTICS):
                 return f"{'.'.join(path)} {reason}"
-        return "global module hooks are registered" if nn_module._has_any_global_hook() else ""
+        return ""
 
 
 def stock_wanted(args: tuple, kwargs: dict) -> str:
@@ -412,7 +418,7 @@ class _Matcher:
 
     def conv(self, conv_node: fx.Node) -> Optional[_Match]:
         conv = self.child(conv_node)
-        if conv is None or _conv_refusal(conv) or len(conv_node.args) != 1 or conv_node.kwargs:
+        if conv is None or conv_refusal(conv) or len(conv_node.args) != 1 or conv_node.kwargs:
             return None
         parts: dict[Path, str] = {_path(conv_node): "conv"}
         nodes = [conv_node]
@@ -588,12 +594,14 @@ def build(module: nn.Module) -> Program:
     matches = _matches(module, graph)
     if not any(match.step.conv for match in matches):
         reason = "no convolution followed by batch norm in its own forward"
-        return Program(reason=reason, children=children, settings=settings)
+        return Program(
+            inputs=tracer.inputs, reason=reason, parts=parts, children=children, settings=settings, graph=graph
+        )
     for match in matches:
         parts |= match.parts
     _rewrite(module, graph, matches)
     rest = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     function, source = _compile(graph, type(module).__name__)
     return Program(
-        function, tracer.inputs, source, [match.step for match in matches], rest, "", parts, children, settings
+        function, tracer.inputs, source, [match.step for match in matches], rest, "", parts, children, settings, graph
     )

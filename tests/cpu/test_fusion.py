@@ -78,7 +78,8 @@ def test_every_way_to_write_an_addition():
 )
 def test_every_way_to_write_a_relu(relu):
     fast, _ = check(lambda self, x: relu(self.bn1(self.conv1(x))), expected_ops=1)
-    assert resnet_fast.explain(fast).rows[0].steps == ["conv1+bn1+relu: onednn"]
+    (step,) = resnet_fast.explain(fast).rows[0].steps
+    assert step.startswith("conv1+bn1+relu: ")
 
 
 def test_alpha_is_no_plain_addition():

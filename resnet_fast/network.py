@@ -1,0 +1,309 @@
+"""A whole accelerated module as one program of the native library: one call, whatever the number of layers.
+
+``plan_for`` gives the plan for a call, if it can be planned: one float32 image batch on the CPU, nothing to
+differentiate, trace or record, and layers that ``lowering`` knows. A plan holds for a shape of input and a number of
+threads, while the modules and their tensors stay as they are; that is asked at every call, by ``Guard``.
+"""
+
+import ctypes
+import os
+import weakref
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from resnet_fast import arena
+from resnet_fast.fusion import Path, Program
+from resnet_fast.kernels.native import library
+from resnet_fast.kernels.packing import PackCache
+from resnet_fast.lowering import Image, Lowering, NotPlanned, Step, Storage
+
+_PLANS_KEPT = 4  # per module: detectors see many shapes
+_PROBED_BYTES = 64  # of each tensor, to see writes through ``.data``; see kernels/packing.py
+
+# --- what must stay as it was ---
+
+_parameters_of, _buffers_of, _children_of = (itemgetter(name) for name in ("_parameters", "_buffers", "_modules"))
+_hooks_of = [
+    itemgetter(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+]
+_generations = PackCache()
+_ANCHOR = torch.zeros(1)
+
+
+def _generation() -> object:
+    """Another object after every ``packing.clear_all()``: an optimiser step, say, whose writes nobody counts."""
+    return _generations.get((_ANCHOR,), None, object)
+
+
+class Guard:
+    """All that a plan for ``root`` took for granted about the modules below it: attributes, flags, hooks, tensors.
+
+    Holds no reference to ``root``, which owns it. Everything is compared in bulk: a ResNet-50 has 160 modules with 4000
+    attributes and 320 tensors, and a tenth of a millisecond for all of them.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._dicts = [module.__dict__ for module in root.modules() if module is not root]
+        self._modules = [module for module in root.modules() if module is not root]
+        self._state = self._state_of(root)
+        self._tensors = self._live_tensors()
+        self._present = [t for t in self._tensors if t is not None]
+        self._versions = [t._version for t in self._present]
+        self._pointers = [t.data_ptr() for t in self._present]
+        self._probes = [_probe(t) for t in self._present]
+        self._bytes = [probe.raw for probe in self._probes]
+        self._generation = _generation()
+
+    def holds(self, root: nn.Module) -> bool:
+        try:
+            same = self._state_of(root) == self._state
+        except Exception:  # some attribute that was replaced does not like to be compared
+            same = False
+        return same and self._same_tensors()
+
+    def hooked(self) -> bool:
+        """Whether any module has hooks."""
+        return any(any(map(of, self._dicts)) for of in _hooks_of)
+
+    def _state_of(self, root: nn.Module) -> list:
+        dicts = self._dicts
+        children = [root.__dict__["_modules"], *filter(None, map(_children_of, dicts))]
+        return [
+            list(chain.from_iterable(children)),
+            list(chain.from_iterable(map(dict.values, children))),
+            list(map(type, self._modules)),
+            self.hooked(),
+            list(chain.from_iterable(map(dict.values, dicts))),
+        ]
+
+    def _live_tensors(self) -> list[Optional[Tensor]]:
+        owners = chain(map(_parameters_of, self._dicts), map(_buffers_of, self._dicts))
+        return list(chain.from_iterable(map(dict.values, filter(None, owners))))
+
+    def _same_tensors(self) -> bool:
+        tensors = self._live_tensors()
+        return (
+            len(tensors) == len(self._tensors)
+            and all(map(is_, tensors, self._tensors))
+            and [t._version for t in self._present] == self._versions
+            and list(map(Tensor.data_ptr, self._present)) == self._pointers
+            and [probe.raw for probe in self._probes] == self._bytes
+            and _generation() is self._generation
+        )
+
+
+def _probe(tensor: Tensor) -> Any:
+    """A view of the tensor's first bytes; to be read only while its pointer is the same."""
+    storage, pointer = tensor.untyped_storage(), tensor.data_ptr()
+    count = min(_PROBED_BYTES, storage.data_ptr() + storage.nbytes() - pointer) if tensor.numel() else 0
+    return (ctypes.c_char * count).from_address(pointer) if count else ctypes.create_string_buffer(0)
+
+
+def _guardable(root: nn.Module) -> bool:
+    """Whether the tensors of a module are ordinary ones: on the CPU, dense, with a version."""
+    tensors = chain(root.parameters(), root.buffers())
+    return all(
+        type(t) in (Tensor, nn.Parameter)
+        and t.device.type == "cpu"
+        and t.layout is torch.strided
+        and not t.is_inference()
+        for t in tensors
+    )
+
+
+# --- the plan ---
+
+
+class Plan:
+    """A program of native operations, and how to call it."""
+
+    def __init__(self, module: nn.Module, program: Program, plans: "Plans", x: Tensor, threads: int) -> None:
+        """Raises ``NotPlanned``."""
+        self._nhwc = _channels_last(x)
+        given = Image(tuple(x.shape), Storage(x.numel()), self._nhwc)
+        lowering = Lowering(threads, plans.plain)
+        result = lowering.graph(module, program, (given,))
+        leaves, self._structure = tree_flatten(result)
+        if not leaves or not all(isinstance(leaf, Image) for leaf in leaves):
+            raise NotPlanned("it returns more than tensors")
+        outputs = list(dict.fromkeys(map(lowering.read, leaves)))
+        storages = [image.storage for image in outputs]
+        if len(set(storages)) != len(storages) or given.storage in storages:
+            raise NotPlanned("it returns views, or its input")
+        self._leaves = [outputs.index(leaf) for leaf in leaves]
+        self._outputs = [
+            (image.shape, torch.channels_last if image.nhwc and len(image.shape) == 4 else torch.contiguous_format)
+            for image in outputs
+        ]
+        self._single = isinstance(result, Image)
+        self._threads = threads
+        self.steps = _needed(lowering.steps, storages)
+        refs = {given.storage: library.Ref(1, 0, 0)}
+        refs |= {storage: library.Ref(2 + i, 0, 0) for i, storage in enumerate(storages)}
+        self.need = arena.Need(_place(self.steps, refs))
+        self._ops = _operations(self.steps, refs)
+        self._pointers: Any = ctypes.c_void_p * (2 + len(outputs))
+
+    def run(self, x: Tensor) -> Any:
+        """``module(x)``, for an ``x`` of the shape and layout that the plan was made for. Results are new tensors."""
+        if not self._nhwc:
+            x = x.contiguous()
+        outputs = [
+            torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
+            for shape, layout in self._outputs
+        ]
+        memory = arena.take(self.need)
+        pointers = self._pointers(memory.address, x.data_ptr(), *[output.data_ptr() for output in outputs])
+        library.run(self._ops, len(self.steps), pointers, self._threads)
+        arena.give_back(memory, self.need)
+        if self._single:
+            return outputs[0]
+        return tree_unflatten([outputs[i] for i in self._leaves], self._structure)
+
+    @property
+    def algorithms(self) -> dict[Path, str]:
+        """By the path of the convolution."""
+        return {step.path: step.algorithm for step in self.steps if step.path}
+
+
+def _channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _needed(steps: list[Step], wanted: list[Storage]) -> list[Step]:
+    """The steps that the wanted values depend on."""
+    alive, kept = set(wanted), []
+    for step in reversed(steps):
+        if step.y in alive:
+            kept.append(step)
+            alive |= {step.x} if step.residual is None else {step.x, step.residual}
+    return kept[::-1]
+
+
+def _place(steps: list[Step], refs: dict[Storage, library.Ref]) -> int:
+    """Give every other value its place in the arena, and return how many bytes that takes.
+
+    A sum may take the place of its residual: each element is read before it is written, by the same thread.
+    """
+    last: dict[Storage, int] = {}
+    for i, step in enumerate(steps):
+        last |= dict.fromkeys((s for s in (step.x, step.residual, step.y) if s is not None), i)
+    owner: dict[Storage, Storage] = {}  # value -> the value whose place it takes
+    spans: dict[Storage, list[int]] = {}
+    for i, step in enumerate(steps):
+        y, residual = step.y, step.residual
+        if y in refs:
+            continue
+        dies = residual is not None and residual is not step.x and last[residual] == i
+        if residual is not None and dies and residual in owner:
+            place = owner[residual]
+        else:
+            place = y
+            spans[place] = [i, i]
+        owner[y] = place
+        spans[place][1] = last[y]
+    intervals = [arena.Interval(first, end, 4 * place.size) for place, (first, end) in spans.items()]
+    offsets, total = arena.assign(intervals)
+    at = dict(zip(spans, offsets))
+    refs |= {value: library.Ref(0, 0, at[place]) for value, place in owner.items()}
+    return total
+
+
+def _operations(steps: list[Step], refs: dict[Storage, library.Ref]) -> "ctypes.Array[library.Op]":
+    ops = (library.Op * len(steps))()
+    for op, step in zip(ops, steps):
+        op.kind, op.shape, op.x, op.y = step.kind, step.shape, refs[step.x], refs[step.y]
+        op.residual = library.NOWHERE if step.residual is None else refs[step.residual]
+        if step.pack is not None:
+            op.algorithm = library.ALGORITHMS.index(step.algorithm)
+            op.packed = step.pack.weight.data_ptr()
+            op.shift = None if step.pack.shift is None else step.pack.shift.data_ptr()
+    return ops
+
+
+# --- plans by shape ---
+
+
+class Plans:
+    """A program's plans, and the reasons why there is none, by shape, layout and threads."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.of = weakref.ref(module)  # a shallow copy has the same program, and other children
+        self.plain: dict[Path, tuple[type, Program]] = {}
+        self.last: Union[Plan, str, None] = None  # what the last call got
+        self._kept: dict[tuple, tuple[Guard, Union[Plan, str]]] = {}
+
+    def get(self, module: nn.Module, program: Program, x: Tensor, threads: int) -> Union[Plan, str]:
+        key = (x.shape, _channels_last(x), threads)
+        kept = self._kept.get(key)
+        if kept is None or not kept[0].holds(module):
+            del kept  # with its packed weights, before there are new ones
+            self._kept.pop(key, None)
+            self.last = self._made(module, program, x, threads, key)
+        else:
+            self.last = kept[1]
+        return self.last
+
+    def _made(self, module: nn.Module, program: Program, x: Tensor, threads: int, key: tuple) -> Union[Plan, str]:
+        for oldest in list(self._kept)[: len(self._kept) + 1 - _PLANS_KEPT]:
+            self._kept.pop(oldest, None)
+        if not _guardable(module):
+            return "its tensors are not ordinary ones on the CPU"
+        guard = Guard(module)
+        try:
+            plan: Union[Plan, str] = self._refusal(module, program, guard) or Plan(module, program, self, x, threads)
+        except NotPlanned as reason:
+            plan = str(reason)
+        self._kept[key] = guard, plan
+        return plan
+
+    def _refusal(self, module: nn.Module, program: Program, guard: Guard) -> str:
+        # Hooks on children that are not called would do no harm, but telling them apart at every call would take long.
+        return program.refusal(module) or ("a child has hooks" if guard.hooked() else "")
+
+
+def plan_for(module: nn.Module, program: Program, args: tuple, kwargs: dict[str, Any]) -> Optional[Plan]:
+    """The plan for a call of ``module``, or None where its layers are to be called one by one.
+
+    The caller has asked ``fusion.stock_wanted`` and ``program.takes``.
+    """
+    if len(args) + len(kwargs) != 1 or torch.compiler.is_compiling() or torch.is_grad_enabled() or module.training:
+        return None
+    x = args[0] if args else next(iter(kwargs.values()))
+    if not _plain_image(x) or _watched() or os.environ.get("RESNET_FAST_IMPLEMENTATION", "") not in ("", "native"):
+        return None
+    if library.unavailable() is not None:
+        return None
+    plans = program.plans
+    if plans is None or plans.of() is not module:
+        plans = program.plans = Plans(module)
+    plan = plans.get(module, program, x, torch.get_num_threads())
+    return plan if isinstance(plan, Plan) else None
+
+
+def _plain_image(x: Any) -> bool:
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.dtype is torch.float32
+        and x.dim() == 4
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+        and x.numel() > 0
+        and not x.is_neg()
+    )
+
+
+def _watched() -> bool:
+    """Whether somebody looks at, or changes, the operations that are called."""
+    return (
+        nn_module._has_any_global_hook()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+    )
