@@ -4,8 +4,12 @@
 call, so that ``forward`` stays free of branches on tensors and ``torch.compile`` and ``torch.export`` see one node.
 The ops are opaque (no ``triton_op``): they work without a driver and under fake tensors.
 
-Set ``RESNET_FAST_IMPLEMENTATION`` to ``triton``, ``onednn`` or ``reference`` to try that one first; the reference still
-runs what it does not cover. Triton serves CPU tensors only so, and only in its interpreter.
+Environment variables, for tests and for finding faults:
+
+- ``RESNET_FAST_IMPLEMENTATION``: ``triton``, ``native``, ``onednn`` or ``reference``. That one is tried first; the
+  reference still runs what it does not cover. Triton serves CPU tensors only so, and only in its interpreter.
+- ``RESNET_FAST_ISA``: ``portable``, ``avx2`` or ``avx512``. The instruction set of the native kernels, read when they
+  are first used; without it, the best that the CPU runs.
 """
 
 import os
@@ -17,12 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels import onednn, reference, triton
+from resnet_fast.kernels import native, onednn, reference, triton
 from resnet_fast.kernels.case import Case
 
 Pair = tuple[int, int]
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "onednn": onednn, "reference": reference}
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "triton": triton,
+    "native": native,
+    "onednn": onednn,
+    "reference": reference,
+}
 """By name, best first. Each has the functions of ``reference``; ``supports(case)`` gives None, or the reason."""
 
 # Triton's interpreter is a test instrument: it serves the CPU only on request.

@@ -1,4 +1,4 @@
-"""The compiled kernels, through ctypes (which releases the GIL during a call). ``src/abi.h`` says what everything means.
+"""The compiled kernels, through ctypes (which releases the GIL during a call). ``src/abi.h`` says what things mean.
 
 The library is one file beside this one, made by ``setup.py`` where there is a C++ compiler. It is linked to the
 OpenMP runtime by the name that torch ships its own under: torch is imported first, so both share one pool of threads.
@@ -9,11 +9,14 @@ import os
 from pathlib import Path
 from typing import Optional
 
-import torch  # noqa: F401  (before the library is loaded: see above)
+import torch  # before the library is loaded: see above
+
+from resnet_fast.kernels.packing import clear_all
 
 ABI = 1
 LIBRARY = Path(__file__).with_name("_native.so")
 
+FLOAT32, BFLOAT16 = range(2)
 CONV, MAX_POOL, AVG_POOL, ADD, TO_NHWC, TO_NCHW = range(6)
 ALGORITHMS = ("gemm", "winograd2", "winograd4", "grouped")
 """By their number in the interface."""
@@ -68,20 +71,21 @@ def unavailable() -> Optional[str]:
             _reason = "the compiled kernels are not there: the package was installed without a C++ compiler"
             return _reason
         try:
-            library = _open()
+            library = ctypes.CDLL(str(LIBRARY))
         except OSError as error:
             _reason = f"the compiled kernels cannot be loaded: {error}"
             return _reason
         if library.rf_abi() != ABI:
-            _reason = f"the compiled kernels have interface {library.rf_abi()}, expected {ABI}: install the package again"
+            found = library.rf_abi()
+            _reason = f"the compiled kernels have interface {found}, expected {ABI}: install the package again"
             return _reason
+        _declare(library)
         _select(library, os.environ.get("RESNET_FAST_ISA") or None)
         _library = library
     return _reason
 
 
-def _open() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(LIBRARY))
+def _declare(library: ctypes.CDLL) -> None:
     shape = ctypes.POINTER(Shape)
     library.rf_variant_name.restype = ctypes.c_char_p
     library.rf_supports.argtypes = [shape, ctypes.c_int]
@@ -89,9 +93,9 @@ def _open() -> ctypes.CDLL:
     library.rf_packed_bytes.restype = ctypes.c_int64
     library.rf_pack.argtypes = [shape, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
     library.rf_pack.restype = None
-    library.rf_run.argtypes = [ctypes.POINTER(Op), ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int]
+    pointers, seconds = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_double)
+    library.rf_run.argtypes = [ctypes.POINTER(Op), ctypes.c_int, pointers, ctypes.c_int, seconds]
     library.rf_run.restype = None
-    return library
 
 
 def _select(library: ctypes.CDLL, wanted: Optional[str]) -> None:
@@ -127,6 +131,20 @@ def variant() -> str:
     return _variant_names(library)[library.rf_selected_variant()]
 
 
+def select(variant: str) -> None:
+    """Use another of ``usable_variants()`` from now on, for tests. Forgets every pack, which is for one of them.
+
+    Raises:
+        ValueError: this CPU does not run it, or there is none of that name.
+    """
+    names = usable_variants()
+    if variant not in names:
+        raise ValueError(f"variant is {variant!r}, expected one of {', '.join(names)}")
+    library = _loaded()
+    library.rf_select_variant(_variant_names(library).index(variant))
+    clear_all()
+
+
 def supports(shape: Shape, algorithm: str) -> bool:
     return bool(_loaded().rf_supports(shape, ALGORITHMS.index(algorithm)))
 
@@ -135,11 +153,20 @@ def pack(shape: Shape, algorithm: str, weight: torch.Tensor) -> torch.Tensor:
     """``weight``, ``[K, C/groups, R, S]`` in float64 with the scale multiplied in, as the algorithm reads it: bytes."""
     library, number = _loaded(), ALGORITHMS.index(algorithm)
     weight = weight.to(torch.float64).contiguous()
-    packed = torch.empty(library.rf_packed_bytes(shape, number), dtype=torch.uint8)
+    packed = torch.empty(library.rf_packed_bytes(shape, number), dtype=torch.uint8, device="cpu")
     library.rf_pack(shape, number, weight.data_ptr(), packed.data_ptr())
     return packed
 
 
 def run(ops: "ctypes.Array[Op]", count: int, buffers: "ctypes.Array[ctypes.c_void_p]", threads: int) -> None:
     """Run ``count`` operations, in order, on ``threads`` threads of torch's pool."""
-    _loaded().rf_run(ops, count, buffers, threads)
+    _loaded().rf_run(ops, count, buffers, threads, None)
+
+
+def run_timed(
+    ops: "ctypes.Array[Op]", count: int, buffers: "ctypes.Array[ctypes.c_void_p]", threads: int
+) -> list[float]:
+    """``run``, and the seconds that each operation took."""
+    seconds = (ctypes.c_double * count)()
+    _loaded().rf_run(ops, count, buffers, threads, seconds)
+    return list(seconds)

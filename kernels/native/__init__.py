@@ -1,0 +1,168 @@
+"""CPU: kernels of our own in C++, compiled for AVX2, AVX-512 and anything else; float32 so far.
+
+The weight is multiplied by the scale in float64 and laid out for the algorithm that the planner picks, once, until a
+source tensor changes. What a call needs beside its tensors is kept with the weight: at batch 1, the Python around a
+kernel is a part of its time that shows.
+"""
+
+from ctypes import Array, c_void_p
+from typing import Any, NamedTuple, Optional
+
+import torch
+
+from resnet_fast.kernels import reference
+from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.native import library, planner
+from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
+from resnet_fast.kernels.packing import PackCache
+
+Pair = tuple[int, int]
+
+# Sizes go to the kernels as 32-bit numbers, which add a few of them up.
+_LARGEST = 2**28
+_CALLS_KEPT = 64  # per weight: detectors see many sizes
+
+_packs = PackCache()
+_one_op = Op * 1
+_three_buffers = c_void_p * 3
+
+
+def supports(case: Case) -> Optional[str]:
+    """None if this implementation covers the case, else the reason why not."""
+    if case.device != "cpu":
+        return f"runs on cpu, not on {case.device}"
+    if case.dtype != torch.float32:
+        return f"no {case.dtype}"
+    _, _, _, c, k, kernel, stride, padding, dilation, _ = case
+    if max(c, k, *kernel, *stride, *padding, *dilation) > _LARGEST:
+        return f"no channels or geometry beyond {_LARGEST}"
+    return library.unavailable()
+
+
+class _Call(NamedTuple):
+    """A convolution of one weight, ready to run on any image of one shape."""
+
+    program: "Array[Op]"
+    output: Pair  # height and width
+
+
+class _Weights:
+    """What is made of a weight, a scale and a shift."""
+
+    def __init__(self, shift: torch.Tensor) -> None:
+        self.shift = torch.empty(shift.shape, dtype=torch.float32, device="cpu").copy_(shift.detach())
+        self.packed: dict[tuple[str, int], torch.Tensor] = {}  # by algorithm and number of groups
+        self.calls: dict[tuple, Optional[_Call]] = {}
+
+
+def conv_bn_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    residual: Optional[torch.Tensor],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    relu: bool,
+) -> torch.Tensor:
+    """See ``reference.conv_bn_act``."""
+    geometry = (stride, padding, dilation, groups)
+    y = _convolve(x, weight, scale, shift, residual, geometry, relu, False)
+    return reference.conv_bn_act(x, weight, scale, shift, residual, *geometry, relu) if y is None else y
+
+
+def stem(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """See ``reference.stem``."""
+    y = _convolve(x, weight, scale, shift, None, ((2, 2), (3, 3), (1, 1), 1), True, True)
+    return reference.stem(x, weight, scale, shift) if y is None else y
+
+
+def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
+    """See ``reference.global_avg_pool``."""
+    n, c, h, w = x.shape
+    if max(n, h, w) > _LARGEST:
+        return reference.global_avg_pool(x)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = _empty((n, c, 1, 1))
+    shape = Shape(library.FLOAT32, n, h, w, c, 1, 1, c, h, w, 1, 1, 0, 0, 1, 1, 1, 0, 0)
+    op = Op(library.AVG_POOL, 0, shape, 0, None, None, Ref(0, 0, 0), NOWHERE, Ref(1, 0, 0))
+    buffers = _three_buffers(x.data_ptr(), y.data_ptr())
+    library.run(_one_op(op), 1, buffers, torch.get_num_threads())
+    return y
+
+
+def _empty(shape: tuple[int, int, int, int]) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
+def _convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    residual: Optional[torch.Tensor],
+    geometry: tuple[Pair, Pair, Pair, int],
+    relu: bool,
+    pool: bool,
+) -> Optional[torch.Tensor]:
+    """The convolution, its max-pool too if ``pool``; None where the kernels cannot count so far."""
+    threads = torch.get_num_threads()
+    weights = _packs.get((weight, scale, shift), None, lambda: _Weights(shift))
+    key = (x.shape, geometry, relu, pool, residual is None, threads)
+    try:
+        call = weights.calls[key]
+    except KeyError:
+        call = _prepare(weights, x, weight, scale, residual is not None, geometry, relu, pool, threads)
+        if len(weights.calls) >= _CALLS_KEPT:
+            weights.calls.clear()
+        weights.calls[key] = call
+    if call is None:
+        return None
+    # Strides of dimensions of one element may be anything, also in a tensor that calls itself contiguous; no pixel
+    # is reached through them, and the kernels compute addresses from sizes.
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = _empty((x.shape[0], weight.shape[0], *call.output))
+    if residual is None:
+        buffers = _three_buffers(x.data_ptr(), y.data_ptr())
+    else:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        buffers = _three_buffers(x.data_ptr(), y.data_ptr(), residual.data_ptr())
+    library.run(call.program, 1, buffers, threads)
+    return y
+
+
+def _prepare(
+    weights: _Weights,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    residual: bool,
+    geometry: tuple[Pair, Pair, Pair, int],
+    relu: bool,
+    pool: bool,
+    threads: int,
+) -> Optional[_Call]:
+    if weight.numel() == 0 or max(x.shape) > _LARGEST:
+        return None
+    shape = conv_shape(x.shape, weight.shape, *geometry, relu, pool)
+    algorithm, groups = planner.choose(shape, threads), geometry[3]
+    packed = weights.packed.get((algorithm, groups))
+    if packed is None:
+        packed = library.pack(shape, algorithm, weight.detach().double() * scale.detach().double().view(-1, 1, 1, 1))
+        packed = weights.packed.setdefault((algorithm, groups), packed)
+    op = Op(library.CONV, ALGORITHMS.index(algorithm), shape, 0, packed.data_ptr(), weights.shift.data_ptr())
+    op.x, op.y, op.residual = Ref(0, 0, 0), Ref(1, 0, 0), Ref(2, 0, 0) if residual else NOWHERE
+    output = ((shape.p - 1) // 2 + 1, (shape.q - 1) // 2 + 1) if pool else (shape.p, shape.q)
+    return _Call(_one_op(op), output)
+
+
+def conv_shape(
+    x: Any, weight: Any, stride: Pair, padding: Pair, dilation: Pair, groups: int, relu: bool, pool: bool
+) -> Shape:
+    """The kernels' description of a convolution, from the shapes of its image and weight."""
+    (n, c, h, w), (k, _, r, s) = x, weight
+    p = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
+    q = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+    return Shape(library.FLOAT32, n, h, w, c, p, q, k, r, s, *stride, *padding, *dilation, groups, relu, pool)
