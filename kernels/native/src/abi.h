@@ -28,6 +28,7 @@ enum rf_algorithm : int32_t {
   RF_WINOGRAD2 = 1,  // F(2x2, 3x3): 3x3, stride 1, dilation 1, one group
   RF_WINOGRAD4 = 2,  // F(4x4, 3x3): same
   RF_GROUPED = 3,    // few channels per group: 1, 2, 4 or 8 in and as many out
+  RF_DIRECT = 4,     // RGB image, horizontal stride 2
 };
 
 // Sizes of one operation. Output sizes are given, not derived: ceil_mode is the caller's business.

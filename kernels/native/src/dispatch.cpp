@@ -54,7 +54,8 @@ struct Scratch {
   ~Scratch() { free(memory); }
 };
 
-thread_local Scratch scratch, scratch_second;
+constexpr int SLOTS = 3;
+thread_local Scratch scratch[SLOTS];
 
 int64_t cache_bytes() {
   const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -63,9 +64,8 @@ int64_t cache_bytes() {
 
 }  // namespace
 
-__attribute__((visibility("hidden"))) void* rf_scratch(size_t bytes) { return scratch.at_least(bytes); }
-__attribute__((visibility("hidden"))) void* rf_scratch_second(size_t bytes) { return scratch_second.at_least(bytes); }
-__attribute__((visibility("hidden"))) int64_t rf_cache_bytes() {
+void* rf_scratch(int slot, size_t bytes) { return scratch[slot].at_least(bytes); }
+int64_t rf_cache_bytes() {
   static const int64_t bytes = cache_bytes();
   return bytes;
 }

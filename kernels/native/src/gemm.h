@@ -58,7 +58,7 @@ static void gemm_part(const GemmTask& task, Range groups, Range rows, Range colu
   const int64_t pitch = MR * patches.lines() * VL, tile_pitch = pitch * group_count;
   const int64_t fitting = rf_cache_bytes() / 2 / (tile_pitch * int64_t(sizeof(float)));
   const int64_t chunk = smaller(tiles.count(), larger<int64_t>(fitting, group_count > 1 ? 1 : 4));
-  float* panels = (float*)rf_scratch((chunk * tile_pitch + pitch) * sizeof(float));
+  float* panels = scratch(PANELS, chunk * tile_pitch + pitch);
   float* staging = panels + chunk * tile_pitch;
   for (int64_t first = 0; first < tiles.count(); first += chunk) {
     const int64_t last = smaller(first + chunk, tiles.count());
@@ -70,12 +70,13 @@ static void gemm_part(const GemmTask& task, Range groups, Range rows, Range colu
         const int64_t channel = g * weights.channels + j * NR;
         for (int64_t t = first; t < last; t++) {
           const int64_t row = rows.begin + tiles.begin(t);
-          multiply({panels + (t - first) * tile_pitch + (g - groups.begin) * pitch,
-                    task.packed + g * weights.group_floats() + j * NR * weights.depth, weights.depth,
+          const int height = int(tiles.begin(t + 1) - tiles.begin(t));
+          multiply({panel(panels + (t - first) * tile_pitch + (g - groups.begin) * pitch, height, weights.depth),
+                    task.packed + g * weights.group_floats() + j * NR * weights.depth,
                     task.y + (row - task.y_row) * s.k + channel, s.k, task.shift + channel,
                     task.residual ? task.residual + row * s.k + channel : nullptr, s.k, s.relu != 0,
                     int(smaller<int64_t>(NR, weights.channels - j * NR))},
-                   int(tiles.begin(t + 1) - tiles.begin(t)));
+                   height);
         }
       }
   }

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "abi.h"
-#include "pool.h"
+
 #include "simd.h"
 #include "work.h"
 

@@ -1,7 +1,9 @@
-// Pooling, element-wise and layout operations, and the stem: convolution and max-pool without the image between.
+// Pooling, element-wise and layout operations.
 #pragma once
 
-#include "gemm.h"
+#include "abi.h"
+#include "simd.h"
+#include "work.h"
 
 namespace RF_VARIANT {
 
@@ -74,44 +76,6 @@ static void to_nchw(const rf_shape& s, const float* x, float* y, Team team) {
     const float* from = x + plane / s.c * pixels * s.c + plane % s.c;
     float* to = y + plane * pixels;
     for (int64_t i = 0; i < pixels; i++) to[i] = from[i * s.c];
-  }
-}
-
-constexpr int STEM_ROWS = 4;  // pooled rows at a time: their nine rows of a 64-channel image stay in the cache
-
-// Convolution, ReLU and a 3x3/2 max-pool. Each thread takes pooled rows, and the convolution's rows for them.
-static void stem(const rf_shape& s, const float* x, const float* packed, const float* shift, float* y, Team team) {
-  const int height = (s.p - 1) / 2 + 1, width = (s.q - 1) / 2 + 1;
-  const int64_t row_floats = int64_t(s.q) * s.k;
-  const Range mine = share(int64_t(s.n) * height, team.thread, team.threads);
-  if (mine.empty()) return;
-  float* rows = (float*)rf_scratch_second((2 * STEM_ROWS + 1) * row_floats * sizeof(float));
-  rf_shape window{};
-  window.w = s.q, window.c = window.k = s.k;
-  window.r = window.s = 3, window.stride_h = window.stride_w = 2, window.pad_h = window.pad_w = 1;
-  int64_t have = -1;  // number of the convolution's row that lies last in `rows`
-  int last = 0;       // and where
-  for (int64_t at = mine.begin; at < mine.end;) {
-    const int64_t image = at / height;
-    const int top = int(at % height);
-    const int count = int(smaller(smaller<int64_t>(STEM_ROWS, height - top), mine.end - at));
-    const int64_t first = image * s.p + larger(0, 2 * top - 1);
-    const int64_t end = image * s.p + smaller(s.p, 2 * (top + count));
-    const bool kept = have == first;  // the row that this block shares with the one before
-    if (kept) memmove(rows, rows + last * row_floats, row_floats * sizeof(float));
-    const int64_t from = first + kept;
-    const GemmTask task{s, x, packed, shift, nullptr, rows + kept * row_floats, from * s.q};
-    gemm_part(task, {0, 1}, {from * s.q, end * s.q}, {0, GemmWeights(s).panels()});
-    have = end - 1, last = int(end - 1 - first);
-    window.h = int(end - first);
-    for (int i = 0; i < count; i++)
-      for (int j = 0; j < width; j++) {
-        // Row 0 of `rows` is the window's first row, or the image's: then the window starts one above it.
-        rf_shape here = window;
-        here.pad_h = top == 0 ? 1 : 0;
-        pool_pixel(here, rows, i, j, y + ((at + i) * width + j) * s.k, false);
-      }
-    at += count;
   }
 }
 

@@ -5,13 +5,24 @@
 
 namespace RF_VARIANT {
 
-// Left operand, a "panel": [ceil(K / VL)][rows][VL], zeros not needed after K. A vector copy fills a line of it, one
-// pointer walks through it, and no two rows of a tile share a cache set, whatever the stride of the image.
+// Left operand: runs of K, in which row i, column k lies at a[i * STEP + k].
+//  - STEP = VL, a "panel": [ceil(K / VL)][rows][VL]. A vector copy fills a line of it, one pointer walks through it, and
+//    no two rows of a tile share a cache set, whatever the stride of the image. Nothing is read after K.
+//  - STEP = 6: pixels of an RGB image, every other one, as they lie in memory.
 // Right operand: [K][vectors * VL].
-struct Tile {
+struct Left {
   const float* a;
+  int64_t runs, run_step;  // whole runs, and floats from one to the next
+  int run, tail;           // columns in each of them, and in a last, shorter one
+};
+
+static inline Left panel(const float* a, int rows, int64_t depth) {
+  return {a, depth / VL, rows * VL, VL, int(depth % VL)};
+}
+
+struct Tile {
+  Left left;
   const float* b;
-  int64_t depth;  // K
   float* y;
   int64_t y_stride;       // floats from row to row
   const float* shift;     // null: none, and `relu` and `residual` are not looked at
@@ -47,11 +58,11 @@ template <int ROWS, int VECTORS> static inline void finish(const Tile& t, vec (&
   }
 }
 
-template <int ROWS, int VECTORS> static void multiply(const Tile& t) {
+template <int ROWS, int VECTORS, int STEP> static void multiply(const Tile& t) {
   vec sum[ROWS][VECTORS] = {};
-  const float* a = t.a;
+  const float* a = t.left.a;
   const float* b = t.b;
-  auto steps = [&](int count) __attribute__((always_inline)) {
+  auto columns = [&](int count) __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (int k = 0; k < count; k++) {
       vec weights[VECTORS];
@@ -60,37 +71,33 @@ template <int ROWS, int VECTORS> static void multiply(const Tile& t) {
       b += VECTORS * VL;
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; i++) {
-        const vec x = VECTORS > 1 ? in_register(splat(a[i * VL + k])) : splat(a[i * VL + k]);
+        const vec x = VECTORS > 1 ? in_register(splat(a[i * STEP + k])) : splat(a[i * STEP + k]);
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) sum[i][j] += x * weights[j];
       }
     }
   };
-  for (int64_t k = 0; k + VL <= t.depth; k += VL, a += ROWS * VL) steps(VL);
-  steps(int(t.depth % VL));
+  for (int64_t i = 0; i < t.left.runs; i++, a += t.left.run_step) columns(STEP == VL ? VL : t.left.run);
+  columns(t.left.tail);
   finish<ROWS, VECTORS>(t, sum);
 }
 
 using Multiply = void (*)(const Tile&);
 
-template <int ROWS> struct Table {
-  static void fill(Multiply (*table)[NV]) {
-    table[ROWS - 1][0] = multiply<ROWS, 1>;
-    table[ROWS - 1][1] = multiply<ROWS, 2>;
-    Table<ROWS - 1>::fill(table);
+template <int STEP> struct Multiplies {
+  Multiply table[MR][NV] = {};
+  constexpr Multiplies() { fill<MR>(); }
+  template <int ROWS> constexpr void fill() {
+    table[ROWS - 1][0] = multiply<ROWS, 1, STEP>;
+    table[ROWS - 1][1] = multiply<ROWS, 2, STEP>;
+    if constexpr (ROWS > 1) fill<ROWS - 1>();
   }
 };
-template <> struct Table<0> {
-  static void fill(Multiply (*)[NV]) {}
-};
-
-struct Multiplies {
-  Multiply table[MR][NV];
-  Multiplies() { Table<MR>::fill(table); }
-};
-static const Multiplies multiplies;
 
 // rows: 1 to MR; the vectors are those that t.channels needs.
-static inline void multiply(const Tile& t, int rows) { multiplies.table[rows - 1][t.channels > VL](t); }
+template <int STEP = VL> static inline void multiply(const Tile& t, int rows) {
+  static constexpr Multiplies<STEP> multiplies;
+  multiplies.table[rows - 1][t.channels > VL](t);
+}
 
 }  // namespace RF_VARIANT

@@ -4,6 +4,7 @@
 #include "gemm.h"
 #include "grouped.h"
 #include "pool.h"
+#include "stem.h"
 #include "winograd.h"
 
 namespace RF_VARIANT {
@@ -17,13 +18,15 @@ static int supports(const rf_shape* s, int algorithm) {
     case RF_WINOGRAD2:
     case RF_WINOGRAD4: return winograd;
     case RF_GROUPED: return grouped_supports(*s);
+    case RF_DIRECT: return direct_supports(*s);
   }
   return 0;
 }
 
 static int64_t packed_bytes(const rf_shape* s, int algorithm) {
   switch (algorithm) {
-    case RF_GEMM: return gemm_packed_floats(*s) * 4;
+    case RF_GEMM:
+    case RF_DIRECT: return gemm_packed_floats(*s) * 4;
     case RF_WINOGRAD2: return Winograd<2>::packed_floats(*s) * 4;
     case RF_WINOGRAD4: return Winograd<4>::packed_floats(*s) * 4;
     case RF_GROUPED: return grouped_packed_floats(*s) * 4;
@@ -34,7 +37,8 @@ static int64_t packed_bytes(const rf_shape* s, int algorithm) {
 static void pack(const rf_shape* s, int algorithm, const double* weight, void* packed) {
   float* to = (float*)packed;
   switch (algorithm) {
-    case RF_GEMM: return gemm_pack(*s, weight, to);
+    case RF_GEMM:
+    case RF_DIRECT: return gemm_pack(*s, weight, to);
     case RF_WINOGRAD2: return Winograd<2>::pack(*s, weight, to);
     case RF_WINOGRAD4: return Winograd<4>::pack(*s, weight, to);
     case RF_GROUPED: return grouped_pack(*s, weight, to);
@@ -44,12 +48,13 @@ static void pack(const rf_shape* s, int algorithm, const double* weight, void* p
 static void convolve(const rf_op& op, const float* x, const float* residual, float* y, Team team) {
   const rf_shape& s = op.shape;
   const float* packed = (const float*)op.packed;
+  if (s.pool) return stem(s, op.algorithm, x, packed, op.shift, y, team);
   switch (op.algorithm) {
-    case RF_GEMM:
-      return s.pool ? stem(s, x, packed, op.shift, y, team) : gemm_conv(s, x, packed, op.shift, residual, y, team);
+    case RF_GEMM: return gemm_conv(s, x, packed, op.shift, residual, y, team);
     case RF_WINOGRAD2: return Winograd<2>::conv(s, x, packed, op.shift, residual, y, team);
     case RF_WINOGRAD4: return Winograd<4>::conv(s, x, packed, op.shift, residual, y, team);
     case RF_GROUPED: return grouped(s, x, packed, op.shift, residual, y, team);
+    case RF_DIRECT: return direct_conv(s, x, packed, op.shift, residual, y, team);
   }
 }
 

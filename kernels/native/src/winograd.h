@@ -221,11 +221,12 @@ template <int OUT> struct Winograd {
       const int channel = int(j * NR), channels = smaller(NR, s.k - channel), width = channels > VL ? NR : VL;
       const float* u = task.packed + int64_t(POINTS) * s.c * channel;
       for (int point = 0; point < POINTS; point++, u += int64_t(s.c) * width)
-        for (int64_t panel = 0; panel < panel_count; panel++) {
-          const int64_t first = panels.begin(panel);
-          multiply({v + point * v_point + first * task.lines * VL, u, s.c, m + point * m_point + first * width, width,
-                    nullptr, nullptr, 0, false, width},
-                   int(panels.begin(panel + 1) - first));
+        for (int64_t i = 0; i < panel_count; i++) {
+          const int64_t first = panels.begin(i);
+          const int rows = int(panels.begin(i + 1) - first);
+          multiply({panel(v + point * v_point + first * task.lines * VL, rows, s.c), u,
+                    m + point * m_point + first * width, width, nullptr, nullptr, 0, false, width},
+                   rows);
         }
       for (int64_t i = 0; i < panels.rows; i++)
         for (int part = 0; part < channels; part += VL)
@@ -248,7 +249,7 @@ template <int OUT> struct Winograd {
     // An odd number of lines from point to point spreads a tile's 36 stores over the sets of the first-level cache.
     const int64_t longest = ceil_div(mine.end - mine.begin, blocks);
     const int64_t v_point = (longest * task.lines | 1) * VL, m_point = longest * NR + VL;
-    float* v = (float*)rf_scratch(POINTS * (v_point + m_point) * sizeof(float));
+    float* v = scratch(PANELS, POINTS * (v_point + m_point));
     for (int64_t i = 0; i < blocks; i++) {
       const Range part = share(mine.end - mine.begin, i, blocks);
       block(task, {mine.begin + part.begin, mine.begin + part.end}, grid.columns, v, v_point, v + POINTS * v_point);

@@ -3,14 +3,16 @@
 
 #include "simd.h"
 
-// At least `bytes` of this thread's own, aligned to 64 bytes, kept for its next call.
-void* rf_scratch(size_t bytes);
-// The same once more, for whoever calls something that uses the first.
-void* rf_scratch_second(size_t bytes);
+// At least `bytes` of this thread's own, aligned to 64 bytes, kept for its next call. Slots are apart from each other.
+void* rf_scratch(int slot, size_t bytes);
 // Bytes of the second-level cache.
 int64_t rf_cache_bytes();
 
 namespace RF_VARIANT {
+
+enum Slot { PANELS, ROWS, IMAGE, SLOTS };
+
+static inline float* scratch(Slot slot, int64_t floats) { return (float*)rf_scratch(slot, floats * sizeof(float)); }
 
 struct Team {
   int thread, threads;

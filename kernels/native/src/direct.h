@@ -1,0 +1,60 @@
+// Convolution of an RGB image with horizontal stride 2, the stem of every ResNet: too few channels to gather by vectors,
+// but the patches of neighbouring outputs lie 6 floats apart, so the register tile reads them where they are.
+#pragma once
+
+#include "gemm.h"
+
+namespace RF_VARIANT {
+
+constexpr int RGB_STEP = 6;  // floats from one patch to the next: 3 channels, every other pixel
+
+static bool direct_supports(const rf_shape& s) {
+  return s.c == 3 && s.stride_w == 2 && s.groups == 1 && s.dilation_w == 1;
+}
+
+constexpr int DIRECT_ROWS = 8;  // output rows at a time, for which the image's rows are copied between zeros
+
+// The output rows `rows`, counted over all images. Packed weights are those of the matrix product.
+static void direct_part(const GemmTask& task, Range rows) {
+  const rf_shape& s = task.shape;
+  const GemmWeights weights(s);
+  const int64_t padded = int64_t(s.q - 1) * 2 + s.s, pitch = round_up(larger<int64_t>(padded, s.w + s.pad_w) * 3, VL);
+  const int high = (DIRECT_ROWS - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1;
+  float* image = scratch(IMAGE, high * pitch);
+  const Tiles tiles{s.q};
+  for (int64_t row = rows.begin; row < rows.end;) {
+    const int64_t number = row / s.p, p = row % s.p;
+    const int count = int(smaller(smaller<int64_t>(DIRECT_ROWS, s.p - p), rows.end - row));
+    const int64_t top = p * s.stride_h - s.pad_h;
+    for (int i = 0; i < (count - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1; i++) {
+      float* to = image + i * pitch;
+      memset(to, 0, pitch * sizeof(float));
+      if (top + i >= 0 && top + i < s.h)
+        memcpy(to + s.pad_w * 3, task.x + (number * s.h + top + i) * s.w * 3, s.w * 3 * sizeof(float));
+    }
+    for (int64_t j = 0; j < weights.panels(); j++)
+      for (int i = 0; i < count; i++)
+        for (int64_t t = 0; t < tiles.count(); t++) {
+          const int64_t q = tiles.begin(t), pixel = (row + i) * s.q + q;
+          const float* corner = image + i * s.stride_h * pitch + q * RGB_STEP;
+          multiply<RGB_STEP>({{corner, s.r, s.dilation_h * pitch, s.s * 3, 0},
+                              task.packed + j * NR * weights.depth,
+                              task.y + (pixel - task.y_row) * s.k + j * NR,
+                              s.k,
+                              task.shift + j * NR,
+                              task.residual ? task.residual + pixel * s.k + j * NR : nullptr,
+                              s.k,
+                              s.relu != 0,
+                              int(smaller<int64_t>(NR, s.k - j * NR))},
+                             int(tiles.begin(t + 1) - q));
+        }
+    row += count;
+  }
+}
+
+static void direct_conv(const rf_shape& s, const float* x, const float* packed, const float* shift,
+                        const float* residual, float* y, Team team) {
+  direct_part({s, x, packed, shift, residual, y, 0}, share(int64_t(s.n) * s.p, team.thread, team.threads));
+}
+
+}  // namespace RF_VARIANT
