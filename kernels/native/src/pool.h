@@ -30,11 +30,14 @@ static inline void pool_pixel(const rf_shape& s, const float* image, int p, int 
   const float pixels = float(larger(0, bottom - top) * larger(0, right - left));
   each_vector(s.k, [&](int64_t c, int count) {
     vec total = mean ? vec{} : splat(-__builtin_inff());
-    for (int i = top; i < bottom; i++)
+    for (int i = top; i < bottom; i++) {
+      vec row = mean ? vec{} : total;  // a sum of its own: in one sum, roundings of the same sign would add up
       for (int j = left; j < right; j++) {
         const vec v = load_some(image + (int64_t(i) * s.w + j) * s.c + c, count);
-        total = mean ? total + v : maximum(total, v);
+        row = mean ? row + v : maximum(row, v);
       }
+      total = mean ? total + row : row;
+    }
     store_some(y + c, mean ? total / splat(pixels) : total, count);
   });
 }
