@@ -110,7 +110,7 @@ def _convolve(
     """The convolution, its max-pool too if ``pool``; None where the kernels cannot count so far."""
     threads = torch.get_num_threads()
     weights = _packs.get((weight, scale, shift), None, lambda: _Weights(shift))
-    key = (x.shape, geometry, relu, pool, residual is None, threads)
+    key = (x.shape, geometry, relu, pool, residual is None, threads, planner.version)
     try:
         call = weights.calls[key]
     except KeyError:

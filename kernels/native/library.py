@@ -4,10 +4,12 @@ The library is one file beside this one, made by ``setup.py`` where there is a C
 OpenMP runtime by the name that torch ships its own under: torch is imported first, so both share one pool of threads.
 """
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch  # before the library is loaded: see above
 
@@ -158,15 +160,35 @@ def pack(shape: Shape, algorithm: str, weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+class Timing(NamedTuple):
+    """An operation that ran."""
+
+    kind: int
+    shape: Shape
+    algorithm: str  # of a convolution
+    seconds: float
+
+
+_recorder: Optional[list[Timing]] = None
+
+
 def run(ops: "ctypes.Array[Op]", count: int, buffers: "ctypes.Array[ctypes.c_void_p]", threads: int) -> None:
     """Run ``count`` operations, in order, on ``threads`` threads of torch's pool."""
-    _loaded().rf_run(ops, count, buffers, threads, None)
-
-
-def run_timed(
-    ops: "ctypes.Array[Op]", count: int, buffers: "ctypes.Array[ctypes.c_void_p]", threads: int
-) -> list[float]:
-    """``run``, and the seconds that each operation took."""
+    if _recorder is None:
+        _loaded().rf_run(ops, count, buffers, threads, None)
+        return
     seconds = (ctypes.c_double * count)()
     _loaded().rf_run(ops, count, buffers, threads, seconds)
-    return list(seconds)
+    for op, second in zip(ops, seconds):
+        _recorder.append(Timing(op.kind, Shape.from_buffer_copy(op.shape), ALGORITHMS[op.algorithm], second))
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Timing]]:
+    """Within it, every operation that any thread runs is timed and noted."""
+    global _recorder
+    _recorder = []
+    try:
+        yield _recorder
+    finally:
+        _recorder = None

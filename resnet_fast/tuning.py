@@ -1,0 +1,96 @@
+"""``tune(model, example_input)``: measure which algorithm is fastest for each convolution of a model on this CPU."""
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast.fusion import Fused
+from resnet_fast.kernels.native import choices, library, planner
+
+_WARM_UP_CALLS = 2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was measured for one shape."""
+
+    shape: str
+    algorithm: str  # the fastest
+    milliseconds: dict[str, float]  # median, by algorithm
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """``tune``'s answer, one choice for each shape of convolution, in the order of the model."""
+
+    choices: list[Choice]
+
+    def __str__(self) -> str:
+        lines = []
+        for choice in self.choices:
+            times = ", ".join(f"{name} {ms:.3f}" for name, ms in choice.milliseconds.items())
+            lines.append(f"{choice.shape}: {choice.algorithm} (ms: {times})")
+        return "\n".join(lines)
+
+
+def tune(model: nn.Module, example_input: Tensor, calls: int = 7) -> Tuning:
+    """Choose the fastest algorithm for each convolution of ``model``, by measurement, for now and later.
+
+    The model runs on ``example_input`` as a whole, with each algorithm in turn wherever it can serve, so every layer
+    is timed with the caches as the layers before it leave them. The choices hold for images of this size and batch and
+    for ``torch.get_num_threads()`` threads, in every model with such a layer, and are kept in a file of this user for
+    this CPU and these versions. Nothing else should run meanwhile. A few seconds for a ResNet.
+
+    Args:
+        model: accelerated, in eval mode, float32, on the CPU.
+        example_input: ``[N, C, H, W]``, as in the calls to come.
+        calls: timed ones with each algorithm.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: ``model`` is not accelerated, or in training mode; ``calls`` is below 1; or no convolution of it ran
+            in the native kernels.
+        RuntimeError: the native kernels are not there.
+        OSError: the file cannot be written.
+    """
+    _check(model, calls)
+    shapes: dict[str, dict[str, list[float]]] = {}
+    with torch.inference_mode():
+        for algorithm in library.ALGORITHMS:
+            with planner.forced(algorithm):
+                for _ in range(_WARM_UP_CALLS):
+                    model(example_input)
+                with library.recorded() as operations:
+                    for _ in range(calls):
+                        model(example_input)
+            for timing in operations:
+                if timing.kind == library.CONV:
+                    key = planner.describe(timing.shape, torch.get_num_threads())
+                    shapes.setdefault(key, {}).setdefault(timing.algorithm, []).append(timing.seconds)
+    if not shapes:
+        raise ValueError("model ran no convolution in the native kernels: see explain(model)")
+    result = Tuning([_choice(shape, times) for shape, times in shapes.items()])
+    planner.changed()
+    choices.add({choice.shape: choice.algorithm for choice in result.choices})
+    return result
+
+
+def _check(model: nn.Module, calls: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    if not any(isinstance(module, Fused) for module in model.modules()):
+        raise ValueError("model is not accelerated: call accelerate(model) first")
+    if model.training:
+        raise ValueError("model is in training mode, expected eval mode")
+    if calls < 1:
+        raise ValueError(f"calls is {calls}, expected at least 1")
+    reason = library.unavailable()
+    if reason is not None:
+        raise RuntimeError(reason)
+
+
+def _choice(shape: str, times: dict[str, list[float]]) -> Choice:
+    medians = {name: statistics.median(seconds) * 1e3 for name, seconds in times.items()}
+    return Choice(shape, min(medians, key=lambda name: medians[name]), medians)
