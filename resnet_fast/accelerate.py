@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from resnet_fast import ops
+from resnet_fast import network, ops
 from resnet_fast.fused import accelerated_class
-from resnet_fast.fusion import Fused, Program, Step, build, child_at
+from resnet_fast.fusion import Fused, Path, Program, Step, build, child_at
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.case import Case
 from resnet_fast.programs import drop_program, program_of, rebuild
@@ -92,7 +92,7 @@ class Row:
     path: str  # "" for the model itself
     kind: str  # class name
     status: str  # "fused", "partly fused" or "stock"
-    steps: list[str] = field(default_factory=list)  # "conv1+bn1+relu: onednn"
+    steps: list[str] = field(default_factory=list)  # "conv1+bn1+relu: onednn", "conv2+bn2: native winograd4"
     reason: str = ""  # why it, or the rest of it, runs its own forward
 
 
@@ -101,9 +101,10 @@ class Explanation:
     """``explain``'s answer, one row for each module that is fused or has convolutions of its own."""
 
     rows: list[Row]
+    network: str = ""  # whether the last call ran as one program, and if not, why
 
     def as_dict(self) -> dict:
-        return {"rows": [asdict(row) for row in self.rows]}
+        return {"rows": [asdict(row) for row in self.rows], "network": self.network}
 
     def __str__(self) -> str:
         cells = [("module", "class", "status", "fused steps, and what runs them; why the rest is not fused")]
@@ -111,14 +112,16 @@ class Explanation:
             text = "; ".join([*row.steps, *([row.reason] if row.reason else [])])
             cells.append((row.path or "(model)", row.kind, row.status, text))
         widths = [max(len(line[i]) for line in cells) for i in range(3)]
-        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[3]]) for line in cells)
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[3]]) for line in cells]
+        return "\n".join([*lines, *([f"whole network: {self.network}"] if self.network else [])])
 
 
 def explain(model: nn.Module) -> Explanation:
     """Say for every block of ``model`` whether it runs fused in eval mode, what serves each step, and if not, why.
 
     The answer is about the model as it is now: hooks, types of children, and training flags other than those that
-    ``model.eval()`` would clear count.
+    ``model.eval()`` would clear count. The algorithms of the native kernels depend on the size of the images: they are
+    those of the last call.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -126,25 +129,52 @@ def explain(model: nn.Module) -> Explanation:
     _check(model)
     programs = {module: program_of(module) or build(module) for module in model.modules() if isinstance(module, Fused)}
     inlined = {child for module, program in programs.items() for child in program.inlined(module)}
+    algorithms = _algorithms(model)
     rows = []
     for path, module in model.named_modules():
         if module in programs:
-            rows.append(_explain_fused(path, module, programs[module]))
+            rows.append(_explain_fused(path, module, programs[module], algorithms))
         elif module not in inlined and any(isinstance(child, nn.Conv2d) for child in module.children()):
             reason = "has a forward of its own set on the instance" if "forward" in module.__dict__ else ""
             reason = reason or build(module).reason or "accelerate() has not been called on it"
             rows.append(Row(path, type(module).__name__, "stock", reason=reason))
-    return Explanation(rows)
+    return Explanation(rows, _explain_network(model))
 
 
-def _explain_fused(path: str, module: nn.Module, program: Program) -> Row:
+def _explain_network(model: nn.Module) -> str:
+    last = network.last_plan(model)
+    if last is None:
+        return "not planned yet; a call in eval mode without gradients does" if isinstance(model, Fused) else ""
+    return str(last) if isinstance(last, network.Plan) else f"no single program: {last}"
+
+
+def _algorithms(model: nn.Module) -> dict[str, str]:
+    """Of the convolutions that ran in native programs when they were called last, by name."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        plan = network.last_plan(module)
+        if isinstance(plan, network.Plan):
+            for conv, algorithm in plan.algorithms.items():
+                found.setdefault(_joined(path, conv), algorithm)  # the outermost runs
+    return found
+
+
+def _joined(path: str, child: Path) -> str:
+    return ".".join([*([path] if path else []), *child])
+
+
+def _explain_fused(path: str, module: nn.Module, program: Program, algorithms: dict[str, str]) -> Row:
     kind = type(module).__name__
     refusal = program.refusal(module, ignore_training=True)
     if "forward" in module.__dict__:
         refusal = "has a forward of its own set on the instance"
     if refusal:
         return Row(path, kind, "stock", reason=refusal)
-    steps = [f"{step}: {_served_by(module, step)}" for step in program.steps]
+    planned = [step.conv and algorithms.get(_joined(path, step.conv)) for step in program.steps]
+    steps = [
+        f"{step}: {f'native {algorithm}' if algorithm else _served_by(module, step)}"
+        for step, algorithm in zip(program.steps, planned)
+    ]
     own = [f"{name} ({type(child).__name__})" for name in program.rest if _unusual(child := module.get_submodule(name))]
     reason = f"own forward: {', '.join(own)}" if own else ""
     return Row(path, kind, "partly fused" if own else "fused", steps, reason)

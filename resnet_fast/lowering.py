@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from resnet_fast import functional, fusion
+from resnet_fast import arena, functional, fusion
 from resnet_fast.fusion import Fused, Path, Program
+from resnet_fast.kernels import native
+from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.native import library, planner
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.programs import program_of
@@ -83,6 +85,7 @@ class Lowering:
     _at: Path = ()  # the module being followed
     _overwritten: set[Storage] = field(default_factory=set)  # by a forward that works in place
     _converted: dict[Storage, Image] = field(default_factory=dict)  # memory of a copy -> what it is a copy of
+    _shelf: arena.Shelf = field(default_factory=arena.Shelf)
 
     # --- following modules and graphs ---
 
@@ -215,23 +218,24 @@ class Lowering:
         relu: bool = False,
         pool: bool = False,
     ) -> Image:
-        x, (out, group_channels, r, s) = self.pixels(x), conv.weight.shape
-        n, c, h, w = x.shape
-        if c != group_channels * conv.groups:
-            raise NotPlanned(f"{'.'.join(path)} gets {c} channels")
-        stride, padding, dilation = conv.stride, _pair(conv.padding), conv.dilation
-        p = _extent(h, r, stride[0], padding[0], dilation[0])
-        q = _extent(w, s, stride[1], padding[1], dilation[1])
-        y_shape = (n, out, p, q)
+        x = self.pixels(x)
+        if x.shape[1] != conv.weight.shape[1] * conv.groups:
+            raise NotPlanned(f"{'.'.join(path)} gets {x.shape[1]} channels")
+        geometry: Any = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        sizes: Any = (*x.shape[1:2], *conv.weight.shape[:1], conv.weight.shape[2:], *geometry)
+        reason = native.supports(Case("conv_bn_act", "cpu", torch.float32, *sizes))
+        if reason:
+            raise NotPlanned(f"{'.'.join(path)}: {reason}")
+        shape = native.conv_shape(x.shape, conv.weight.shape, *geometry, relu=relu, pool=pool)  # type: ignore[misc]
+        if min(shape.p, shape.q) < 1:
+            raise NotPlanned("the image is smaller than a window")
+        y_shape = (shape.n, shape.k, shape.p, shape.q)
         if residual is not None:
             residual = self.pixels(residual)
             if residual.shape != y_shape:
                 raise NotPlanned(f"{'.'.join(path)} is added to another shape")
-        shape = library.Shape(
-            library.FLOAT32, n, h, w, c, p, q, out, r, s, *stride, *padding, *dilation, conv.groups, relu, pool
-        )
         if pool:
-            y_shape = (n, out, (p - 1) // 2 + 1, (q - 1) // 2 + 1)
+            y_shape = (*y_shape[:2], (shape.p - 1) // 2 + 1, (shape.q - 1) // 2 + 1)
         return self._convolution(x, shape, y_shape, conv.weight, conv.bias, norm, residual, path)
 
     def _convolution(
@@ -251,8 +255,13 @@ class Lowering:
             sources += [norm.running_var, norm.running_mean, norm.weight, norm.bias, counter]
         given = tuple(t for t in sources if t is not None)
         for t in given:
-            if t.device.type != "cpu" or t.is_inference() or (t.dtype != torch.float32 and t is not sources[-1]):
-                raise NotPlanned(f"{'.'.join(path)} has weights that are not float32 on the CPU, or inference tensors")
+            if (
+                t.device.type != "cpu"
+                or t.numel() == 0
+                or t.is_inference()
+                or (t.dtype != torch.float32 and t is not sources[-1])
+            ):
+                raise NotPlanned(f"{'.'.join(path)} has weights that are no ordinary float32 on the CPU")
         if norm is not None and norm.running_var.shape != weight.shape[:1]:  # type: ignore[union-attr]
             raise NotPlanned(f"{'.'.join(path)} has a norm of another size")
         algorithm = planner.choose(shape, self.threads)
@@ -264,9 +273,10 @@ class Lowering:
             wide = weight.detach().to(torch.float64).reshape(weight.shape[0], -1, shape.r, shape.s)
             if scale is not None:
                 wide *= scale.view(-1, 1, 1, 1)
-            return Pack(library.pack(shape, algorithm, wide), None if shift is None else shift.detach().clone())
+            packed = self._shelf.copy(library.pack(shape, algorithm, wide))
+            return Pack(packed, None if shift is None else shift.detach().clone())
 
-        key = (algorithm, library.variant(), bias is None, norm is not None and norm.eps)
+        key = (algorithm, library.variant(), shape.groups, bias is None, norm is not None and norm.eps)
         made = _packs.get(given, key, pack)
         self.sources.update((id(t), t) for t in given)
         return self._emit(
@@ -358,17 +368,11 @@ def _pair(value: Any) -> tuple[int, int]:
     return one, other
 
 
-def _extent(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    if out < 1:
-        raise NotPlanned("the image is smaller than a window")
-    return out
-
-
 def _pool_extent(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
-    out = -(-(size + 2 * padding - kernel) // stride) + 1 if ceil_mode else _extent(size, kernel, stride, padding, 1)
-    if ceil_mode and (out - 1) * stride >= size + padding:  # as PyTorch: the last window starts inside
-        out -= 1
+    free = size + 2 * padding - kernel
+    out = (-(-free // stride) if ceil_mode else free // stride) + 1
+    if ceil_mode and (out - 1) * stride >= size + padding:
+        out -= 1  # the last window must start inside the image or before it
     if out < 1:
         raise NotPlanned("the image is smaller than a window")
     return out

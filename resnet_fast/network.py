@@ -19,11 +19,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from resnet_fast import arena
 from resnet_fast.fusion import Path, Program
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import library, planner
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.lowering import Image, Lowering, NotPlanned, Step, Storage
+from resnet_fast.programs import PROGRAM
 
 _PLANS_KEPT = 4  # per module: detectors see many shapes
+_LARGEST = 2**28  # images; sizes go to the kernels as 32-bit numbers, which add a few of them up
 _PROBED_BYTES = 64  # of each tensor, to see writes through ``.data``; see kernels/packing.py
 
 # --- what must stay as it was ---
@@ -125,6 +127,8 @@ class Plan:
 
     def __init__(self, module: nn.Module, program: Program, plans: "Plans", x: Tensor, threads: int) -> None:
         """Raises ``NotPlanned``."""
+        if max(x.shape) > _LARGEST:
+            raise NotPlanned(f"no images beyond {_LARGEST}")
         self._nhwc = _channels_last(x)
         given = Image(tuple(x.shape), Storage(x.numel()), self._nhwc)
         lowering = Lowering(threads, plans.plain)
@@ -142,7 +146,7 @@ class Plan:
             for image in outputs
         ]
         self._single = isinstance(result, Image)
-        self._threads = threads
+        self._threads, self._shape = threads, given.shape
         self.steps = _needed(lowering.steps, storages)
         refs = {given.storage: library.Ref(1, 0, 0)}
         refs |= {storage: library.Ref(2 + i, 0, 0) for i, storage in enumerate(storages)}
@@ -165,6 +169,10 @@ class Plan:
         if self._single:
             return outputs[0]
         return tree_unflatten([outputs[i] for i in self._leaves], self._structure)
+
+    def __str__(self) -> str:
+        shape, threads = list(self._shape), f"{self._threads} thread{'s' if self._threads > 1 else ''}"
+        return f"one native program of {len(self.steps)} operations for {shape} on {threads}"
 
     @property
     def algorithms(self) -> dict[Path, str]:
@@ -240,7 +248,7 @@ class Plans:
         self._kept: dict[tuple, tuple[Guard, Union[Plan, str]]] = {}
 
     def get(self, module: nn.Module, program: Program, x: Tensor, threads: int) -> Union[Plan, str]:
-        key = (x.shape, _channels_last(x), threads)
+        key = (x.shape, _channels_last(x), threads, planner.version)
         kept = self._kept.get(key)
         if kept is None or not kept[0].holds(module):
             del kept  # with its packed weights, before there are new ones
@@ -285,6 +293,13 @@ def plan_for(module: nn.Module, program: Program, args: tuple, kwargs: dict[str,
         plans = program.plans = Plans(module)
     plan = plans.get(module, program, x, torch.get_num_threads())
     return plan if isinstance(plan, Plan) else None
+
+
+def last_plan(module: nn.Module) -> Union[Plan, str, None]:
+    """What ``module``'s last call that could be planned ran as; a reason if it was not; None if there was none."""
+    program = module.__dict__.get(PROGRAM)
+    plans = None if program is None else program.plans
+    return plans.last if plans is not None and plans.of() is module else None
 
 
 def _plain_image(x: Any) -> bool:
