@@ -77,24 +77,25 @@ class BuildKernels(build_ext):
         subprocess.run([*compiler, "-shared", *objects, "-o", str(target)], check=True)
 
 
-version = re.search(r'__version__ = "(.+)"', Path("resnet_fast/__init__.py").read_text())[1]
+if __name__ == "__main__":  # the tests read the flags above
+    version = re.search(r'__version__ = "(.+)"', Path("resnet_fast/__init__.py").read_text())[1]
 
-setup(
-    version=version,
-    packages=find_namespace_packages(
-        include=["resnet_fast", "resnet_fast.*"], exclude=["*__pycache__*", "resnet_fast.kernels.native.src"]
-    ),
-    # Named one by one: the sources of the kernels are in the sdist, but a wheel has no use for them.
-    include_package_data=False,
-    package_data={"resnet_fast": ["py.typed"], "": ["*.json", "*.html"]},
-    ext_modules=[
-        Extension(
-            "resnet_fast.kernels.native._native",
-            [f"{NATIVE}/src/variant.cpp", f"{NATIVE}/src/dispatch.cpp"],
-            depends=sorted(map(str, Path(NATIVE, "src").glob("*.h"))),
-            language="c++",
-            optional=True,
-        )
-    ],
-    cmdclass={"build_ext": BuildKernels},
-)
+    setup(
+        version=version,
+        packages=find_namespace_packages(
+            include=["resnet_fast", "resnet_fast.*"], exclude=["*__pycache__*", "resnet_fast.kernels.native.src"]
+        ),
+        # Named one by one: the sources of the kernels are in the sdist, but a wheel has no use for them.
+        include_package_data=False,
+        package_data={"resnet_fast": ["py.typed"], "": ["*.json", "*.html"]},
+        ext_modules=[
+            Extension(
+                "resnet_fast.kernels.native._native",
+                [f"{NATIVE}/src/variant.cpp", f"{NATIVE}/src/dispatch.cpp"],
+                depends=sorted(map(str, Path(NATIVE, "src").glob("*.h"))),
+                language="c++",
+                optional=True,
+            )
+        ],
+        cmdclass={"build_ext": BuildKernels},
+    )

@@ -6,11 +6,12 @@ kernel is a part of its time that shows.
 """
 
 from ctypes import Array, c_void_p
-from typing import Any, NamedTuple, Optional
+from types import ModuleType
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
-from resnet_fast.kernels import reference
+from resnet_fast.kernels import onednn, reference
 from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.native import library, planner
 from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
@@ -43,7 +44,8 @@ class _Call(NamedTuple):
     """A convolution of one weight, ready to run on any image of one shape."""
 
     program: "Array[Op]"
-    output: Pair  # height and width
+    height: int
+    width: int
 
 
 class _Weights:
@@ -52,7 +54,7 @@ class _Weights:
     def __init__(self, shift: torch.Tensor) -> None:
         self.shift = torch.empty(shift.shape, dtype=torch.float32, device="cpu").copy_(shift.detach())
         self.packed: dict[tuple[str, int], torch.Tensor] = {}  # by algorithm and number of groups
-        self.calls: dict[tuple, Optional[_Call]] = {}
+        self.calls: dict[tuple, Union[_Call, ModuleType]] = {}
 
 
 def conv_bn_act(
@@ -68,15 +70,16 @@ def conv_bn_act(
     relu: bool,
 ) -> torch.Tensor:
     """See ``reference.conv_bn_act``."""
-    geometry = (stride, padding, dilation, groups)
-    y = _convolve(x, weight, scale, shift, residual, geometry, relu, False)
-    return reference.conv_bn_act(x, weight, scale, shift, residual, *geometry, relu) if y is None else y
+    call = _find(x, weight, scale, shift, residual, (stride, padding, dilation, groups), relu, False)
+    if not isinstance(call, _Call):
+        return call.conv_bn_act(x, weight, scale, shift, residual, stride, padding, dilation, groups, relu)
+    return _run(call, x, weight, residual)
 
 
 def stem(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """See ``reference.stem``."""
-    y = _convolve(x, weight, scale, shift, None, ((2, 2), (3, 3), (1, 1), 1), True, True)
-    return reference.stem(x, weight, scale, shift) if y is None else y
+    call = _find(x, weight, scale, shift, None, ((2, 2), (3, 3), (1, 1), 1), True, True)
+    return _run(call, x, weight, None) if isinstance(call, _Call) else call.stem(x, weight, scale, shift)
 
 
 def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +100,7 @@ def _empty(shape: tuple[int, int, int, int]) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
 
 
-def _convolve(
+def _find(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
@@ -106,31 +109,19 @@ def _convolve(
     geometry: tuple[Pair, Pair, Pair, int],
     relu: bool,
     pool: bool,
-) -> Optional[torch.Tensor]:
-    """The convolution, its max-pool too if ``pool``; None where the kernels cannot count so far."""
+) -> Union[_Call, ModuleType]:
+    """What runs the convolution, its max-pool too if ``pool``: kernels of ours, or the implementation that does."""
     threads = torch.get_num_threads()
     weights = _packs.get((weight, scale, shift), None, lambda: _Weights(shift))
     key = (x.shape, geometry, relu, pool, residual is None, threads, planner.version)
     try:
-        call = weights.calls[key]
+        return weights.calls[key]
     except KeyError:
         call = _prepare(weights, x, weight, scale, residual is not None, geometry, relu, pool, threads)
-        if len(weights.calls) >= _CALLS_KEPT:
-            weights.calls.clear()
-        weights.calls[key] = call
-    if call is None:
-        return None
-    # Strides of dimensions of one element may be anything, also in a tensor that calls itself contiguous; no pixel
-    # is reached through them, and the kernels compute addresses from sizes.
-    x = x.contiguous(memory_format=torch.channels_last)
-    y = _empty((x.shape[0], weight.shape[0], *call.output))
-    if residual is None:
-        buffers = _three_buffers(x.data_ptr(), y.data_ptr())
-    else:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-        buffers = _three_buffers(x.data_ptr(), y.data_ptr(), residual.data_ptr())
-    library.run(call.program, 1, buffers, threads)
-    return y
+    if len(weights.calls) >= _CALLS_KEPT:
+        weights.calls.clear()
+    weights.calls[key] = call
+    return call
 
 
 def _prepare(
@@ -143,19 +134,39 @@ def _prepare(
     relu: bool,
     pool: bool,
     threads: int,
-) -> Optional[_Call]:
+) -> Union[_Call, ModuleType]:
     if weight.numel() == 0 or max(x.shape) > _LARGEST:
-        return None
+        return reference
     shape = conv_shape(x.shape, weight.shape, *geometry, relu, pool)
     algorithm, groups = planner.choose(shape, threads), geometry[3]
+    if algorithm == planner.ONEDNN:
+        case = Case("conv_bn_act", "cpu", x.dtype, shape.c, shape.k, (shape.r, shape.s), *geometry)
+        if onednn.supports(case) is None:
+            return onednn
+        algorithm = "gemm"
     packed = weights.packed.get((algorithm, groups))
     if packed is None:
         packed = library.pack(shape, algorithm, weight.detach().double() * scale.detach().double().view(-1, 1, 1, 1))
         packed = weights.packed.setdefault((algorithm, groups), packed)
     op = Op(library.CONV, ALGORITHMS.index(algorithm), shape, 0, packed.data_ptr(), weights.shift.data_ptr())
     op.x, op.y, op.residual = Ref(0, 0, 0), Ref(1, 0, 0), Ref(2, 0, 0) if residual else NOWHERE
-    output = ((shape.p - 1) // 2 + 1, (shape.q - 1) // 2 + 1) if pool else (shape.p, shape.q)
-    return _Call(_one_op(op), output)
+    if pool:
+        return _Call(_one_op(op), (shape.p - 1) // 2 + 1, (shape.q - 1) // 2 + 1)
+    return _Call(_one_op(op), shape.p, shape.q)
+
+
+def _run(call: _Call, x: torch.Tensor, weight: torch.Tensor, residual: Optional[torch.Tensor]) -> torch.Tensor:
+    # Strides of dimensions of one element may be anything, also in a tensor that calls itself contiguous; no pixel
+    # is reached through them, and the kernels compute addresses from sizes.
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = _empty((x.shape[0], weight.shape[0], call.height, call.width))
+    if residual is None:
+        buffers = _three_buffers(x.data_ptr(), y.data_ptr())
+    else:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        buffers = _three_buffers(x.data_ptr(), y.data_ptr(), residual.data_ptr())
+    library.run(call.program, 1, buffers, torch.get_num_threads())
+    return y
 
 
 def conv_shape(

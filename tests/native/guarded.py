@@ -1,0 +1,49 @@
+"""Runs every algorithm between pages without access; a program of its own, because a wrong access ends it."""
+
+import torch
+
+from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native.library import Shape
+from tests.cpu.cases import Conv, make
+from tests.native.harness import TRICKY, Expected, Guarded, algorithms_for, convolve, placed, resnet_convs, run
+
+
+def _random_convs(count: int) -> list[Conv]:
+    """3x3 convolutions and others, with sides and channels around those of tiles and vectors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def one_of(*values: int) -> int:
+        return values[int(torch.randint(len(values), (1,), generator=generator))]
+
+    convs = []
+    for i in range(count):
+        r, s = (3, 3) if i % 2 else (one_of(1, 2, 3, 5), one_of(1, 3, 4))
+        stride = (1, 1) if i % 2 else (one_of(1, 2), one_of(1, 2, 3))
+        padding = (one_of(0, 1, 2), one_of(0, 1, 3))
+        c, k = one_of(1, 3, 4, 7, 8, 9, 15, 16, 17, 33), one_of(1, 4, 5, 8, 15, 16, 17, 31, 32, 33)
+        convs.append(Conv(one_of(1, 2), c, one_of(5, 6, 7, 9), one_of(5, 8, 11), k, (r, s), stride, padding))
+    return convs
+
+
+def main(variant: str, at_end: bool) -> None:
+    torch.set_num_threads(1)
+    library.select(variant)
+    small = [conv for conv in resnet_convs().values() if conv.c * conv.k <= 128 * 128]
+    for conv in [*TRICKY.values(), *small, *_random_convs(60)]:
+        data = make(conv, torch.float32)
+        for pool in (False, True):
+            algorithms = algorithms_for(conv, pool)
+            expected = Expected(data, not pool, True, pool) if algorithms else None
+            for algorithm in algorithms:
+                print(variant, algorithm, "with a pool" if pool else "", conv, flush=True)
+                actual = convolve(data, algorithm, not pool, True, Guarded(at_end), pool)
+                expected.check(actual, algorithm)
+    for n, c, h, w in ((1, 1, 1, 1), (2, 3, 5, 4), (1, 16, 3, 3), (1, 17, 6, 5), (3, 40, 2, 7)):
+        print(variant, "pools, sum, layouts", (n, c, h, w), flush=True)
+        x, place = torch.randn(n, c, h, w), Guarded(at_end)
+        image, plain, size = placed(x, place), placed(x.flatten(), place), (n, h, w, c)
+        shape = Shape(library.FLOAT32, n, h, w, c, h, w, c, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0, 0)
+        for kind in (library.MAX_POOL, library.AVG_POOL, library.ADD, library.TO_NCHW):
+            run(kind, shape, image, size, place, residual=image if kind == library.ADD else None)
+        run(library.TO_NHWC, shape, plain, size, place)
+    print("done")

@@ -1,0 +1,176 @@
+// Random operations on operands of exactly their size on the heap, against double loops: what AddressSanitizer and
+// UndefinedBehaviorSanitizer have to say about the kernels. Prints the number of cases, exits 1 at a wrong result.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+
+#include "abi.h"
+
+namespace {
+
+std::mt19937 source(1);
+
+int between(int low, int high) { return std::uniform_int_distribution<int>(low, high)(source); }
+
+// Exactly `count` elements between the red zones of the heap.
+template <class T> std::unique_ptr<T[]> randoms(int64_t count) {
+  std::normal_distribution<double> normal;
+  std::unique_ptr<T[]> values(new T[count]);
+  for (int64_t i = 0; i < count; i++) values[i] = T(normal(source));
+  return values;
+}
+
+rf_shape random_conv() {
+  rf_shape s{};
+  const int kind = between(0, 3);  // anything, Winograd's, grouped, an RGB image
+  s.n = between(1, 2);
+  s.c = between(1, 40), s.k = between(1, 40), s.groups = 1;
+  s.r = between(1, 5), s.s = between(1, 5);
+  s.stride_h = between(1, 3), s.stride_w = between(1, 3);
+  s.dilation_h = between(1, 2), s.dilation_w = between(1, 2);
+  s.pad_h = between(0, 3), s.pad_w = between(0, 3);
+  if (kind == 1) {
+    s.r = s.s = 3;
+    s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+  } else if (kind == 2) {
+    s.groups = 16 * between(1, 2);
+    s.c = s.groups << between(0, 3);
+    s.k = between(0, 3) ? s.c : s.groups;
+  } else if (kind == 3) {
+    s.c = 3, s.stride_w = 2;
+    s.r = between(1, 7), s.s = between(1, 7);
+    s.dilation_h = s.dilation_w = 1;
+  }
+  const int high = s.dilation_h * (s.r - 1) + 1, wide = s.dilation_w * (s.s - 1) + 1;
+  s.h = between(1, 11) + (high > 2 * s.pad_h ? high - 2 * s.pad_h - 1 : 0);
+  s.w = between(1, 11) + (wide > 2 * s.pad_w ? wide - 2 * s.pad_w - 1 : 0);
+  s.p = (s.h + 2 * s.pad_h - high) / s.stride_h + 1;
+  s.q = (s.w + 2 * s.pad_w - wide) / s.stride_w + 1;
+  s.relu = between(0, 1);
+  s.pool = s.groups == 1 && between(0, 3) == 0;
+  return s;
+}
+
+struct Conv {
+  rf_shape s;
+  std::unique_ptr<float[]> x, shift, residual;  // residual may be null
+  std::unique_ptr<double[]> weight;
+
+  // One output before the pool, and in `size` the sum of the sizes of what was added up.
+  double at(int n, int p, int q, int k, double& size) const {
+    const int cin = s.c / s.groups, first = k / (s.k / s.groups) * cin;
+    double sum = shift[k];
+    size = std::fabs(sum);
+    for (int r = 0; r < s.r; r++)
+      for (int t = 0; t < s.s; t++) {
+        const int y = p * s.stride_h - s.pad_h + r * s.dilation_h, z = q * s.stride_w - s.pad_w + t * s.dilation_w;
+        if (y < 0 || y >= s.h || z < 0 || z >= s.w) continue;
+        for (int c = 0; c < cin; c++) {
+          const double product = weight[((int64_t(k) * cin + c) * s.r + r) * s.s + t] *
+                                 x[((int64_t(n) * s.h + y) * s.w + z) * s.c + first + c];
+          sum += product;
+          size += std::fabs(product);
+        }
+      }
+    if (residual) {
+      const double more = residual[((int64_t(n) * s.p + p) * s.q + q) * s.k + k];
+      sum += more, size += std::fabs(more);
+    }
+    return s.relu && sum < 0 ? 0 : sum;
+  }
+
+  double pooled(int n, int i, int j, int k, double& size) const {
+    double most = -INFINITY;
+    size = 0;
+    for (int p = 2 * i - 1; p <= 2 * i + 1; p++)
+      for (int q = 2 * j - 1; q <= 2 * j + 1; q++) {
+        if (p < 0 || p >= s.p || q < 0 || q >= s.q) continue;
+        double one;
+        most = std::fmax(most, at(n, p, q, k, one));
+        size = std::fmax(size, one);
+      }
+    return most;
+  }
+};
+
+void run(const rf_op& op, const void* x, const void* residual, void* y) {
+  void* buffers[3] = {const_cast<void*>(x), const_cast<void*>(residual), y};
+  rf_op here = op;
+  here.x = {0, 0, 0}, here.residual = {residual ? 1 : -1, 0, 0}, here.y = {2, 0, 0};
+  rf_run(&here, 1, buffers, 2, nullptr);
+}
+
+bool check(const Conv& conv, int algorithm) {
+  const rf_shape& s = conv.s;
+  const int high = s.pool ? (s.p - 1) / 2 + 1 : s.p, wide = s.pool ? (s.q - 1) / 2 + 1 : s.q;
+  const int64_t count = int64_t(s.n) * high * wide * s.k;
+  std::unique_ptr<float[]> y(new float[count]);
+  std::unique_ptr<char[]> packed(new char[rf_packed_bytes(&s, algorithm)]);
+  rf_pack(&s, algorithm, conv.weight.get(), packed.get());
+  rf_op op{};
+  op.kind = RF_CONV, op.algorithm = algorithm, op.shape = s, op.packed = packed.get(), op.shift = conv.shift.get();
+  run(op, conv.x.get(), conv.residual.get(), y.get());
+  for (int64_t i = 0; i < count; i++) {
+    const int k = int(i % s.k), q = int(i / s.k % wide), p = int(i / s.k / wide % high), n = int(i / s.k / wide / high);
+    double size;
+    const double right = s.pool ? conv.pooled(n, p, q, k, size) : conv.at(n, p, q, k, size);
+    const bool winograd = algorithm == RF_WINOGRAD2 || algorithm == RF_WINOGRAD4;
+    if (!(std::fabs(y[i] - right) <= (winograd ? 1e-3 : 1e-5) * (size + 1))) {
+      fprintf(stderr, "algorithm %d: y[%d, %d, %d, %d] is %g, expected %g\n", algorithm, n, p, q, k, y[i], right);
+      fprintf(stderr, "n %d, %dx%dx%d to %dx%dx%d, %dx%d, stride %d %d, padding %d %d, dilation %d %d, groups %d\n", s.n,
+              s.h, s.w, s.c, s.p, s.q, s.k, s.r, s.s, s.stride_h, s.stride_w, s.pad_h, s.pad_w, s.dilation_h,
+              s.dilation_w, s.groups);
+      return false;
+    }
+  }
+  return true;
+}
+
+// The operations without weights: only the sanitizers look at these, the Python tests at their results.
+void touch(const rf_shape& conv) {
+  rf_op op{};
+  rf_shape& s = op.shape;
+  s = conv;
+  s.k = s.c, s.dilation_h = s.dilation_w = s.groups = 1, s.pool = 0;
+  s.pad_h = between(0, s.r / 2), s.pad_w = between(0, s.s / 2);
+  const auto x = randoms<float>(int64_t(s.n) * s.h * s.w * s.c);
+  if (s.h + 2 * s.pad_h >= s.r && s.w + 2 * s.pad_w >= s.s) {
+    s.p = (s.h + 2 * s.pad_h - s.r) / s.stride_h + 1, s.q = (s.w + 2 * s.pad_w - s.s) / s.stride_w + 1;
+    std::unique_ptr<float[]> y(new float[int64_t(s.n) * s.p * s.q * s.k]);
+    for (int kind : {RF_MAX_POOL, RF_AVG_POOL}) op.kind = kind, run(op, x.get(), nullptr, y.get());
+  }
+  s.p = s.h, s.q = s.w;
+  std::unique_ptr<float[]> y(new float[int64_t(s.n) * s.h * s.w * s.c]);
+  for (int kind : {RF_ADD, RF_TO_NHWC, RF_TO_NCHW})
+    op.kind = kind, run(op, x.get(), kind == RF_ADD ? x.get() : nullptr, y.get());
+}
+
+}  // namespace
+
+// Arguments: how many shapes for each instruction set, and how many algorithms there are.
+int main(int, char** arguments) {
+  const int shapes = atoi(arguments[1]), algorithms = atoi(arguments[2]);
+  int cases = 0;
+  for (int variant = 0; variant < rf_variants(); variant++) {
+    if (!rf_variant_usable(variant)) continue;
+    rf_select_variant(variant);
+    for (int i = 0; i < shapes; i++) {
+      Conv conv{random_conv(), nullptr, nullptr, nullptr, nullptr};
+      const rf_shape& s = conv.s;
+      conv.x = randoms<float>(int64_t(s.n) * s.h * s.w * s.c);
+      conv.weight = randoms<double>(int64_t(s.k) * (s.c / s.groups) * s.r * s.s);
+      conv.shift = randoms<float>(s.k);
+      if (!s.pool && between(0, 1)) conv.residual = randoms<float>(int64_t(s.n) * s.p * s.q * s.k);
+      for (int algorithm = 0; algorithm < algorithms; algorithm++)
+        if (rf_supports(&s, algorithm)) {
+          if (!check(conv, algorithm)) return 1;
+          cases++;
+        }
+      touch(s);
+    }
+    printf("%s: %d cases so far\n", rf_variant_name(variant), cases);
+  }
+}

@@ -1,0 +1,47 @@
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven from C++."""
+
+import os
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from resnet_fast.kernels.native.library import ALGORITHMS
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "kernels/native/src"
+COMPILER = os.environ.get("CXX") or "g++"
+
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
+
+
+def test_sanitizers(tmp_path):
+    """No access beyond an operand or the memory that a thread works in, no undefined behaviour, right results."""
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    # Optimised less than what is shipped: compiling takes most of the time, and the accesses are the same.
+    flags = [flag for flag in setup["FLAGS"] if flag != "-O3"]
+    flags += ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", f"-I{SOURCES}"]
+    jobs = [[f"-DRF_VARIANT={name}", *own, str(SOURCES / "variant.cpp")] for name, own in setup["VARIANTS"].items()]
+    jobs += [[str(SOURCES / "dispatch.cpp")], [str(Path(__file__).with_name("sanitize.cpp"))]]
+    objects = [str(tmp_path / f"{i}.o") for i in range(len(jobs))]
+    running = [
+        subprocess.Popen([COMPILER, *flags, *job, "-c", "-o", to], stderr=subprocess.PIPE, text=True)
+        for job, to in zip(jobs, objects)
+    ]
+    for process in running:
+        _, errors = process.communicate()
+        if "cannot find" in errors or "unrecognized" in errors:
+            pytest.skip(f"{COMPILER} has no sanitizers: {errors[:200]}")
+        assert process.returncode == 0, errors[-3000:]
+    program = tmp_path / "sanitize"
+    linked = subprocess.run([COMPILER, *flags, *objects, "-o", program], capture_output=True, text=True)
+    if "cannot find" in linked.stderr:
+        pytest.skip(f"{COMPILER} has no sanitizers: {linked.stderr[:200]}")
+    assert linked.returncode == 0, linked.stderr[-3000:]
+    # libgomp never gives back the teams of its threads, which is no leak of ours.
+    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    done = subprocess.run([program, "150", str(len(ALGORITHMS))], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-4000:]
+    assert "portable" in done.stdout
