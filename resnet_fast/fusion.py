@@ -13,6 +13,7 @@ does not, the module's own forward runs.
 import inspect
 import linecache
 import operator
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -21,6 +22,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict
 from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_map
 from torchvision.ops import FrozenBatchNorm2d
@@ -140,10 +142,20 @@ def child_at(module: nn.Module, path: Path) -> Optional[nn.Module]:
     return module
 
 
+_PLAIN = (bool, int, float, str, type(None), tuple)
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+
+
 def _settings(module: nn.Module) -> dict[str, Any]:
     """The plain attributes a forward may branch on."""
-    plain = (bool, int, float, str, type(None), tuple)
-    return {k: v for k, v in module.__dict__.items() if k != "training" and isinstance(v, plain)}
+    return {k: v for k, v in module.__dict__.items() if k != "training" and isinstance(v, _PLAIN)}
+
+
+def hidden_state(module: nn.Module) -> str:
+    """An attribute that a forward may depend on, and whose changes ``Program.stale`` does not see, or ''."""
+    return next(
+        (k for k, v in module.__dict__.items() if k not in _MODULE_ATTRIBUTES and not isinstance(v, _PLAIN)), ""
+    )
 
 
 def _child_names(module: nn.Module) -> tuple[str, ...]:
@@ -316,6 +328,14 @@ class _Tracer(fx.Tracer):
             raise TypeError("it has a required keyword-only parameter")
         self.inputs = tuple(p.name for p in required)
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self.inputs)]
+
+    def create_arg(self, a: Any) -> Any:
+        """Plain fx would turn every kind of dictionary into a dict."""
+        if isinstance(a, OrderedDict) and type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, ([self.create_arg(item) for item in a.items()],), {})
+        if isinstance(a, dict) and type(a) not in (dict, immutable_dict):
+            raise TypeError(f"it makes a {type(a).__name__}")
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if not _is_sequential(m):

@@ -7,6 +7,7 @@ list. Whatever is not known here ends it with ``NotPlanned``.
 
 import math
 import operator
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
@@ -153,6 +154,8 @@ class Lowering:
             known = type(module).__module__.split(".")[0] in _KNOWN_PACKAGES
             if not known and not any(True for _ in module.children()):
                 raise NotPlanned(f"{self._name()} is a {type(module).__name__}")
+            if fusion.hidden_state(module):
+                raise NotPlanned(f"{self._name()} has an attribute {fusion.hidden_state(module)}")
             stock, program = self.plain.get(self._at, (None, None))
             if stock is not type(module) or program is None or program.stale(module):
                 program = fusion.build(module)
@@ -516,6 +519,7 @@ _CALLS: dict[Any, Callable[..., Any]] = {
     "reshape": _reshape,
     "size": _size,
     getattr: _getattr,
+    OrderedDict: lambda low, items: OrderedDict(items),
 }
 
 

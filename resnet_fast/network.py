@@ -266,7 +266,7 @@ class Plans:
         guard = Guard(module)
         try:
             plan: Union[Plan, str] = self._refusal(module, program, guard) or Plan(module, program, self, x, threads)
-        except NotPlanned as reason:
+        except (NotPlanned, RuntimeError) as reason:  # the layers themselves say best what is wrong with them
             plan = str(reason)
         self._kept[key] = guard, plan
         return plan

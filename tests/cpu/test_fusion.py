@@ -5,6 +5,7 @@ must not be fused), whatever layout the input comes in.
 """
 
 import operator
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -268,6 +269,19 @@ def test_structured_results_and_several_inputs():
     stock = network(forward)
     mask = torch.rand(2, 1, 10, 12)
     assert relative_error(fast(X, 3.0, mask=mask), stock(X, 3.0, mask=mask)) < 1e-5
+
+
+def test_kinds_of_dictionaries():
+    class Output(dict):
+        pass
+
+    for kind in (dict, OrderedDict, Output):
+        stock = network(lambda self, x, kind=kind: kind(out=self.bn1(self.conv1(x))))
+        fast = resnet_fast.accelerate(stock, inplace=False)
+        result = fast(X)
+        assert type(result) is kind
+        assert relative_error(result["out"], stock(X)["out"]) < 1e-5
+        assert len(fused_calls(lambda fast=fast: fast(X))) == (kind is not Output)
 
 
 def test_a_forward_with_only_optional_inputs_is_left_alone():

@@ -6,7 +6,7 @@ import pickle
 import random
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 
 import pytest
 import timm
@@ -587,6 +587,7 @@ def test_detection_backbone(runs):
     x = images(1, 3, 64, 96)
     result = check(fast.body, stock.body, x)
     assert list(result) == ["0", "1", "2", "3"]
+    assert type(result) is OrderedDict
     assert one_program(fast.body, runs, x)
     check(fast, stock, x)
     check(fast.body, stock.body, x.contiguous(memory_format=torch.channels_last))
@@ -649,6 +650,30 @@ def test_a_network_of_ones_own(size, runs):
     fast = planned(stock, x)
     check(fast, stock, x)
     assert one_program(fast, runs, x)
+
+
+class Router(nn.Module):
+    """Nothing is fused in it, and its forward depends on a list, whose changes nobody sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.order = nn.ModuleList([nn.MaxPool2d(2), nn.ReLU()]), [0]
+
+    def forward(self, x):
+        for i in self.order:
+            x = self.layers[i](x)
+        return x
+
+
+def test_containers_with_hidden_state_run_themselves():
+    torch.manual_seed(0)
+    stock = randomise_norms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Router())).eval()
+    fast = resnet_fast.accelerate(stock, inplace=False)
+    check(fast, stock)
+    for model in (fast, stock):
+        model[2].order.append(1)
+    check(fast, stock)
+    assert "order" in resnet_fast.explain(fast).network
 
 
 class Awkward(nn.Module):
