@@ -12,12 +12,14 @@ def doctor(json: options.Json = None, debug: options.Debug = False) -> None:
 
     machine = describe()
     devices = _devices()
+    native = _native()
     services = _services([device for device, reason in devices.items() if reason is None])
     out = console()
     rows = [(name, ", ".join(value) if isinstance(value, list) else value) for name, value in machine.items()]
     packages = machine["packages"]
     rows = [row for row in rows if row[0] != "packages"]
     rows += [(f"device {name}", reason or "available") for name, reason in devices.items()]
+    rows.append(("compiled kernels", _compiled(native)))
     out.print(table("machine", ("", ""), rows))
     out.print(table("packages", ("", ""), [(name, _package(name, found)) for name, found in packages.items()]))
     dtypes = list(dict.fromkeys(service["dtype"] for service in services))
@@ -27,7 +29,7 @@ def doctor(json: options.Json = None, debug: options.Debug = False) -> None:
     out.print(table("implementations", ("op", "device", *dtypes), lines))
     refusals = [(name, reason) for service in services for name, reason in service["others"].items() if reason]
     out.print(table("why not", ("", ""), list(dict.fromkeys(refusals))))
-    write_json({"machine": machine, "devices": devices, "implementations": services}, json)
+    write_json({"machine": machine, "devices": devices, "native": native, "implementations": services}, json)
 
 
 def _package(name: str, version: Optional[str]) -> str:
@@ -51,6 +53,23 @@ def _devices() -> dict[str, Optional[str]]:
         built = torch.version.cuda or torch.version.hip
         reason = "PyTorch sees no GPU" if built else "this PyTorch is built without CUDA and ROCm"
     return {"cpu": None, "cuda": reason}
+
+
+def _native() -> dict[str, Any]:
+    """Whether the compiled kernels are there, the instruction set in use, and those that this CPU runs."""
+    from resnet_fast.kernels.native import library
+
+    reason = library.unavailable()
+    if reason is not None:
+        return {"unavailable": reason, "variant": None, "usable_variants": []}
+    return {"unavailable": None, "variant": library.variant(), "usable_variants": library.usable_variants()}
+
+
+def _compiled(native: dict[str, Any]) -> str:
+    if native["unavailable"] is not None:
+        return native["unavailable"]
+    others = [name for name in native["usable_variants"] if name != native["variant"]]
+    return f"{native['variant']} in use" + (f"; this CPU also runs {', '.join(others)}" if others else "")
 
 
 def _services(devices: list[str]) -> list[dict[str, Any]]:
