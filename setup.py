@@ -28,6 +28,7 @@ if sysconfig.get_platform().endswith("x86_64"):
         *VARIANTS["avx2"],
         *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"),
     ]
+    VARIANTS["avx512_bf16"] = [*VARIANTS["avx512"], "-mavx512bf16"]
 
 
 class BuildKernels(build_ext):

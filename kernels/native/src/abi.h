@@ -1,4 +1,5 @@
-// The C interface between Python (ctypes) and the kernels. Images are NHWC, float32.
+// The C interface between Python (ctypes) and the kernels. Images are NHWC, float32 or
+// bfloat16; bfloat16 has one variant and one algorithm, RF_GEMM.
 //
 // A program is an array of operations over a handful of buffers; one call runs all of it, so that a whole network costs
 // Python one call. Pointers in an operation are a buffer's number and a byte offset: the arena of a network is one
@@ -61,7 +62,7 @@ struct rf_op {
 
 int rf_abi(void);
 
-// The compiled variants, slowest first: "portable", "avx2", "avx512". The best usable one is selected at load.
+// The compiled variants, slowest first: "portable", "avx2", "avx512", "avx512_bf16". The best usable one is selected at load.
 int rf_variants(void);
 const char* rf_variant_name(int index);
 int rf_variant_usable(int index);

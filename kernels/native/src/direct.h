@@ -9,15 +9,15 @@ namespace RF_VARIANT {
 constexpr int RGB_STEP = 6;  // floats from one patch to the next: 3 channels, every other pixel
 
 static bool direct_supports(const rf_shape& s) {
-  return s.c == 3 && s.stride_w == 2 && s.groups == 1 && s.dilation_w == 1;
+  return s.dtype == RF_FLOAT32 && s.c == 3 && s.stride_w == 2 && s.groups == 1 && s.dilation_w == 1;
 }
 
 constexpr int DIRECT_ROWS = 8;  // output rows at a time, for which the image's rows are copied between zeros
 
 // The output rows `rows`, counted over all images. Packed weights are those of the matrix product.
-static void direct_part(const GemmTask& task, Range rows) {
+static void direct_part(const GemmTask<Float32>& task, Range rows) {
   const rf_shape& s = task.shape;
-  const GemmWeights weights(s);
+  const GemmWeights<Float32> weights(s);
   const int64_t padded = int64_t(s.q - 1) * 2 + s.s, pitch = round_up(larger<int64_t>(padded, s.w + s.pad_w) * 3, VL);
   const int high = (DIRECT_ROWS - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1;
   float* image = scratch(IMAGE, high * pitch);
@@ -37,7 +37,7 @@ static void direct_part(const GemmTask& task, Range rows) {
         for (int64_t t = 0; t < tiles.count(); t++) {
           const int64_t q = tiles.begin(t), pixel = (row + i) * s.q + q;
           const float* corner = image + i * s.stride_h * pitch + q * RGB_STEP;
-          multiply<RGB_STEP>({{corner, s.r, s.dilation_h * pitch, s.s * 3, 0},
+          multiply<RGB_STEP>(Tile<Float32>{{corner, s.r, s.dilation_h * pitch, s.s * 3, 0},
                               task.packed + j * NR * weights.depth,
                               task.y + (pixel - task.y_row) * s.k + j * NR,
                               s.k,
@@ -52,9 +52,8 @@ static void direct_part(const GemmTask& task, Range rows) {
   }
 }
 
-static void direct_conv(const rf_shape& s, const float* x, const float* packed, const float* shift,
-                        const float* residual, float* y, Team team) {
-  direct_part({s, x, packed, shift, residual, y, 0}, share(int64_t(s.n) * s.p, team.thread, team.threads));
+static void direct_conv(const GemmTask<Float32>& task, Team team) {
+  direct_part(task, share(int64_t(task.shape.n) * task.shape.p, team.thread, team.threads));
 }
 
 }  // namespace RF_VARIANT

@@ -16,6 +16,9 @@ extern const Variant variant;
 namespace avx512 {
 extern const Variant variant;
 }
+namespace avx512_bf16 {
+extern const Variant variant;
+}
 #endif
 
 namespace {
@@ -25,6 +28,7 @@ const Variant* const variants[] = {
 #if defined(__x86_64__)
     &avx2::variant,
     &avx512::variant,
+    &avx512_bf16::variant,
 #endif
 };
 constexpr int count = sizeof(variants) / sizeof(*variants);
@@ -85,9 +89,10 @@ const char* rf_variant_name(int index) { return variants[index]->name; }
 int rf_variant_usable(int index) {
 #if defined(__x86_64__)
   if (index == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (index == 2)
+  if (index >= 2)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           (index == 2 || __builtin_cpu_supports("avx512bf16"));
 #endif
   return index == 0;
 }

@@ -7,52 +7,59 @@
 
 namespace RF_VARIANT {
 
-// Packed weights: per group, panels of NR output channels, each [K][NR], the last one [K][VL] if that is enough.
-struct GemmWeights {
-  int64_t depth, channels;  // K, and output channels, of one group
+// Packed weights: per group, panels of NR output channels, each [K][NR] units, the last one [K][VL] if that is enough.
+template <class E> struct GemmWeights {
+  int64_t elements, depth, channels;  // R * S * C, K, and output channels, of one group
 
   explicit GemmWeights(const rf_shape& s)
-      : depth(int64_t(s.r) * s.s * (s.c / s.groups)), channels(s.k / s.groups) {}
+      : elements(int64_t(s.r) * s.s * (s.c / s.groups)), depth(ceil_div(elements, E::PER_UNIT)),
+        channels(s.k / s.groups) {}
   int64_t panels() const { return ceil_div(channels, NR); }
-  int64_t group_floats() const { return depth * round_up(channels, VL); }
+  int64_t group_units() const { return depth * round_up(channels, VL); }
 };
 
-static int64_t gemm_packed_floats(const rf_shape& s) { return GemmWeights(s).group_floats() * s.groups; }
+template <class E> static int64_t gemm_packed_units(const rf_shape& s) {
+  return GemmWeights<E>(s).group_units() * s.groups;
+}
 
-static void gemm_pack(const rf_shape& s, const double* weight, float* packed) {
-  const GemmWeights layout(s);
+template <class E> static void gemm_pack(const rf_shape& s, const double* weight, void* packed) {
+  const GemmWeights<E> layout(s);
   const int cin = s.c / s.groups, window = s.r * s.s;
+  auto* to = (typename E::Element*)packed;
   for (int g = 0; g < s.groups; g++)
     for (int64_t j = 0; j < layout.panels(); j++) {
       const int64_t left = layout.channels - j * NR;
       const int width = left > VL ? NR : VL;
-      for (int tap = 0; tap < window; tap++)
-        for (int c = 0; c < cin; c++)
-          for (int lane = 0; lane < width; lane++) {
-            const int64_t k = g * layout.channels + j * NR + lane;
-            *packed++ = lane < left ? float(weight[(k * cin + c) * window + tap]) : 0.0f;
+      for (int64_t k = 0; k < layout.depth; k++)
+        for (int lane = 0; lane < width; lane++)
+          for (int64_t element = k * E::PER_UNIT; element < (k + 1) * E::PER_UNIT; element++) {
+            const bool there = lane < left && element < layout.elements;
+            const int64_t row = (g * layout.channels + j * NR + lane) * cin + element % cin;
+            *to++ = there ? E::narrow(float(weight[row * window + element / cin])) : typename E::Element(0);
           }
     }
 }
 
 // What all threads of a matrix product share.
-struct GemmTask {
+template <class E> struct GemmTask {
+  using Element = typename E::Element;
+
   const rf_shape& shape;
-  const float* x;
-  const float* packed;
+  const Element* x;
+  const float* packed;  // units
   const float* shift;
-  const float* residual;  // at output pixel 0
-  float* y;               // at output pixel `y_row`
+  const Element* residual;  // at output pixel 0
+  Element* y;               // at output pixel `y_row`
   int64_t y_row;
 };
 
 // The matrix product for some groups, output pixels (`rows`) and panels of output channels (`columns`).
-static void gemm_part(const GemmTask& task, Range groups, Range rows, Range columns) {
+template <class E> static void gemm_part(const GemmTask<E>& task, Range groups, Range rows, Range columns) {
   if (groups.empty() || rows.empty() || columns.empty()) return;
   const rf_shape& s = task.shape;
-  const GemmWeights weights(s);
+  const GemmWeights<E> weights(s);
   const int64_t group_count = groups.end - groups.begin;
-  const Patches patches{s, task.x, int(groups.begin), int(group_count)};
+  const Patches<E> patches{s, task.x, int(groups.begin), int(group_count)};
   const Tiles tiles{rows.end - rows.begin};
   // As many tiles at a time as half the cache holds, and at least four: each pass reads all the weights.
   const int64_t pitch = MR * patches.lines() * VL, tile_pitch = pitch * group_count;
@@ -71,21 +78,21 @@ static void gemm_part(const GemmTask& task, Range groups, Range rows, Range colu
         for (int64_t t = first; t < last; t++) {
           const int64_t row = rows.begin + tiles.begin(t);
           const int height = int(tiles.begin(t + 1) - tiles.begin(t));
-          multiply({panel(panels + (t - first) * tile_pitch + (g - groups.begin) * pitch, height, weights.depth),
-                    task.packed + g * weights.group_floats() + j * NR * weights.depth,
-                    task.y + (row - task.y_row) * s.k + channel, s.k, task.shift + channel,
-                    task.residual ? task.residual + row * s.k + channel : nullptr, s.k, s.relu != 0,
-                    int(smaller<int64_t>(NR, weights.channels - j * NR))},
+          const float* left = panels + (t - first) * tile_pitch + (g - groups.begin) * pitch;
+          multiply(Tile<E>{panel(left, height, weights.depth),
+                           task.packed + g * weights.group_units() + j * NR * weights.depth,
+                           task.y + (row - task.y_row) * s.k + channel, s.k, task.shift + channel,
+                           task.residual ? task.residual + row * s.k + channel : nullptr, s.k, s.relu != 0,
+                           int(smaller<int64_t>(NR, weights.channels - j * NR))},
                    height);
         }
       }
   }
 }
 
-static void gemm_conv(const rf_shape& s, const float* x, const float* packed, const float* shift,
-                      const float* residual, float* y, Team team) {
-  const GemmTask task{s, x, packed, shift, residual, y, 0};
-  const int64_t panels = GemmWeights(s).panels();
+template <class E> static void gemm_conv(const GemmTask<E>& task, Team team) {
+  const rf_shape& s = task.shape;
+  const int64_t panels = GemmWeights<E>(s).panels();
   const Tiles tiles{int64_t(s.n) * s.p * s.q};
   // Columns are groups, or the panels of the only one.
   const Grid grid = share_grid(tiles.count(), s.groups > 1 ? s.groups : panels, 0.3, 0.3, team);

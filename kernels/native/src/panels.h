@@ -7,21 +7,24 @@
 namespace RF_VARIANT {
 
 // The patches of a convolution, for some of its groups side by side.
-struct Patches {
+template <class E> struct Patches {
+  using Element = typename E::Element;
+
   const rf_shape& shape;
-  const float* x;
+  const Element* x;
   int first_group, groups;
 
   int channels() const { return shape.c / shape.groups; }  // of one group
-  int64_t depth() const { return int64_t(shape.r) * shape.s * channels(); }
+  int64_t elements() const { return int64_t(shape.r) * shape.s * channels(); }
+  int64_t depth() const { return ceil_div(elements(), E::PER_UNIT); }  // in units, as below
   int64_t lines() const { return ceil_div(depth(), VL); }
 };
 
 static inline void copy_line(float* to, const float* from) { store(to, load(from)); }
 
-// One run of `count` floats, a multiple of VL, into the lines of a row, `step` floats apart.
-static inline void put_lines(float* line, int64_t step, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += VL, line += step) copy_line(line, from + i);
+// One run of `count` units, a multiple of VL, into the lines of a row, `step` units apart.
+static inline void put_lines(float* line, int64_t step, const void* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += VL, line += step) copy_line(line, (const float*)from + i);
 }
 static inline void put_zeros(float* line, int64_t step, int64_t count) {
   for (int64_t i = 0; i < count; i += VL, line += step) store(line, vec{});
@@ -36,9 +39,12 @@ static inline void copy(float* to, const float* from, int64_t count) {
   for (int64_t i = 0; i + VL <= count; i += VL) store(to + i, load(from + i));
   store(to + count - VL, load(from + count - VL));
 }
+static inline void copy(uint16_t* to, const uint16_t* from, int64_t count) { memcpy(to, from, count * sizeof *to); }
 
 // One patch of one group, contiguous. `x0`, `y0`: its corner.
-static inline void put_patch(const Patches& from, int group, const float* image, int y0, int x0, float* to) {
+template <class E>
+static inline void put_patch(const Patches<E>& from, int group, const typename E::Element* image, int y0, int x0,
+                             typename E::Element* to) {
   const rf_shape& s = from.shape;
   const int channels = from.channels();
   const int64_t run = int64_t(s.s) * channels;
@@ -46,25 +52,27 @@ static inline void put_patch(const Patches& from, int group, const float* image,
   for (int r = 0; r < s.r; r++, to += run) {
     const int y = y0 + r * s.dilation_h;
     if (y < 0 || y >= s.h) {
-      memset(to, 0, run * sizeof(float));
+      memset(to, 0, run * sizeof *to);
     } else if (dense) {
       copy(to, image + (int64_t(y) * s.w + x0) * s.c, run);
     } else {
       for (int t = 0; t < s.s; t++) {
         const int x = x0 + t * s.dilation_w;
         if (x < 0 || x >= s.w)
-          memset(to + t * channels, 0, channels * sizeof(float));
+          memset(to + t * channels, 0, channels * sizeof *to);
         else
           copy(to + t * channels, image + (int64_t(y) * s.w + x) * s.c + group * channels, channels);
       }
     }
   }
+  if (from.elements() % E::PER_UNIT) *to = 0;  // the other half of the last unit
 }
 
 // Calls each(i, image, y0, x0) for `rows` output pixels from number `first` on, with the corner of each one's patch.
-template <class Each> static inline void each_patch(const rf_shape& s, const float* x, int64_t first, int rows, Each each) {
+template <class Element, class Each>
+static inline void each_patch(const rf_shape& s, const Element* x, int64_t first, int rows, Each each) {
   const int64_t pixel = first % (int64_t(s.p) * s.q);
-  const float* image = x + first / (int64_t(s.p) * s.q) * s.h * s.w * s.c;
+  const Element* image = x + first / (int64_t(s.p) * s.q) * s.h * s.w * s.c;
   int p = int(pixel / s.q), q = int(pixel % s.q);
   for (int i = 0; i < rows; i++) {
     each(i, image, p * s.stride_h - s.pad_h, q * s.stride_w - s.pad_w);
@@ -75,26 +83,29 @@ template <class Each> static inline void each_patch(const rf_shape& s, const flo
   }
 }
 
-// `rows` patches, from the output pixel number `first` on: a panel for each group, `pitch` floats apart. `staging` holds
-// rows * lines * VL floats.
-static void gather(const Patches& from, int64_t first, int rows, float* panels, int64_t pitch, float* staging) {
+// `rows` patches, from the output pixel number `first` on: a panel for each group, `pitch` units apart. `staging` holds
+// rows * lines * VL units.
+template <class E>
+static void gather(const Patches<E>& from, int64_t first, int rows, float* panels, int64_t pitch, float* staging) {
+  using Element = typename E::Element;
   const rf_shape& s = from.shape;
   const int channels = from.channels();
   const int64_t step = int64_t(rows) * VL, width = from.lines() * VL;
-  if (channels % VL == 0) {
-    each_patch(s, from.x, first, rows, [&](int i, const float* image, int y0, int x0) {
+  if (channels % (VL * E::PER_UNIT) == 0) {
+    const int units = channels / E::PER_UNIT;
+    each_patch(s, from.x, first, rows, [&](int i, const Element* image, int y0, int x0) {
       float* tap = panels + i * VL;
       for (int r = 0; r < s.r; r++) {
         const int y = y0 + r * s.dilation_h;
-        for (int t = 0; t < s.s; t++, tap += channels / VL * step) {
+        for (int t = 0; t < s.s; t++, tap += units / VL * step) {
           const int x = x0 + t * s.dilation_w;
           const bool inside = y >= 0 && y < s.h && x >= 0 && x < s.w;
-          const float* pixel = image + (int64_t(y) * s.w + x) * s.c + from.first_group * channels;
+          const Element* pixel = image + (int64_t(y) * s.w + x) * s.c + from.first_group * channels;
           for (int g = 0; g < from.groups; g++) {
             if (inside)
-              put_lines(tap + g * pitch, step, pixel + g * channels, channels);
+              put_lines(tap + g * pitch, step, pixel + g * channels, units);
             else
-              put_zeros(tap + g * pitch, step, channels);
+              put_zeros(tap + g * pitch, step, units);
           }
         }
       }
@@ -102,8 +113,8 @@ static void gather(const Patches& from, int64_t first, int rows, float* panels, 
     return;
   }
   for (int g = 0; g < from.groups; g++, panels += pitch) {
-    each_patch(s, from.x, first, rows, [&](int i, const float* image, int y0, int x0) {
-      put_patch(from, from.first_group + g, image, y0, x0, staging + i * width);
+    each_patch(s, from.x, first, rows, [&](int i, const Element* image, int y0, int x0) {
+      put_patch(from, from.first_group + g, image, y0, x0, (Element*)(staging + i * width));
     });
     for (int i = 0; i < rows; i++) put_lines(panels + i * VL, step, staging + i * width, width);
   }

@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace RF_VARIANT {
 
 #if defined(__AVX512F__)
@@ -41,15 +45,73 @@ static inline vec in_register(vec v) {
 
 static inline vec relu(vec v) { return v < vec{} ? vec{} : v; }  // NaN stays
 
-static inline vec load_part(const float* p, int count) {
+// What the kernels multiply, and what images hold. A "unit" is 32 bits wide: what a lane of a vector takes at a time.
+struct Float32 {
+  using Element = float;
+  static constexpr int PER_UNIT = 1;
+  static inline vec broadcast(const float* unit) { return splat(*unit); }
+  static inline vec multiply_add(vec sum, vec x, vec w) { return sum + x * w; }
+  static inline vec load(const float* p) { return RF_VARIANT::load(p); }
+  static inline void store(float* p, vec v) { RF_VARIANT::store(p, v); }
+  static inline float widen(float f) { return f; }
+  static inline float narrow(float f) { return f; }
+};
+
+#if defined(__AVX512BF16__)
+typedef uint16_t halves_u __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+
+struct BFloat16 {
+  using Element = uint16_t;
+  static constexpr int PER_UNIT = 2;
+  static inline vec broadcast(const float* unit) {
+    int32_t bits;
+    memcpy(&bits, unit, sizeof bits);
+    return (vec)(bits - ivec{});
+  }
+  // Both products of a lane's pair are added, in float32.
+  static inline vec multiply_add(vec sum, vec x, vec w) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+  }
+  static inline vec load(const uint16_t* p) {
+    return (vec)(__builtin_convertvector(*(const halves_u*)p, ivec) << 16);
+  }
+  static inline void store(uint16_t* p, vec v) {
+    *(halves_u*)p = (halves_u)_mm512_cvtneps_pbh((__m512)v);
+  }
+  static inline float widen(uint16_t bits) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float f;
+    memcpy(&f, &wide, sizeof f);
+    return f;
+  }
+  static inline uint16_t narrow(float f) {  // to the nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof f);
+    if (f != f) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+};
+#endif
+
+template <class E> static inline vec load_part(const typename E::Element* p, int count) {
   alignas(sizeof(vec)) float lanes[VL] = {};
-  for (int i = 0; i < count; i++) lanes[i] = p[i];
+  for (int i = 0; i < count; i++) lanes[i] = E::widen(p[i]);
   return load(lanes);
 }
-static inline void store_part(float* p, vec v, int count) {
+template <class E> static inline void store_part(typename E::Element* p, vec v, int count) {
   alignas(sizeof(vec)) float lanes[VL];
   store(lanes, v);
-  for (int i = 0; i < count; i++) p[i] = lanes[i];
+  for (int i = 0; i < count; i++) p[i] = E::narrow(lanes[i]);
+}
+// The first `count` lanes, at most all.
+template <class E> static inline vec load_some(const typename E::Element* p, int count) {
+  return count >= VL ? E::load(p) : load_part<E>(p, count);
+}
+template <class E> static inline void store_some(typename E::Element* p, vec v, int count) {
+  if (count >= VL)
+    E::store(p, v);
+  else
+    store_part<E>(p, v, count);
 }
 
 template <class T> static inline T smaller(T a, T b) { return a < b ? a : b; }

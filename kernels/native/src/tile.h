@@ -5,6 +5,7 @@
 
 namespace RF_VARIANT {
 
+// Operands are counted in units of 32 bits, a float32 or two bfloat16: K means as many of them.
 // Left operand: runs of K, in which row i, column k lies at a[i * STEP + k].
 //  - STEP = VL, a "panel": [ceil(K / VL)][rows][VL]. A vector copy fills a line of it, one pointer walks through it, and
 //    no two rows of a tile share a cache set, whatever the stride of the image. Nothing is read after K.
@@ -20,45 +21,38 @@ static inline Left panel(const float* a, int rows, int64_t depth) {
   return {a, depth / VL, rows * VL, VL, int(depth % VL)};
 }
 
-struct Tile {
+template <class E> struct Tile {
   Left left;
   const float* b;
-  float* y;
-  int64_t y_stride;       // floats from row to row
-  const float* shift;     // null: none, and `relu` and `residual` are not looked at
-  const float* residual;  // null: none
+  typename E::Element* y;
+  int64_t y_stride;    // elements from row to row
+  const float* shift;  // null: none, and `relu` and `residual` are not looked at
+  const typename E::Element* residual;  // null: none
   int64_t residual_stride;
   bool relu;
   int channels;  // valid ones of vectors * VL
 };
 
-template <int ROWS, int VECTORS> static inline void finish(const Tile& t, vec (&sum)[ROWS][VECTORS]) {
+template <class E, int ROWS, int VECTORS> static inline void finish(const Tile<E>& t, vec (&sum)[ROWS][VECTORS]) {
   const bool whole = t.channels == VECTORS * VL;
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++) {
-    float* y = t.y + i * t.y_stride;
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; j++) {
       const int count = whole ? VL : t.channels - j * VL;
       if (count <= 0) continue;
       vec v = sum[i][j];
       if (t.shift) {
-        v += count >= VL ? load(t.shift + j * VL) : load_part(t.shift + j * VL, count);
-        if (t.residual) {
-          const float* residual = t.residual + i * t.residual_stride + j * VL;
-          v += count >= VL ? load(residual) : load_part(residual, count);
-        }
+        v += load_some<Float32>(t.shift + j * VL, count);
+        if (t.residual) v += load_some<E>(t.residual + i * t.residual_stride + j * VL, count);
         if (t.relu) v = relu(v);
       }
-      if (count >= VL)
-        store(y + j * VL, v);
-      else
-        store_part(y + j * VL, v, count);
+      store_some<E>(t.y + i * t.y_stride + j * VL, v, count);
     }
   }
 }
 
-template <int ROWS, int VECTORS, int STEP> static void multiply(const Tile& t) {
+template <class E, int ROWS, int VECTORS, int STEP> static void multiply(const Tile<E>& t) {
   vec sum[ROWS][VECTORS] = {};
   const float* a = t.left.a;
   const float* b = t.b;
@@ -71,32 +65,30 @@ template <int ROWS, int VECTORS, int STEP> static void multiply(const Tile& t) {
       b += VECTORS * VL;
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; i++) {
-        const vec x = VECTORS > 1 ? in_register(splat(a[i * STEP + k])) : splat(a[i * STEP + k]);
+        const vec unit = E::broadcast(a + i * STEP + k), x = VECTORS > 1 ? in_register(unit) : unit;
 #pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; j++) sum[i][j] += x * weights[j];
+        for (int j = 0; j < VECTORS; j++) sum[i][j] = E::multiply_add(sum[i][j], x, weights[j]);
       }
     }
   };
   for (int64_t i = 0; i < t.left.runs; i++, a += t.left.run_step) columns(STEP == VL ? VL : t.left.run);
   columns(t.left.tail);
-  finish<ROWS, VECTORS>(t, sum);
+  finish(t, sum);
 }
 
-using Multiply = void (*)(const Tile&);
-
-template <int STEP> struct Multiplies {
-  Multiply table[MR][NV] = {};
+template <class E, int STEP> struct Multiplies {
+  void (*table[MR][NV])(const Tile<E>&) = {};
   constexpr Multiplies() { fill<MR>(); }
   template <int ROWS> constexpr void fill() {
-    table[ROWS - 1][0] = multiply<ROWS, 1, STEP>;
-    table[ROWS - 1][1] = multiply<ROWS, 2, STEP>;
+    table[ROWS - 1][0] = multiply<E, ROWS, 1, STEP>;
+    table[ROWS - 1][1] = multiply<E, ROWS, 2, STEP>;
     if constexpr (ROWS > 1) fill<ROWS - 1>();
   }
 };
 
 // rows: 1 to MR; the vectors are those that t.channels needs.
-template <int STEP = VL> static inline void multiply(const Tile& t, int rows) {
-  static constexpr Multiplies<STEP> multiplies;
+template <int STEP = VL, class E> static inline void multiply(const Tile<E>& t, int rows) {
+  static constexpr Multiplies<E, STEP> multiplies;
   multiplies.table[rows - 1][t.channels > VL](t);
 }
 

@@ -10,13 +10,14 @@
 namespace RF_VARIANT {
 
 static int supports(const rf_shape* s, int algorithm) {
-  const bool winograd = s->r == 3 && s->s == 3 && s->stride_h == 1 && s->stride_w == 1 && s->dilation_h == 1 &&
-                        s->dilation_w == 1 && s->groups == 1 && !s->pool;
+#if defined(__AVX512BF16__)
+  if (s->dtype == RF_BFLOAT16) return algorithm == RF_GEMM;
+#endif
   if (s->dtype != RF_FLOAT32) return 0;
   switch (algorithm) {
     case RF_GEMM: return !s->pool || s->groups == 1;
     case RF_WINOGRAD2:
-    case RF_WINOGRAD4: return winograd;
+    case RF_WINOGRAD4: return winograd_supports(*s);
     case RF_GROUPED: return grouped_supports(*s);
     case RF_DIRECT: return direct_supports(*s);
   }
@@ -24,9 +25,12 @@ static int supports(const rf_shape* s, int algorithm) {
 }
 
 static int64_t packed_bytes(const rf_shape* s, int algorithm) {
+#if defined(__AVX512BF16__)
+  if (s->dtype == RF_BFLOAT16) return gemm_packed_units<BFloat16>(*s) * 4;
+#endif
   switch (algorithm) {
     case RF_GEMM:
-    case RF_DIRECT: return gemm_packed_floats(*s) * 4;
+    case RF_DIRECT: return gemm_packed_units<Float32>(*s) * 4;
     case RF_WINOGRAD2: return Winograd<2>::packed_floats(*s) * 4;
     case RF_WINOGRAD4: return Winograd<4>::packed_floats(*s) * 4;
     case RF_GROUPED: return grouped_packed_floats(*s) * 4;
@@ -35,44 +39,56 @@ static int64_t packed_bytes(const rf_shape* s, int algorithm) {
 }
 
 static void pack(const rf_shape* s, int algorithm, const double* weight, void* packed) {
+#if defined(__AVX512BF16__)
+  if (s->dtype == RF_BFLOAT16) return gemm_pack<BFloat16>(*s, weight, packed);
+#endif
   float* to = (float*)packed;
   switch (algorithm) {
     case RF_GEMM:
-    case RF_DIRECT: return gemm_pack(*s, weight, to);
+    case RF_DIRECT: return gemm_pack<Float32>(*s, weight, to);
     case RF_WINOGRAD2: return Winograd<2>::pack(*s, weight, to);
     case RF_WINOGRAD4: return Winograd<4>::pack(*s, weight, to);
     case RF_GROUPED: return grouped_pack(*s, weight, to);
   }
 }
 
-static void convolve(const rf_op& op, const float* x, const float* residual, float* y, Team team) {
+template <class E> static void convolve(const rf_op& op, const GemmTask<E>& task, Team team) {
+  if (op.shape.pool) return stem(task, op.algorithm, team);
+  if (op.algorithm == RF_GEMM) return gemm_conv(task, team);
+  if constexpr (sizeof(typename E::Element) == sizeof(float)) {
+    const rf_shape& s = op.shape;
+    switch (op.algorithm) {
+      case RF_WINOGRAD2: return Winograd<2>::conv(s, task.x, task.packed, task.shift, task.residual, task.y, team);
+      case RF_WINOGRAD4: return Winograd<4>::conv(s, task.x, task.packed, task.shift, task.residual, task.y, team);
+      case RF_GROUPED: return grouped(s, task.x, task.packed, task.shift, task.residual, task.y, team);
+      case RF_DIRECT: return direct_conv(task, team);
+    }
+  }
+}
+
+template <class E> static void run_as(const rf_op& op, void* const* buffers, Team team) {
+  using Element = typename E::Element;
+  auto at = [&](const rf_ref& ref) {
+    return ref.buffer < 0 ? nullptr : (Element*)((char*)buffers[ref.buffer] + ref.offset);
+  };
+  const Element *x = at(op.x), *residual = at(op.residual);
+  Element* y = at(op.y);
   const rf_shape& s = op.shape;
-  const float* packed = (const float*)op.packed;
-  if (s.pool) return stem(s, op.algorithm, x, packed, op.shift, y, team);
-  switch (op.algorithm) {
-    case RF_GEMM: return gemm_conv(s, x, packed, op.shift, residual, y, team);
-    case RF_WINOGRAD2: return Winograd<2>::conv(s, x, packed, op.shift, residual, y, team);
-    case RF_WINOGRAD4: return Winograd<4>::conv(s, x, packed, op.shift, residual, y, team);
-    case RF_GROUPED: return grouped(s, x, packed, op.shift, residual, y, team);
-    case RF_DIRECT: return direct_conv(s, x, packed, op.shift, residual, y, team);
+  switch (op.kind) {
+    case RF_CONV: return convolve<E>(op, {s, x, (const float*)op.packed, op.shift, residual, y, 0}, team);
+    case RF_MAX_POOL: return pool<E>(s, x, y, false, team);
+    case RF_AVG_POOL: return pool<E>(s, x, y, true, team);
+    case RF_ADD: return add<E>(s, x, residual, y, team);
+    case RF_TO_NHWC: return to_nhwc(s, x, y, team);
+    case RF_TO_NCHW: return to_nchw(s, x, y, team);
   }
 }
 
 static void run(const rf_op* op, void* const* buffers, int thread, int threads) {
-  auto at = [&](const rf_ref& ref) {
-    return ref.buffer < 0 ? nullptr : (float*)((char*)buffers[ref.buffer] + ref.offset);
-  };
-  const float *x = at(op->x), *residual = at(op->residual);
-  float* y = at(op->y);
-  const Team team{thread, threads};
-  switch (op->kind) {
-    case RF_CONV: return convolve(*op, x, residual, y, team);
-    case RF_MAX_POOL: return pool(op->shape, x, y, false, team);
-    case RF_AVG_POOL: return pool(op->shape, x, y, true, team);
-    case RF_ADD: return add(op->shape, x, residual, y, team);
-    case RF_TO_NHWC: return to_nhwc(op->shape, x, y, team);
-    case RF_TO_NCHW: return to_nchw(op->shape, x, y, team);
-  }
+#if defined(__AVX512BF16__)
+  if (op->shape.dtype == RF_BFLOAT16) return run_as<BFloat16>(*op, buffers, {thread, threads});
+#endif
+  run_as<Float32>(*op, buffers, {thread, threads});
 }
 
 #define RF_NAME_OF(variant) #variant

@@ -63,6 +63,11 @@ template <> struct Filter<4> {
   }
 };
 
+static bool winograd_supports(const rf_shape& s) {
+  return s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 &&
+         s.groups == 1 && !s.pool;
+}
+
 template <int OUT> struct Winograd {
   using F = Filter<OUT>;
   static constexpr int IN = F::IN, POINTS = IN * IN;
@@ -150,7 +155,7 @@ template <int OUT> struct Winograd {
           for (int i = 0; i < IN; i++) {
             const bool there = y0 + i >= 0 && y0 + i < s.h && x0 + j >= 0 && x0 + j < s.w;
             const float* pixel = corner + (int64_t(i) * s.w + j) * s.c;
-            d[i] = !there ? vec{} : channels == VL ? load(pixel) : load_part(pixel, channels);
+            d[i] = !there ? vec{} : load_some<Float32>(pixel, channels);
           }
           vec column[IN];
           F::input(d, column);
@@ -185,7 +190,7 @@ template <int OUT> struct Winograd {
     }
     const int high = smaller(OUT, s.p - at.p), wide = smaller(OUT, s.q - at.q);
     const int64_t corner = ((at.image * s.p + at.p) * s.q + at.q) * s.k + channel;
-    const vec shift = channels == VL ? load(task.shift + channel) : load_part(task.shift + channel, channels);
+    const vec shift = load_some<Float32>(task.shift + channel, channels);
     const bool whole = high == OUT && wide == OUT && channels == VL;
 #pragma GCC unroll 4
     for (int i = 0; i < OUT; i++) {
@@ -196,13 +201,8 @@ template <int OUT> struct Winograd {
         if (!whole && (i >= high || j >= wide)) continue;
         const int64_t pixel = corner + (int64_t(i) * s.q + j) * s.k;
         vec v = out[j] + shift;
-        if (task.residual)
-          v += channels == VL ? load(task.residual + pixel) : load_part(task.residual + pixel, channels);
-        if (s.relu) v = relu(v);
-        if (channels == VL)
-          store(task.y + pixel, v);
-        else
-          store_part(task.y + pixel, v, channels);
+        if (task.residual) v += load_some<Float32>(task.residual + pixel, channels);
+        store_some<Float32>(task.y + pixel, s.relu ? relu(v) : v, channels);
       }
     }
   }
@@ -224,7 +224,7 @@ template <int OUT> struct Winograd {
         for (int64_t i = 0; i < panel_count; i++) {
           const int64_t first = panels.begin(i);
           const int rows = int(panels.begin(i + 1) - first);
-          multiply({panel(v + point * v_point + first * task.lines * VL, rows, s.c), u,
+          multiply(Tile<Float32>{panel(v + point * v_point + first * task.lines * VL, rows, s.c), u,
                     m + point * m_point + first * width, width, nullptr, nullptr, 0, false, width},
                    rows);
         }
