@@ -8,12 +8,12 @@ COMPILED := $(VENV)/.compiled
 PEERS := .venv-peers
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: demo test install lint test-cpu test-interpreter test-aot bench bench-peers clean
+.PHONY: demo test install lint test-cpu test-native test-interpreter test-aot bench bench-peers clean
 
 demo: install
 	$(BIN)/resnet-fast demo
 
-test: lint test-cpu test-interpreter test-aot
+test: lint test-cpu test-native test-interpreter test-aot
 
 install: $(INSTALLED) $(COMPILED)
 
@@ -32,9 +32,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The three lanes run in processes of their own: Triton's interpreter and its compiler cannot share one.
+# The lanes run in processes of their own: Triton's interpreter and its compiler cannot share one.
 test-cpu: install
 	$(BIN)/python -m pytest tests/cpu
+
+# The C++ kernels one by one, also between pages without access and under sanitizers.
+test-native: install
+	$(BIN)/python -m pytest tests/native
 
 test-interpreter: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter

@@ -6,10 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from resnet_fast.kernels.native import library
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,20 +41,95 @@ def _python(program: str, cwd: Path = ROOT, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> dict[str, bytes]:
-    """Contents of the wheel by name, built from a copy of what is in the repository or would go into it."""
-    work = tmp_path_factory.mktemp("wheel")
-    source = work / "source"
+def source(tmp_path_factory) -> Path:
+    """A copy of what is in the repository or would go into it."""
+    source = tmp_path_factory.mktemp("source")
     for name in _git("ls-files", "-z", "--cached", "--others", "--exclude-standard"):
         if (ROOT / name).exists() or (ROOT / name).is_symlink():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*command, "--wheel-dir", work, source], capture_output=True, text=True, cwd=work)
+    return source
+
+
+def _build(source: Path, work: Path, **environment: str) -> tuple[dict[str, bytes], str]:
+    """Contents of the wheel by name, and what its build printed."""
+    work.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run(
+        [*command, "--wheel-dir", work, source],
+        capture_output=True,
+        text=True,
+        cwd=work,
+        env={**os.environ, **environment},
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     (built,) = work.glob("*.whl")
     with zipfile.ZipFile(built) as archive:
-        return {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
+        files = {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
+    return files, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> dict[str, bytes]:
+    return _build(source, tmp_path_factory.mktemp("wheel"))[0]
+
+
+COMPILED = "resnet_fast/kernels/native/_native.so"
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler")
+def test_wheel_has_the_compiled_kernels(wheel):
+    """And not their sources, which nothing there could use."""
+    assert COMPILED in wheel
+    assert not [name for name in wheel if name.endswith((".cpp", ".h"))]
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"RESNET_FAST_NO_NATIVE": "1"}, "RESNET_FAST_NO_NATIVE is set"),
+        ({"CXX": "no-such-compiler"}, "no-such-compiler"),
+        ({"CXX": "false"}, "Command 'false"),
+    ],
+    ids=["not wanted", "no compiler", "a compiler that fails"],
+)
+def test_wheel_without_a_compiler(environment, reason, source, tmp_path):
+    """The build says why the compiled kernels are missing, and the package works without them."""
+    files, printed = _build(source, tmp_path / "wheel", **environment)
+    assert COMPILED not in files
+    (warning,) = [line for line in printed.splitlines() if "WITHOUT its compiled CPU kernels" in line]
+    assert reason in warning
+    _unpack(files, tmp_path)
+    program = """
+import sys
+sys.path.insert(0, "")
+import torch, resnet_fast
+from resnet_fast.kernels.native import library
+resnet_fast.resnet18(num_classes=3).eval()(torch.ones(1, 3, 32, 32))
+print(resnet_fast.__file__, library.unavailable())
+"""
+    where, _, told = _python(program, tmp_path, OMP_NUM_THREADS="1").partition(" ")
+    assert where == str(tmp_path / "resnet_fast/__init__.py")
+    assert "installed without a C++ compiler" in told
+
+
+def _unpack(files: dict[str, bytes], to: Path) -> None:
+    for name, data in files.items():
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        (to / name).write_bytes(data)
+
+
+def test_sdist_has_the_sources_of_the_kernels(source, tmp_path):
+    """It is what a wheel is built from elsewhere."""
+    program = "import setuptools.build_meta, sys; print(setuptools.build_meta.build_sdist(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    sources = [name for name in tracked() if name.startswith("kernels/native/src/")]
+    assert sources
+    assert {f"resnet_fast/{name}" for name in sources} <= names
 
 
 def test_wheel_has_no_top_level_kernels(wheel):
@@ -88,14 +166,12 @@ def test_wheel_has_nothing_else(wheel):
         assert "__pycache__" not in name
         assert ".dist-info/" in name or name.startswith("resnet_fast/")
         if name.startswith("resnet_fast/kernels/"):
-            assert (ROOT / name.removeprefix("resnet_fast/")).is_file()
+            assert name == COMPILED or (ROOT / name.removeprefix("resnet_fast/")).is_file()
 
 
 def test_wheel_works_where_it_is_unpacked(wheel, tmp_path):
     """From a folder that is not the repository, it imports its own kernels and computes."""
-    for name, data in wheel.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(data)
+    _unpack(wheel, tmp_path)
     program = """
 import sys
 sys.path.insert(0, "")
@@ -249,7 +325,9 @@ print(tuple(resnet_fast.resnet18(num_classes=3).eval()(torch.ones(1, 3, 32, 32))
 print(resnet_fast.explain(resnet_fast.resnet18()).rows[0].steps[0])
 """
     out = _python(program, OMP_NUM_THREADS="1").splitlines()
-    assert out == ["(1, 3)", "conv1+bn1+relu+maxpool: onednn"]
+    server = "onednn" if library.unavailable() else "native"
+    assert out[0] == "(1, 3)"
+    assert out[1].startswith(f"conv1+bn1+relu+maxpool: {server}")
 
 
 def test_public_names():
