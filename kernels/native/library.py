@@ -98,6 +98,8 @@ def _declare(library: ctypes.CDLL) -> None:
     pointers, seconds = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_double)
     library.rf_run.argtypes = [ctypes.POINTER(Op), ctypes.c_int, pointers, ctypes.c_int, seconds]
     library.rf_run.restype = None
+    library.rf_peak.argtypes = [ctypes.c_int]
+    library.rf_peak.restype = ctypes.c_double
 
 
 def _select(library: ctypes.CDLL, wanted: Optional[str]) -> None:
@@ -158,6 +160,11 @@ def pack(shape: Shape, algorithm: str, weight: torch.Tensor) -> torch.Tensor:
     packed = torch.empty(library.rf_packed_bytes(shape, number), dtype=torch.uint8, device="cpu")
     library.rf_pack(shape, number, weight.data_ptr(), packed.data_ptr())
     return packed
+
+
+def peak(threads: int) -> float:
+    """Floating-point operations per second of multiply-adds on registers: what no kernel can exceed. Takes 0.1 s."""
+    return _loaded().rf_peak(threads)
 
 
 class Timing(NamedTuple):

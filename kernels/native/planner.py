@@ -36,6 +36,12 @@ def choose(shape: Shape, threads: int) -> str:
     return _rule(shape)
 
 
+def choose_native(shape: Shape, threads: int) -> str:
+    """The same among our own algorithms, for programs that the library runs alone."""
+    algorithm = choose(shape, threads)
+    return _rule(shape) if algorithm == ONEDNN else algorithm
+
+
 @contextlib.contextmanager
 def forced(algorithm: str) -> Iterator[None]:
     """Within it, ``choose`` answers ``algorithm`` wherever that is supported, in every thread."""

@@ -73,6 +73,8 @@ int rf_supports(const rf_shape* shape, int algorithm);
 int64_t rf_packed_bytes(const rf_shape* shape, int algorithm);
 // weight: [k, c / groups, r, s] contiguous, batch norm's scale multiplied in. Packs are for one variant.
 void rf_pack(const rf_shape* shape, int algorithm, const double* weight, void* packed);
+// Floating-point operations per second of multiply-adds on registers, all threads together.
+double rf_peak(int threads);
 // seconds: [count], the time each operation took, or null.
 void rf_run(const rf_op* ops, int count, void* const* buffers, int threads, double* seconds);
 }

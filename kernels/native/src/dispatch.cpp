@@ -108,6 +108,19 @@ void rf_pack(const rf_shape* shape, int algorithm, const double* weight, void* p
   variants[selected]->pack(shape, algorithm, weight, packed);
 }
 
+double rf_peak(int threads) {
+  double best = 0;
+  for (int i = 0; i < 20; i++) {
+    double operations = 0;
+    const double start = omp_get_wtime();
+#pragma omp parallel num_threads(threads) reduction(+ : operations)
+    operations += variants[selected]->multiply_adds(200000);
+    const double rate = operations / (omp_get_wtime() - start);
+    best = rate > best ? rate : best;
+  }
+  return best;
+}
+
 void rf_run(const rf_op* ops, int number, void* const* buffers, int threads, double* seconds) {
   const Variant& variant = *variants[selected];
 #pragma omp parallel num_threads(threads)
