@@ -90,7 +90,8 @@ class Shelf:
         size = tensor.numel()
         if self._memory is None or self._used + size > self._memory.size:
             self._memory, self._used = Memory(max(size, self._CHUNK)), 0
-        copy = self._memory.tensor(self._used, size).copy_(tensor)
+        copy = self._memory.tensor(self._used, size)
+        ctypes.memmove(copy.data_ptr(), tensor.data_ptr(), size)
         self._used += _aligned(size)
         return copy
 

@@ -267,7 +267,7 @@ class Lowering:
                 raise NotPlanned(f"{'.'.join(path)} has weights that are no ordinary float32 on the CPU")
         if norm is not None and norm.running_var.shape != weight.shape[:1]:  # type: ignore[union-attr]
             raise NotPlanned(f"{'.'.join(path)} has a norm of another size")
-        algorithm = planner.choose(shape, self.threads)
+        algorithm = planner.choose_native(shape, self.threads)
         if not library.supports(shape, algorithm):
             raise NotPlanned(f"{'.'.join(path)}: the native kernels do not cover it")
 

@@ -239,7 +239,7 @@ def _operations(steps: list[Step], refs: dict[Storage, library.Ref]) -> "ctypes.
 
 
 class Plans:
-    """A program's plans, and the reasons why there is none, by shape, layout and threads."""
+    """A program's plans, and the reasons why there is none, by shape, layout, threads and version of the planner."""
 
     def __init__(self, module: nn.Module) -> None:
         self.of = weakref.ref(module)  # a shallow copy has the same program, and other children

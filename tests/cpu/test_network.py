@@ -21,7 +21,7 @@ from torchvision.models import resnet
 import resnet_fast
 from resnet_fast import arena, network
 from resnet_fast.kernels import packing
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import library, planner
 from resnet_fast.programs import PROGRAM
 from tests.cpu.models import SEED, images, randomise_norms, relative_error, small_resnet
 
@@ -763,6 +763,20 @@ def test_small_rectangles_and_strides():
         x = images(generator.randint(1, 3), c, generator.randint(8, 15), generator.randint(8, 15))
         fast = planned(stock, x)
         check(fast, stock, x)
+
+
+@pytest.mark.parametrize("algorithm", ["gemm", "winograd2", "onednn"])
+def test_the_planner_is_asked_again(algorithm, runs):
+    """Other choices make another plan; PyTorch's convolutions have no place in it."""
+    fast, stock = planned(small_resnet()), small_resnet()
+    with planner.forced(algorithm):
+        check(fast, stock)
+        chosen = network.last_plan(fast).algorithms.values()
+        assert (algorithm in chosen) == (algorithm != "onednn")
+        assert one_program(fast, runs)
+    before = network.last_plan(fast)
+    check(fast, stock)
+    assert network.last_plan(fast) is not before
 
 
 def test_explain_says_what_ran():
