@@ -93,15 +93,15 @@ static void run(const rf_op* op, void* const* buffers, int thread, int threads) 
 
 static double multiply_adds(int64_t rounds) {
   constexpr int CHAINS = 12;  // enough to hide the latency
-  vec sum[CHAINS] = {};
+  vec sum[CHAINS];
+  for (int j = 0; j < CHAINS; j++) sum[j] = splat(float(j));  // all different, or the compiler would keep one
   vec x = in_register(splat(1e-9f)), w = in_register(splat(1.0f));
   for (int64_t i = 0; i < rounds; i++)
 #pragma GCC unroll 16
     for (int j = 0; j < CHAINS; j++) sum[j] = in_register(sum[j] * w + x);
   vec total = {};
   for (int j = 0; j < CHAINS; j++) total += sum[j];
-  in_register(total);
-  return 2.0 * VL * CHAINS * double(rounds);
+  return 2.0 * VL * CHAINS * double(rounds) + 0.0 * double(total[0]);  // the sums are used, so they must be made
 }
 
 #define RF_NAME_OF(variant) #variant
