@@ -8,7 +8,7 @@ workload.py        what it gets: model, images and the right result, as files
 machine.py         what the numbers were taken on
 """
 
-from resnet_fast.bench.runner import Measurement, measure, unavailable
+from resnet_fast.bench.runner import Bench, Measurement, measure, unavailable
 from resnet_fast.bench.workload import prepare
 
-__all__ = ["Measurement", "measure", "prepare", "unavailable"]
+__all__ = ["Bench", "Measurement", "measure", "prepare", "unavailable"]

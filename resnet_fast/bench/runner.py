@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -39,7 +39,7 @@ class Measurement:
     Attributes:
         status: "ok", "missing" (with its reason), "failed" (with its reason) or "inaccurate" (not timed).
         error: largest difference from float64 PyTorch, relative to the largest result.
-        load_s: seconds until the first result, compilation included.
+        load_s: seconds until the first result, compilation included, and the import of libraries at the first workload.
         rounds_ms: median milliseconds of a call, per round.
         peak_mib: the most memory its process held, in MiB.
     """
@@ -98,51 +98,98 @@ def measure(
         rounds: of ``seconds`` each per provider, in turn, every other one in reverse order.
         progress: told what is going on.
     """
-    present = [name for name in providers if unavailable(name) is None]
-    results = {name: Measurement(name, provider(name).TITLE, "missing", unavailable(name) or "") for name in providers}
-    if not present:
-        return list(results.values())
     with contextlib.ExitStack() as stack:
+        bench = stack.enter_context(Bench(providers, threads))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resnet-fast-bench-")))
-        progress("preparing")
-        prepare(folder, model, images, onnx=any(provider(name).ONNX for name in present))
-        reference = np.load(folder / REFERENCE)
-        workers: dict[str, _Worker] = {}
-        for name in present:
+        if bench.present:
+            progress("preparing")
+            prepare(folder, model, images, onnx=any(provider(name).ONNX for name in bench.present))
+        return bench.measure(folder, rounds=rounds, seconds=seconds, progress=progress)
+
+
+class Bench:
+    """Providers side by side on one workload after the other; as a context manager it ends their processes.
+
+    A process serves all workloads, so that many small ones do not each cost an import of PyTorch.
+    """
+
+    def __init__(self, providers: Sequence[str], threads: int) -> None:
+        self._threads = threads
+        self._missing = {name: unavailable(name) for name in providers}
+        self._workers: dict[str, _Worker] = {}
+        self._stack = contextlib.ExitStack()
+
+    @property
+    def present(self) -> list[str]:
+        """The providers that can run here."""
+        return [name for name, reason in self._missing.items() if reason is None]
+
+    def __enter__(self) -> "Bench":
+        self._logs = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="resnet-fast-bench-")))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for name in list(self._workers):
+            self._end(name)
+        self._stack.close()
+
+    def measure(
+        self,
+        folder: Path,
+        *,
+        rounds: int = 5,
+        seconds: float = 1.0,
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> list[Measurement]:
+        """Time the workload in ``folder`` as ``measure`` does; ``workload.py`` says what lies there."""
+        results = {
+            name: Measurement(name, provider(name).TITLE, "missing", reason or "")
+            for name, reason in self._missing.items()
+        }
+        for name in self.present:
             progress(f"loading {provider(name).TITLE}")
-            worker = stack.enter_context(_started(name, folder, threads))
-            results[name] = _checked(worker, results[name], folder / f"{name}.npy", reference)
-            if results[name].status == "ok":
-                workers[name] = worker
+            try:
+                answer = self._worker(name).ask(f"load {folder}", _LOADING_SECONDS)
+            except _WorkerError as error:
+                results[name] = replace(results[name], status="failed", reason=str(error))
+                self._end(name)
+                continue
+            result = replace(results[name], load_s=round(answer["seconds"], 2))
+            results[name] = _checked(result, np.load(folder / f"{name}.npy"), np.load(folder / REFERENCE))
+        timed = [name for name, result in results.items() if result.status == "ok"]
         for index in range(rounds):
-            names = list(workers) if index % 2 == 0 else list(reversed(workers))
-            for name in names:
+            for name in list(timed) if index % 2 == 0 else list(reversed(timed)):
                 progress(f"round {index + 1} of {rounds}: {provider(name).TITLE}")
                 try:
-                    answer = workers[name].ask(str(seconds), _ROUND_SECONDS)
+                    answer = self._workers[name].ask(f"time {seconds}", _ROUND_SECONDS)
                 except _WorkerError as error:
                     results[name] = replace(results[name], status="failed", reason=str(error), rounds_ms=[])
-                    del workers[name]
+                    self._end(name)
+                    timed.remove(name)
                     continue
                 results[name] = replace(
                     results[name],
                     rounds_ms=[*results[name].rounds_ms, statistics.median(answer["times"]) * 1e3],
                     peak_mib=round(answer["peak_bytes"] / 2**20, 1),
                 )
-    return list(results.values())
+        return list(results.values())
+
+    def _worker(self, name: str) -> "_Worker":
+        """The provider's process, started if it is not running."""
+        if name not in self._workers:
+            self._workers[name] = _Worker(name, self._logs, self._threads)
+        return self._workers[name]
+
+    def _end(self, name: str) -> None:
+        self._workers.pop(name).kill()
 
 
-def _checked(worker: "_Worker", result: Measurement, output: Path, reference: np.ndarray) -> Measurement:
+def _checked(result: Measurement, given: np.ndarray, reference: np.ndarray) -> Measurement:
     """The result after loading: a wrong answer is not worth timing."""
-    try:
-        answer = worker.ask(None, _LOADING_SECONDS)
-    except _WorkerError as error:
-        return replace(result, status="failed", reason=str(error))
-    given = np.load(output)
     if given.shape != reference.shape:
         return replace(result, status="inaccurate", reason=f"shape {given.shape}, expected {reference.shape}")
     relative = float(np.abs(given - reference).max() / np.abs(reference).max())
-    result = replace(result, status="ok", error=relative, load_s=round(answer["seconds"], 2))
+    result = replace(result, status="ok", error=relative)
     if relative <= ACCURATE:
         return result
     reason = f"relative error {relative:.1e}, expected at most {ACCURATE:.0e}"
@@ -151,15 +198,6 @@ def _checked(worker: "_Worker", result: Measurement, output: Path, reference: np
 
 class _WorkerError(RuntimeError):
     """A worker died or did not answer in time."""
-
-
-@contextlib.contextmanager
-def _started(name: str, folder: Path, threads: int) -> Iterator["_Worker"]:
-    worker = _Worker(name, folder, threads)
-    try:
-        yield worker
-    finally:
-        worker.kill()
 
 
 class _Worker:
@@ -178,7 +216,7 @@ class _Worker:
         environment["OMP_NUM_THREADS"] = str(threads)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [python, str(_WORKER), name, str(folder), str(threads)],
+                [python, str(_WORKER), name, str(threads)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -186,15 +224,14 @@ class _Worker:
                 env=environment,
             )
 
-    def ask(self, line: Optional[str], timeout: float) -> dict[str, Any]:
-        """Send a line, or nothing to a process just started, and wait for the answer."""
+    def ask(self, line: str, timeout: float) -> dict[str, Any]:
+        """Send a line and wait for the answer."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
         self._process.send_signal(signal.SIGCONT)
         try:
-            if line is not None:
-                stdin.write(line.encode() + b"\n")
+            stdin.write(line.encode() + b"\n")
             ready, _, _ = select.select([stdout], [], [], timeout)
             answer = stdout.readline() if ready else b""
         except BrokenPipeError:

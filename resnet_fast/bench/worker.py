@@ -1,11 +1,15 @@
-"""One provider in a process of its own: ``python worker.py PROVIDER FOLDER THREADS``.
+"""One provider in a process of its own: ``python worker.py PROVIDER THREADS``.
 
 The provider's file is run by its path, so that ``resnet_fast``, and with it PyTorch, is imported by those providers
 alone that need it: the others' memory is their own. Some providers' Python is of another environment (apart.py), which
 has numpy alone in common with this one's.
 
-The process loads the model, saves its result as ``PROVIDER.npy``, and says so on stdout; then every line on stdin, a
-number of seconds, is answered by a round of timed calls. Answers are JSON, one a line. It ends with its stdin.
+The process does what the lines on stdin say, and answers each on stdout with a line of JSON:
+
+    load FOLDER     load the workload in that folder in place of the last one, and save its result there as PROVIDER.npy
+    time SECONDS    a round of timed calls
+
+It ends with its stdin.
 """
 
 import ctypes
@@ -27,7 +31,7 @@ ROOT = Path(__file__).parents[2]  # where the package resnet_fast lies
 WARM_UP_CALLS, TIMED_CALLS = 2, 3  # at the least
 
 
-def main(name: str, folder: str, threads: str) -> None:
+def main(name: str, threads: str) -> None:
     _end_with_parent()
     answers = _private_stdout()
 
@@ -36,15 +40,20 @@ def main(name: str, folder: str, threads: str) -> None:
         answers.flush()
 
     del sys.path[0]  # this file's folder
-    start = time.perf_counter()
     provider = runpy.run_path(str(Path(__file__).with_name("providers") / f"{name}.py"))
     if not provider["APART"]:  # where the package is installed, its folder holds that environment's libraries as well
         sys.path.insert(0, str(ROOT))
-    run = provider["load"](Path(folder), int(threads))
-    np.save(Path(folder) / f"{name}.npy", run())
-    answer(seconds=time.perf_counter() - start)
+    run: Any = None
     for line in sys.stdin:
-        answer(times=timed_round(run, float(line)), peak_bytes=peak_bytes())
+        order, value = line.rstrip("\n").split(" ", 1)
+        if order == "load":
+            run = None  # first of all: its threads may still spin
+            folder, start = Path(value), time.perf_counter()
+            run = provider["load"](folder, int(threads))
+            np.save(folder / f"{name}.npy", run())
+            answer(seconds=time.perf_counter() - start)
+        else:
+            answer(times=timed_round(run, float(value)), peak_bytes=peak_bytes())
 
 
 def timed_round(run: Callable[[], Any], seconds: float) -> list[float]:

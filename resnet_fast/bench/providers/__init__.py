@@ -1,4 +1,5 @@
-"""The libraries that are compared. To add one, write a module here and name it in ``NAMES``.
+"""The libraries that are compared. To add one, write a module here and name it in ``NAMES``. (``plan`` is not there: it
+is for ``benchmarks/layers.py``.)
 
 A provider's module has
 
