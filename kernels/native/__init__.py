@@ -1,4 +1,4 @@
-"""CPU: kernels of our own in C++, compiled for AVX2, AVX-512 and anything else; float32 so far.
+"""CPU: kernels of our own in C++, compiled for AVX2, AVX-512 and anything else; bfloat16 where AVX-512 multiplies it.
 
 The weight is multiplied by the scale in float64 and laid out for the algorithm that the planner picks, once, until a
 source tensor changes. What a call needs beside its tensors is kept with the weight: at batch 1, the Python around a
@@ -23,6 +23,8 @@ Pair = tuple[int, int]
 _LARGEST = 2**28
 _CALLS_KEPT = 64  # per weight: detectors see many sizes
 
+_DTYPES = {torch.float32: library.FLOAT32, torch.bfloat16: library.BFLOAT16}
+
 _packs = PackCache()
 _one_op = Op * 1
 _three_buffers = c_void_p * 3
@@ -32,12 +34,18 @@ def supports(case: Case) -> Optional[str]:
     """None if this implementation covers the case, else the reason why not."""
     if case.device != "cpu":
         return f"runs on cpu, not on {case.device}"
-    if case.dtype != torch.float32:
+    if case.dtype not in _DTYPES:
         return f"no {case.dtype}"
     _, _, _, c, k, kernel, stride, padding, dilation, _ = case
     if max(c, k, *kernel, *stride, *padding, *dilation) > _LARGEST:
         return f"no channels or geometry beyond {_LARGEST}"
-    return library.unavailable()
+    return library.unavailable() or (_bfloat16_refusal() if case.dtype == torch.bfloat16 else None)
+
+
+def _bfloat16_refusal() -> Optional[str]:
+    if library.variant() != "avx512_bf16":
+        return "no bfloat16 with the instruction set in use"
+    return "oneDNN uses this CPU's matrix units (AMX) for bfloat16" if torch.cpu._is_amx_tile_supported() else None
 
 
 class _Call(NamedTuple):
@@ -46,6 +54,7 @@ class _Call(NamedTuple):
     program: "Array[Op]"
     height: int
     width: int
+    operands: tuple[torch.Tensor, torch.Tensor]  # that the program points to: they live as long as it does
 
 
 class _Weights:
@@ -53,7 +62,7 @@ class _Weights:
 
     def __init__(self, shift: torch.Tensor) -> None:
         self.shift = torch.empty(shift.shape, dtype=torch.float32, device="cpu").copy_(shift.detach())
-        self.packed: dict[tuple[str, int], torch.Tensor] = {}  # by algorithm and number of groups
+        self.packed: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}  # by algorithm, groups, dtype of x
         self.calls: dict[tuple, Union[_Call, ModuleType]] = {}
 
 
@@ -88,16 +97,16 @@ def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
     if max(n, h, w) > _LARGEST:
         return reference.global_avg_pool(x)
     x = x.contiguous(memory_format=torch.channels_last)
-    y = _empty((n, c, 1, 1))
-    shape = Shape(library.FLOAT32, n, h, w, c, 1, 1, c, h, w, 1, 1, 0, 0, 1, 1, 1, 0, 0)
+    y = _empty((n, c, 1, 1), x.dtype)
+    shape = Shape(_DTYPES[x.dtype], n, h, w, c, 1, 1, c, h, w, 1, 1, 0, 0, 1, 1, 1, 0, 0)
     op = Op(library.AVG_POOL, 0, shape, 0, None, None, Ref(0, 0, 0), NOWHERE, Ref(1, 0, 0))
     buffers = _three_buffers(x.data_ptr(), y.data_ptr())
     library.run(_one_op(op), 1, buffers, torch.get_num_threads())
     return y
 
 
-def _empty(shape: tuple[int, int, int, int]) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+def _empty(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
 def _find(
@@ -113,7 +122,7 @@ def _find(
     """What runs the convolution, its max-pool too if ``pool``: kernels of ours, or the implementation that does."""
     threads = torch.get_num_threads()
     weights = _packs.get((weight, scale, shift), None, lambda: _Weights(shift))
-    key = (x.shape, geometry, relu, pool, residual is None, threads, planner.version)
+    key = (x.dtype, x.shape, geometry, relu, pool, residual is None, threads, planner.version)
     try:
         return weights.calls[key]
     except KeyError:
@@ -137,29 +146,29 @@ def _prepare(
 ) -> Union[_Call, ModuleType]:
     if weight.numel() == 0 or max(x.shape) > _LARGEST:
         return reference
-    shape = conv_shape(x.shape, weight.shape, *geometry, relu, pool)
+    shape = conv_shape(x.shape, weight.shape, *geometry, relu, pool, _DTYPES[x.dtype])
     algorithm, groups = planner.choose(shape, threads), geometry[3]
     if algorithm == planner.ONEDNN:
         case = Case("conv_bn_act", "cpu", x.dtype, shape.c, shape.k, (shape.r, shape.s), *geometry)
         if onednn.supports(case) is None:
             return onednn
         algorithm = "gemm"
-    packed = weights.packed.get((algorithm, groups))
+    kind = (algorithm, groups, x.dtype)
+    packed = weights.packed.get(kind)
     if packed is None:
         packed = library.pack(shape, algorithm, weight.detach().double() * scale.detach().double().view(-1, 1, 1, 1))
-        packed = weights.packed.setdefault((algorithm, groups), packed)
+        packed = weights.packed.setdefault(kind, packed)
     op = Op(library.CONV, ALGORITHMS.index(algorithm), shape, 0, packed.data_ptr(), weights.shift.data_ptr())
     op.x, op.y, op.residual = Ref(0, 0, 0), Ref(1, 0, 0), Ref(2, 0, 0) if residual else NOWHERE
-    if pool:
-        return _Call(_one_op(op), (shape.p - 1) // 2 + 1, (shape.q - 1) // 2 + 1)
-    return _Call(_one_op(op), shape.p, shape.q)
+    height, width = ((shape.p - 1) // 2 + 1, (shape.q - 1) // 2 + 1) if pool else (shape.p, shape.q)
+    return _Call(_one_op(op), height, width, (packed, weights.shift))
 
 
 def _run(call: _Call, x: torch.Tensor, weight: torch.Tensor, residual: Optional[torch.Tensor]) -> torch.Tensor:
     # Strides of dimensions of one element may be anything, also in a tensor that calls itself contiguous; no pixel
     # is reached through them, and the kernels compute addresses from sizes.
     x = x.contiguous(memory_format=torch.channels_last)
-    y = _empty((x.shape[0], weight.shape[0], call.height, call.width))
+    y = _empty((x.shape[0], weight.shape[0], call.height, call.width), x.dtype)
     if residual is None:
         buffers = _three_buffers(x.data_ptr(), y.data_ptr())
     else:
@@ -170,10 +179,18 @@ def _run(call: _Call, x: torch.Tensor, weight: torch.Tensor, residual: Optional[
 
 
 def conv_shape(
-    x: Any, weight: Any, stride: Pair, padding: Pair, dilation: Pair, groups: int, relu: bool, pool: bool
+    x: Any,
+    weight: Any,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    relu: bool,
+    pool: bool,
+    dtype: int = library.FLOAT32,
 ) -> Shape:
     """The kernels' description of a convolution, from the shapes of its image and weight."""
     (n, c, h, w), (k, _, r, s) = x, weight
     p = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
     q = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
-    return Shape(library.FLOAT32, n, h, w, c, p, q, k, r, s, *stride, *padding, *dilation, groups, relu, pool)
+    return Shape(dtype, n, h, w, c, p, q, k, r, s, *stride, *padding, *dilation, groups, relu, pool)
