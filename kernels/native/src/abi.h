@@ -26,7 +26,7 @@ enum rf_kind : int32_t {
 
 enum rf_algorithm : int32_t {
   RF_GEMM = 0,       // gather patches into panels, multiply: every shape
-  RF_WINOGRAD2 = 1,  // F(2x2, 3x3): 3x3, stride 1, dilation 1, one group
+  RF_WINOGRAD2 = 1,  // F(2x2, 3x3): 3x3, stride 1 or 2, dilation 1, one group
   RF_WINOGRAD4 = 2,  // F(4x4, 3x3): same
   RF_GROUPED = 3,    // few channels per group: 1, 2, 4 or 8 in and as many out
   RF_DIRECT = 4,     // RGB image, horizontal stride 2

@@ -114,8 +114,8 @@ template <class E> static inline void store_some(typename E::Element* p, vec v, 
     store_part<E>(p, v, count);
 }
 
-template <class T> static inline T smaller(T a, T b) { return a < b ? a : b; }
-template <class T> static inline T larger(T a, T b) { return a > b ? a : b; }
+template <class T> static constexpr T smaller(T a, T b) { return a < b ? a : b; }
+template <class T> static constexpr T larger(T a, T b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

@@ -24,6 +24,12 @@ static int supports(const rf_shape* s, int algorithm) {
   return 0;
 }
 
+// Calls use(filter) with the Winograd of an algorithm and a shape.
+template <class Use> static auto with_winograd(const rf_shape& s, int algorithm, Use use) {
+  if (algorithm == RF_WINOGRAD2) return s.stride_h == 1 ? use(Winograd<2, 1>()) : use(Winograd<2, 2>());
+  return s.stride_h == 1 ? use(Winograd<4, 1>()) : use(Winograd<4, 2>());
+}
+
 static int64_t packed_bytes(const rf_shape* s, int algorithm) {
 #if defined(__AVX512BF16__)
   if (s->dtype == RF_BFLOAT16) return gemm_packed_units<BFloat16>(*s) * 4;
@@ -31,8 +37,8 @@ static int64_t packed_bytes(const rf_shape* s, int algorithm) {
   switch (algorithm) {
     case RF_GEMM:
     case RF_DIRECT: return gemm_packed_units<Float32>(*s) * 4;
-    case RF_WINOGRAD2: return Winograd<2>::packed_floats(*s) * 4;
-    case RF_WINOGRAD4: return Winograd<4>::packed_floats(*s) * 4;
+    case RF_WINOGRAD2:
+    case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { return w.packed_floats(*s) * 4; });
     case RF_GROUPED: return grouped_packed_floats(*s) * 4;
   }
   return 0;
@@ -46,8 +52,8 @@ static void pack(const rf_shape* s, int algorithm, const double* weight, void* p
   switch (algorithm) {
     case RF_GEMM:
     case RF_DIRECT: return gemm_pack<Float32>(*s, weight, to);
-    case RF_WINOGRAD2: return Winograd<2>::pack(*s, weight, to);
-    case RF_WINOGRAD4: return Winograd<4>::pack(*s, weight, to);
+    case RF_WINOGRAD2:
+    case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { w.pack(*s, weight, to); });
     case RF_GROUPED: return grouped_pack(*s, weight, to);
   }
 }
@@ -58,8 +64,11 @@ template <class E> static void convolve(const rf_op& op, const GemmTask<E>& task
   if constexpr (sizeof(typename E::Element) == sizeof(float)) {
     const rf_shape& s = op.shape;
     switch (op.algorithm) {
-      case RF_WINOGRAD2: return Winograd<2>::conv(s, task.x, task.packed, task.shift, task.residual, task.y, team);
-      case RF_WINOGRAD4: return Winograd<4>::conv(s, task.x, task.packed, task.shift, task.residual, task.y, team);
+      case RF_WINOGRAD2:
+      case RF_WINOGRAD4:
+        return with_winograd(s, op.algorithm, [&](auto w) {
+          w.conv(s, task.x, task.packed, task.shift, task.residual, task.y, team);
+        });
       case RF_GROUPED: return grouped(s, task.x, task.packed, task.shift, task.residual, task.y, team);
       case RF_DIRECT: return direct_conv(task, team);
     }

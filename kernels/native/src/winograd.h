@@ -1,4 +1,4 @@
-// Winograd's minimal filtering for 3x3, stride 1 (Lavin and Gray 2015, arXiv:1509.09308): y = A' [U * (B' d B)] A.
+// Winograd's minimal filtering for 3x3 (Lavin and Gray 2015, arXiv:1509.09308): y = A' [U * (B' d B)] A.
 //
 // A thread takes a block of tiles that fits its cache: transforms their input into panels, one set per point of the
 // transformed domain; then, for 2 vectors of output channels at a time, multiplies at every point and transforms back,
@@ -11,11 +11,13 @@
 
 namespace RF_VARIANT {
 
-// One-dimensional transforms, on anything that adds and multiplies.
-template <int OUT> struct Filter;
+// One-dimensional filters: OUT outputs from IN inputs through IN points, each multiplied by one of WEIGHTS transformed
+// weights. `input` and `output` work on anything that adds and multiplies.
+template <int OUT, int STRIDE> struct Filter;
 
-template <> struct Filter<2> {
-  static constexpr int IN = 4;
+template <> struct Filter<2, 1> {
+  static constexpr int IN = 4, WEIGHTS = 4;
+  static constexpr int weight_of(int point) { return point; }
   template <class T> static inline void input(const T (&d)[4], T (&v)[4]) {
     v[0] = d[0] - d[2];
     v[1] = d[1] + d[2];
@@ -34,8 +36,9 @@ template <> struct Filter<2> {
   }
 };
 
-template <> struct Filter<4> {
-  static constexpr int IN = 6;
+template <> struct Filter<4, 1> {
+  static constexpr int IN = 6, WEIGHTS = 6;
+  static constexpr int weight_of(int point) { return point; }
   template <class T> static inline void input(const T (&d)[6], T (&v)[6]) {
     const T a = d[4] - 4.0f * d[2], b = d[3] - 4.0f * d[1], c = d[4] - d[2], e = 2.0f * (d[3] - d[1]);
     v[0] = 4.0f * d[0] + (d[4] - 5.0f * d[2]);
@@ -63,39 +66,95 @@ template <> struct Filter<4> {
   }
 };
 
+// With stride 2, the outer taps see every other input, from the first one on, and the middle tap the ones between: a
+// filter of two taps, F(OUT, 2), and one of a single tap, whose points are its inputs, all with the same weight.
+template <> struct Filter<2, 2> {
+  static constexpr int IN = 5, WEIGHTS = 4;
+  static constexpr int weight_of(int point) { return smaller(point, 3); }
+  template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
+    v[0] = d[0] - d[2];
+    v[1] = d[2];
+    v[2] = d[4] - d[2];
+    v[3] = d[1];
+    v[4] = d[3];
+  }
+  template <class T> static inline void output(const T (&m)[5], T (&y)[2]) {
+    y[0] = m[0] + m[1] + m[3];
+    y[1] = m[1] + m[2] + m[4];
+  }
+  static inline void weight(const double (&g)[3], double (&u)[4]) {
+    u[0] = g[0];
+    u[1] = g[0] + g[2];
+    u[2] = g[2];
+    u[3] = g[1];
+  }
+};
+
+template <> struct Filter<4, 2> {  // the two taps at the points 0, 1, -1, 2 and infinity
+  static constexpr int IN = 9, WEIGHTS = 6;
+  static constexpr int weight_of(int point) { return smaller(point, 5); }
+  template <class T> static inline void input(const T (&d)[9], T (&v)[9]) {
+    const T a = d[6] - d[4], b = 2.0f * d[2];
+    v[0] = 2.0f * (d[0] - d[4]) + (d[6] - d[2]);
+    v[1] = a - b;
+    v[2] = a + b - 2.0f * d[4];
+    v[3] = d[6] - d[2];
+    v[4] = b - d[4] - 2.0f * d[6] + d[8];
+    v[5] = d[1];
+    v[6] = d[3];
+    v[7] = d[5];
+    v[8] = d[7];
+  }
+  template <class T> static inline void output(const T (&m)[9], T (&y)[4]) {
+    const T a = m[1] + m[2], b = m[1] - m[2];
+    y[0] = m[0] + a + m[3] + m[5];
+    y[1] = b + 2.0f * m[3] + m[6];
+    y[2] = a + 4.0f * m[3] + m[7];
+    y[3] = b + 8.0f * m[3] + m[4] + m[8];
+  }
+  static inline void weight(const double (&g)[3], double (&u)[6]) {
+    u[0] = g[0] / 2;
+    u[1] = -(g[0] + g[2]) / 2;
+    u[2] = (g[2] - g[0]) / 6;
+    u[3] = g[0] / 6 + g[2] / 3;
+    u[4] = g[2];
+    u[5] = g[1];
+  }
+};
+
 static bool winograd_supports(const rf_shape& s) {
-  return s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 &&
-         s.groups == 1 && !s.pool;
+  return s.r == 3 && s.s == 3 && s.stride_h == s.stride_w && s.stride_h <= 2 && s.dilation_h == 1 &&
+         s.dilation_w == 1 && s.groups == 1 && !s.pool;
 }
 
-template <int OUT> struct Winograd {
-  using F = Filter<OUT>;
-  static constexpr int IN = F::IN, POINTS = IN * IN;
+template <int OUT, int STRIDE> struct Winograd {
+  using F = Filter<OUT, STRIDE>;
+  static constexpr int IN = F::IN, POINTS = IN * IN, WEIGHTS = F::WEIGHTS;
 
-  // Packed weights: panels of NR output channels, each [POINTS][C][NR], the last one [..][VL] if that is enough.
-  static int64_t packed_floats(const rf_shape& s) { return int64_t(POINTS) * s.c * round_up(s.k, VL); }
+  // Packed weights: panels of NR output channels, each [WEIGHTS][WEIGHTS][C][NR], the last one [..][VL] if that is enough.
+  static int64_t packed_floats(const rf_shape& s) { return int64_t(WEIGHTS) * WEIGHTS * s.c * round_up(s.k, VL); }
 
   static void pack(const rf_shape& s, const double* weight, float* packed) {
     for (int64_t j = 0; j < s.k; j += NR) {
       const int width = s.k - j > VL ? NR : VL;
       for (int c = 0; c < s.c; c++)
         for (int lane = 0; lane < width; lane++) {
-          double u[IN][IN] = {};
+          double u[WEIGHTS][WEIGHTS] = {};
           if (j + lane < s.k) transform_weight(weight + ((j + lane) * s.c + c) * 9, u);
-          for (int point = 0; point < POINTS; point++)
-            packed[(int64_t(point) * s.c + c) * width + lane] = float(u[point / IN][point % IN]);
+          for (int i = 0; i < WEIGHTS * WEIGHTS; i++)
+            packed[(int64_t(i) * s.c + c) * width + lane] = float(u[i / WEIGHTS][i % WEIGHTS]);
         }
-      packed += int64_t(POINTS) * s.c * width;
+      packed += int64_t(WEIGHTS) * WEIGHTS * s.c * width;
     }
   }
 
-  static void transform_weight(const double* g, double (&u)[IN][IN]) {
-    double half[3][IN];
+  static void transform_weight(const double* g, double (&u)[WEIGHTS][WEIGHTS]) {
+    double half[3][WEIGHTS];
     for (int j = 0; j < 3; j++) {
       const double column[3] = {g[j], g[3 + j], g[6 + j]};
       F::weight(column, half[j]);
     }
-    for (int i = 0; i < IN; i++) {
+    for (int i = 0; i < WEIGHTS; i++) {
       const double row[3] = {half[0][i], half[1][i], half[2][i]};
       F::weight(row, u[i]);
     }
@@ -131,27 +190,27 @@ template <int OUT> struct Winograd {
     const rf_shape& s = task.shape;
     const Place at = place(task, tile);
     const float* image = task.x + at.image * s.h * s.w * s.c;
-    const int y0 = at.p - s.pad_h, x0 = at.q - s.pad_w;
+    const int y0 = at.p * STRIDE - s.pad_h, x0 = at.q * STRIDE - s.pad_w;
     const bool inside = y0 >= 0 && x0 >= 0 && y0 + IN <= s.h && x0 + IN <= s.w;
     for (int64_t line = 0; line < task.lines; line++, v += line_step) {
       const int channels = int(smaller<int64_t>(VL, s.c - line * VL));
       const float* corner = image + (int64_t(y0) * s.w + x0) * s.c + line * VL;
       vec half[IN][IN];
       if (inside && channels == VL) {
-#pragma GCC unroll 6
+#pragma GCC unroll 9
         for (int j = 0; j < IN; j++) {
           vec d[IN];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
           for (int i = 0; i < IN; i++) d[i] = load(corner + (int64_t(i) * s.w + j) * s.c);
           vec column[IN];
           F::input(d, column);
-#pragma GCC unroll 6
+#pragma GCC unroll 9
           for (int i = 0; i < IN; i++) half[i][j] = column[i];
         }
       } else {
         for (int j = 0; j < IN; j++) {
           vec d[IN];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
           for (int i = 0; i < IN; i++) {
             const bool there = y0 + i >= 0 && y0 + i < s.h && x0 + j >= 0 && x0 + j < s.w;
             const float* pixel = corner + (int64_t(i) * s.w + j) * s.c;
@@ -159,15 +218,15 @@ template <int OUT> struct Winograd {
           }
           vec column[IN];
           F::input(d, column);
-#pragma GCC unroll 6
+#pragma GCC unroll 9
           for (int i = 0; i < IN; i++) half[i][j] = column[i];
         }
       }
-#pragma GCC unroll 6
+#pragma GCC unroll 9
       for (int i = 0; i < IN; i++) {
         vec row[IN];
         F::input(half[i], row);
-#pragma GCC unroll 6
+#pragma GCC unroll 9
         for (int j = 0; j < IN; j++) store(v + (i * IN + j) * point_step, row[j]);
       }
     }
@@ -179,10 +238,10 @@ template <int OUT> struct Winograd {
     const Place at = place(task, tile);
     const int channels = smaller(VL, s.k - channel);
     vec half[OUT][IN];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
     for (int j = 0; j < IN; j++) {
       vec column[IN], out[OUT];
-#pragma GCC unroll 6
+#pragma GCC unroll 9
       for (int i = 0; i < IN; i++) column[i] = load(m + (i * IN + j) * point_step);
       F::output(column, out);
 #pragma GCC unroll 4
@@ -219,15 +278,18 @@ template <int OUT> struct Winograd {
     }
     for (int64_t j = columns.begin; j < columns.end; j++) {
       const int channel = int(j * NR), channels = smaller(NR, s.k - channel), width = channels > VL ? NR : VL;
-      const float* u = task.packed + int64_t(POINTS) * s.c * channel;
-      for (int point = 0; point < POINTS; point++, u += int64_t(s.c) * width)
+      const float* u = task.packed + int64_t(WEIGHTS) * WEIGHTS * s.c * channel;
+      for (int point = 0; point < POINTS; point++) {
+        const int weights = F::weight_of(point / IN) * WEIGHTS + F::weight_of(point % IN);
         for (int64_t i = 0; i < panel_count; i++) {
           const int64_t first = panels.begin(i);
           const int rows = int(panels.begin(i + 1) - first);
-          multiply(Tile<Float32>{panel(v + point * v_point + first * task.lines * VL, rows, s.c), u,
-                    m + point * m_point + first * width, width, nullptr, nullptr, 0, false, width},
+          multiply(Tile<Float32>{panel(v + point * v_point + first * task.lines * VL, rows, s.c),
+                                 u + int64_t(weights) * s.c * width, m + point * m_point + first * width, width,
+                                 nullptr, nullptr, 0, false, width},
                    rows);
         }
+      }
       for (int64_t i = 0; i < panels.rows; i++)
         for (int part = 0; part < channels; part += VL)
           transform_output(task, range.begin + i, m + i * width + part, m_point, channel + part);
