@@ -153,6 +153,11 @@ def supports(shape: Shape, algorithm: str) -> bool:
     return bool(_loaded().rf_supports(shape, ALGORITHMS.index(algorithm)))
 
 
+def packed_bytes(shape: Shape, algorithm: str) -> int:
+    """How long the weights of ``shape`` are in the layout that the algorithm reads."""
+    return _loaded().rf_packed_bytes(shape, ALGORITHMS.index(algorithm))
+
+
 def pack(shape: Shape, algorithm: str, weight: torch.Tensor) -> torch.Tensor:
     """``weight``, ``[K, C/groups, R, S]`` in float64 with the scale multiplied in, as the algorithm reads it: bytes."""
     library, number = _loaded(), ALGORITHMS.index(algorithm)

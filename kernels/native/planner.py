@@ -1,7 +1,7 @@
 """Which algorithm serves a convolution: what was measured on this machine for its shape, else a rule.
 
-``resnet_fast.tune`` measures. The choices are kept in a file per user and CPU (``choices.py``), and hold for a shape and a
-number of threads.
+``resnet_fast.tune`` measures. The choices are kept in a file of the user's (``choices.py``), and hold for a CPU, a shape
+and a number of threads.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ def choose(shape: Shape, threads: int) -> str:
     measured = choices.measured(describe(shape, threads))
     if measured in CANDIDATES and supports(shape, measured):
         return measured
-    return _rule(shape)
+    return _rule(shape, threads)
 
 
 def choose_native(shape: Shape, threads: int) -> str:
     """The same among our own algorithms, for programs that the library runs alone."""
     algorithm = choose(shape, threads)
-    return _rule(shape) if algorithm == ONEDNN else algorithm
+    return _rule(shape, threads) if algorithm == ONEDNN else algorithm
 
 
 @contextlib.contextmanager
@@ -68,8 +68,33 @@ def describe(shape: Shape, threads: int) -> str:
     return f"{s.n}x{s.h}x{s.w}x{s.c} {s.k} {window}{' pool' if s.pool else ''} {threads} threads"
 
 
-def _rule(shape: Shape) -> str:
-    for algorithm in ("direct", "grouped", "winograd4"):
+# Seconds that a core takes for a multiply-add and for an element that is transformed, and all cores together for a byte
+# of weights; the last is half of what memory takes, the other half hides behind arithmetic. Fitted to the layers of
+# ResNets at batch 1 on a Zen 4 core with AVX-512, where they give the times of all 3x3 convolutions to within 10%; on
+# other CPUs all three are longer or shorter, and their ratios similar.
+_MULTIPLY_ADD, _TRANSFORM, _BYTE = 1 / 58e9, 0.13e-9, 0.5 / 32e9
+
+
+def _rule(shape: Shape, threads: int) -> str:
+    for algorithm in ("direct", "grouped"):
         if library.supports(shape, algorithm):
             return algorithm
-    return "gemm"
+    seconds = {name: _seconds(shape, name, threads) for name in _POINTS if library.supports(shape, name)}
+    fastest = min(seconds.values())
+    return next(name for name in seconds if seconds[name] <= _WORTH * fastest)
+
+
+_WORTH = 1.05  # a few percent of time are not worth four times the memory for weights
+
+# By algorithm, the one with the smallest weights first: the side of the square of outputs that is computed at once, and
+# the products along it by stride.
+_POINTS: dict[str, tuple[int, dict[int, int]]] = {"gemm": (1, {}), "winograd2": (2, {1: 4, 2: 5}), "winograd4": (4, {1: 6, 2: 9})}
+
+
+def _seconds(s: Shape, algorithm: str, threads: int) -> float:
+    side, points = _POINTS[algorithm]
+    tiles = s.n * -(-s.p // side) * -(-s.q // side)
+    products = tiles * (points[s.stride_h] ** 2 if points else s.r * s.s)
+    transformed = products * (s.c + s.k) if points else 0
+    work = products * s.c * s.k / s.groups * _MULTIPLY_ADD + transformed * _TRANSFORM
+    return work / threads + library.packed_bytes(s, algorithm) * _BYTE
