@@ -1,7 +1,9 @@
 // The C interface: picks the compiled variant, and runs programs on the OpenMP threads.
 #include <omp.h>
+#include <sched.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdlib>
 
 #include "variant.h"
@@ -66,6 +68,38 @@ struct Scratch {
 constexpr int SLOTS = 3;
 thread_local Scratch scratch[SLOTS];
 
+// Where threads wait for each other between operations. OpenMP's own barrier spins for milliseconds; where the machine is
+// busy and two threads share a core, each of a network's fifty barriers then costs a time slice.
+class Barrier {
+ public:
+  void wait(int threads) {
+    const int now = round.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+      arrived.store(0, std::memory_order_relaxed);
+      round.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++)
+      if (spins < SPINS)
+        pause();
+      else
+        sched_yield();
+  }
+
+ private:
+  static constexpr int SPINS = 1000;  // some tens of microseconds
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  std::atomic<int> arrived{0}, round{0};
+};
+
 int64_t cache_bytes() {
   const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
   return bytes > 0 ? bytes : 256 << 10;
@@ -123,13 +157,14 @@ double rf_peak(int threads) {
 
 void rf_run(const rf_op* ops, int number, void* const* buffers, int threads, double* seconds) {
   const Variant& variant = *variants[selected];
+  Barrier barrier;
 #pragma omp parallel num_threads(threads)
   {
-    const int thread = omp_get_thread_num();
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
     double start = omp_get_wtime();
     for (int i = 0; i < number; i++) {
-      variant.run(ops + i, buffers, thread, omp_get_num_threads());
-#pragma omp barrier
+      variant.run(ops + i, buffers, thread, team);
+      if (team > 1 && (i + 1 < number || seconds)) barrier.wait(team);
       if (seconds && thread == 0) {
         const double end = omp_get_wtime();
         seconds[i] = end - start;
