@@ -34,7 +34,8 @@ rf_shape random_conv() {
   s.pad_h = between(0, 3), s.pad_w = between(0, 3);
   if (kind == 1) {
     s.r = s.s = 3;
-    s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    s.stride_h = s.stride_w = between(1, 2);
+    s.dilation_h = s.dilation_w = 1;
   } else if (kind == 2) {
     s.groups = 16 * between(1, 2);
     s.c = s.groups << between(0, 3);
