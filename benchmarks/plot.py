@@ -54,12 +54,13 @@ def main() -> None:
     parser.add_argument("result", type=Path, help="what bench --json wrote")
     parser.add_argument("chart", type=Path, help="the SVG or PNG file to write")
     arguments = parser.parse_args()
+    save(draw(json.loads(arguments.result.read_text())), arguments.chart)
+
+
+def save(figure: Figure, chart: Path) -> None:
+    """Write the figure to a file, which depends on nothing but what it shows."""
     with matplotlib.rc_context({"svg.hashsalt": "resnet_fast"}):
-        draw(json.loads(arguments.result.read_text())).savefig(arguments.chart, metadata=_undated(arguments.chart))
-
-
-def _undated(chart: Path) -> dict[str, Any]:
-    return {"Date": None} if chart.suffix == ".svg" else {}
+        figure.savefig(chart, metadata={"Date": None} if chart.suffix == ".svg" else {})
 
 
 if __name__ == "__main__":
