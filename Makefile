@@ -8,7 +8,7 @@ COMPILED := $(VENV)/.compiled
 PEERS := .venv-peers
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: demo test install lint test-cpu test-native test-interpreter test-aot bench bench-peers clean
+.PHONY: demo test install lint test-cpu test-native test-interpreter test-aot bench bench-layers bench-peers clean
 
 demo: install
 	$(BIN)/resnet-fast demo
@@ -46,12 +46,18 @@ test-interpreter: install
 test-aot: install
 	$(BIN)/python -m pytest tests/aot
 
-# Needs an idle machine; takes about ten minutes.
+# Needs an idle machine; takes about twelve minutes.
 bench: export RESNET_FAST_PEERS := $(PEERS)
 bench: install bench-peers
 	mkdir -p benchmarks/results
 	$(BIN)/resnet-fast bench --model resnet18 --model resnet50 --batch 1 --batch 16 --json $(RESULTS).json
 	$(BIN)/python benchmarks/plot.py $(RESULTS).json $(RESULTS).svg
+	$(MAKE) bench-layers
+
+# Each convolution on its own; two minutes, on an idle machine as well.
+bench-layers: install
+	mkdir -p benchmarks/results
+	$(BIN)/python -m benchmarks.layers --json $(RESULTS)-layers.json --markdown $(RESULTS)-layers.md --svg $(RESULTS)-layers.svg
 
 # Peers that must not share an environment with PyTorch's: resnet_fast/bench/apart.py says why. pnnx asks for PyTorch, but
 # only its Python module uses that, and its program is all that is needed.
