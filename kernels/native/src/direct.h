@@ -45,7 +45,8 @@ static void direct_part(const GemmTask<Float32>& task, Range rows) {
                               task.residual ? task.residual + pixel * s.k + j * NR : nullptr,
                               s.k,
                               s.relu != 0,
-                              int(smaller<int64_t>(NR, s.k - j * NR))},
+                              int(smaller<int64_t>(NR, s.k - j * NR)),
+                              {}},
                              int(tiles.begin(t + 1) - q));
         }
     row += count;

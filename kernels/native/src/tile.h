@@ -11,6 +11,8 @@ namespace RF_VARIANT {
 //    no two rows of a tile share a cache set, whatever the stride of the image. Nothing is read after K.
 //  - STEP = 6: pixels of an RGB image, every other one, as they lie in memory.
 // Right operand: [K][vectors * VL].
+constexpr int LINE = 64 / sizeof(float);  // floats in a line of the cache
+
 struct Left {
   const float* a;
   int64_t runs, run_step;  // whole runs, and floats from one to the next
@@ -20,6 +22,22 @@ struct Left {
 static inline Left panel(const float* a, int rows, int64_t depth) {
   return {a, depth / VL, rows * VL, VL, int(depth % VL)};
 }
+
+// The weights of the next columns, which other tiles will read from memory: fetched meanwhile, an equal part by each of
+// the tiles that share the weights at hand. Else the first of them would wait for memory, and memory for the others.
+struct Ahead {
+  const float* from;  // null: nothing
+  int64_t step;       // floats from one run to the next
+  int64_t floats;     // of each run
+
+  // `weights`: [K][NR], for tile `part` of `parts`. Fewer would fetch so much at once that their own loads wait, and
+  // more have little to wait for.
+  static Ahead share(const float* weights, int64_t part, int64_t parts) {
+    constexpr int64_t run = VL * NR;
+    if (!weights || parts < 3 || parts > 8) return {nullptr, 0, 0};
+    return {weights + run * part / parts, run, run * (part + 1) / parts - run * part / parts};
+  }
+};
 
 template <class E> struct Tile {
   Left left;
@@ -31,6 +49,7 @@ template <class E> struct Tile {
   int64_t residual_stride;
   bool relu;
   int channels;  // valid ones of vectors * VL
+  Ahead ahead;
 };
 
 template <class E, int ROWS, int VECTORS> static inline void finish(const Tile<E>& t, vec (&sum)[ROWS][VECTORS]) {
@@ -84,7 +103,14 @@ template <class E, int ROWS, int VECTORS, int STEP> static void multiply(const T
       }
     }
   };
-  for (int64_t i = 0; i < t.left.runs; i++, a += t.left.run_step) columns(STEP == VL ? VL : t.left.run);
+  const float* ahead = t.ahead.from;
+  for (int64_t i = 0; i < t.left.runs; i++, a += t.left.run_step) {
+    if (ahead) {
+      for (int64_t j = 0; j < t.ahead.floats; j += LINE) __builtin_prefetch(ahead + j, 0, 2);
+      ahead += t.ahead.step;
+    }
+    columns(STEP == VL ? VL : t.left.run);
+  }
   columns(t.left.tail);
   finish(t, sum);
 }

@@ -148,6 +148,9 @@ template <int OUT, int STRIDE> struct Winograd {
     }
   }
 
+  // Which of the transformed weights a point is multiplied by.
+  static int64_t weights_of(int point) { return F::weight_of(point / IN) * WEIGHTS + F::weight_of(point % IN); }
+
   static void transform_weight(const double* g, double (&u)[WEIGHTS][WEIGHTS]) {
     double half[3][WEIGHTS];
     for (int j = 0; j < 3; j++) {
@@ -280,13 +283,12 @@ template <int OUT, int STRIDE> struct Winograd {
       const int channel = int(j * NR), channels = smaller(NR, s.k - channel), width = channels > VL ? NR : VL;
       const float* u = task.packed + int64_t(WEIGHTS) * WEIGHTS * s.c * channel;
       for (int point = 0; point < POINTS; point++) {
-        const int weights = F::weight_of(point / IN) * WEIGHTS + F::weight_of(point % IN);
+        const float* weights = u + weights_of(point) * s.c * width;
         for (int64_t i = 0; i < panel_count; i++) {
           const int64_t first = panels.begin(i);
           const int rows = int(panels.begin(i + 1) - first);
-          multiply(Tile<Float32>{panel(v + point * v_point + first * task.lines * VL, rows, s.c),
-                                 u + int64_t(weights) * s.c * width, m + point * m_point + first * width, width,
-                                 nullptr, nullptr, 0, false, width},
+          multiply(Tile<Float32>{panel(v + point * v_point + first * task.lines * VL, rows, s.c), weights,
+                                 m + point * m_point + first * width, width, nullptr, nullptr, 0, false, width, {}},
                    rows);
         }
       }
