@@ -27,6 +27,7 @@ from resnet_fast.resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from resnet_fast.tuning import tune
 
 __all__ = [
     "BasicBlock",
@@ -54,6 +55,7 @@ __all__ = [
     "resnext101_32x8d",
     "resnext101_64x4d",
     "restore",
+    "tune",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

@@ -1,7 +1,7 @@
-"""The measured choices of algorithms, in a JSON file of the user's: ``resnet_fast/cpu-choices.json`` in the cache folder.
+"""The measured choices of algorithms, in a JSON file of the user's: ``cpu-choices.json`` in the cache folder.
 
-They are kept by machine, a text that names CPU, instruction set and versions, and within it by shape. A file that cannot
-be read is ignored, with a warning; it is replaced when something is measured next.
+They are kept by machine, a text that names CPU, instruction set and versions, and within it by shape. A file that
+cannot be read is ignored, with a warning; it is replaced when something is measured next.
 """
 
 import functools
@@ -85,16 +85,15 @@ def _cpu() -> str:
 def _read() -> dict[str, dict[str, str]]:
     try:
         content = json.loads(path().read_text())
-        machines = content["machines"] if content["format"] == FORMAT else None
-        sound = isinstance(machines, dict) and all(
-            isinstance(mine, dict) and all(isinstance(choice, str) for choice in mine.values())
-            for mine in machines.values()
+        machines: dict[str, dict[str, str]] = content["machines"]
+        sound = content["format"] == FORMAT and all(
+            isinstance(choice, str) for mine in machines.values() for choice in mine.values()
         )
         if not sound:
             raise ValueError(f"expected format {FORMAT}, with a choice for each shape of each machine")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"{path()} is ignored: {error!r}", stacklevel=2)
         return {}
     return machines

@@ -1,7 +1,7 @@
 """Which algorithm serves a convolution: what was measured on this machine for its shape, else a rule.
 
-``resnet_fast.tune`` measures. The choices are kept in a file of the user's (``choices.py``), and hold for a CPU, a shape
-and a number of threads.
+``resnet_fast.tune`` measures. The choices are kept in a file of the user's (``choices.py``), and hold for a CPU, a
+shape and a number of threads.
 """
 
 import contextlib
@@ -88,7 +88,11 @@ _WORTH = 1.05  # a few percent of time are not worth four times the memory for w
 
 # By algorithm, the one with the smallest weights first: the side of the square of outputs that is computed at once, and
 # the products along it by stride.
-_POINTS: dict[str, tuple[int, dict[int, int]]] = {"gemm": (1, {}), "winograd2": (2, {1: 4, 2: 5}), "winograd4": (4, {1: 6, 2: 9})}
+_POINTS: dict[str, tuple[int, dict[int, int]]] = {
+    "gemm": (1, {}),
+    "winograd2": (2, {1: 4, 2: 5}),
+    "winograd4": (4, {1: 6, 2: 9}),
+}
 
 
 def _seconds(s: Shape, algorithm: str, threads: int) -> float:

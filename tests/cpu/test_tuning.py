@@ -1,0 +1,175 @@
+"""``tune``: what was measured is used, by this process and the next, and a bad file of choices does no harm."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fast
+from resnet_fast import tune
+from resnet_fast.kernels.native import choices, library, planner
+
+pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
+
+IMAGES = (2, 3, 20, 20)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
+    choices.forget()
+    planner.changed()
+    yield tmp_path
+    choices.forget()
+    planner.changed()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32)
+        self.conv2, self.bn2 = nn.Conv2d(32, 48, 3, padding=1), nn.BatchNorm2d(48)
+
+    def forward(self, x):
+        return torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return resnet_fast.accelerate(Net().eval())
+
+
+def _algorithm(model, images):
+    with torch.inference_mode():
+        model(images)
+    return [text.rsplit(" ", 1)[1] for row in resnet_fast.explain(model).rows for text in row.steps]
+
+
+def test_choices_hold_for_this_process_and_the_next(model, folder):
+    images = torch.randn(IMAGES)
+    result = tune(model, images, calls=2)
+    assert [choice.shape.split(" ")[0] for choice in result.choices] == ["2x20x20x3", "2x18x18x32"]
+    for choice in result.choices:
+        assert {"gemm", "winograd2", "winograd4"} <= set(choice.milliseconds)
+        assert choice.milliseconds[choice.algorithm] == min(choice.milliseconds.values())
+        assert choices.measured(choice.shape) == choice.algorithm
+    assert str(result).count("\n") == 1
+    # Turn every choice to what neither measuring nor the rule would give, and ask a process of its own.
+    path = choices.path()
+    assert path.parent == folder
+    content = json.loads(path.read_text())
+    for mine in content["machines"].values():
+        mine.update(dict.fromkeys(mine, "winograd2"))
+    path.write_text(json.dumps(content))
+    command = (
+        "import torch; from tests.cpu.test_tuning import *; from tests.cpu.test_tuning import _algorithm;"
+        f"torch.set_num_threads({torch.get_num_threads()});"
+        f"print(_algorithm(resnet_fast.accelerate(Net().eval()), torch.randn({IMAGES})))"
+    )
+    run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "['winograd2', 'winograd2']"
+
+
+def test_choices_are_for_a_shape_and_a_number_of_threads(model):
+    images, threads = torch.randn(IMAGES), torch.get_num_threads()
+    before = _algorithm(model, images)
+    other = next(name for name in ("winograd2", "gemm") if name != before[1])
+    shape = library.Shape(library.FLOAT32, 2, 18, 18, 32, 18, 18, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0)
+    choices.add({planner.describe(shape, threads + 1): other})
+    planner.changed()
+    assert _algorithm(model, images) == before
+    choices.add({planner.describe(shape, threads): other})
+    planner.changed()
+    assert _algorithm(model, images) == [before[0], other]
+    assert _algorithm(model, torch.randn(1, 3, 20, 20))[1] == planner._rule(
+        library.Shape(library.FLOAT32, 1, 18, 18, 32, 18, 18, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0), threads
+    )
+
+
+@pytest.mark.parametrize("algorithm", library.ALGORITHMS)
+def test_every_algorithm_gives_the_result(model, algorithm):
+    images = torch.randn(IMAGES)
+    with torch.inference_mode(), planner.forced(algorithm):
+        y = model(images)
+    exact = resnet_fast.restore(model, inplace=False).double()(images.double())
+    assert (y - exact).abs().max() <= 5e-5 * exact.abs().max()
+
+
+DAMAGED = {
+    "empty": "",
+    "truncated": '{"format": 1, "machines": {"a": {"b": "ge',
+    "another format": '{"format": 99, "machines": {}}',
+    "no machines": '{"format": 1}',
+    "a list": "[]",
+    "machines is a list": '{"format": 1, "machines": []}',
+    "a machine is a text": '{"format": 1, "machines": {"a": "gemm"}}',
+    "a choice is a number": '{"format": 1, "machines": {"a": {"b": 1}}}',
+    "binary": "\x00\x01",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_damaged_file_is_ignored_with_a_warning_and_replaced(model, text):
+    images = torch.randn(IMAGES)
+    before = _algorithm(model, images)
+    choices.path().write_text(text)
+    choices.forget()
+    planner.changed()
+    with pytest.warns(UserWarning, match="is ignored"):
+        assert _algorithm(model, images) == before
+    with pytest.warns(UserWarning, match="is ignored"):
+        choices.add({"some shape": "gemm"})
+    choices.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choices.measured("some shape") == "gemm"
+
+
+def test_a_choice_that_nobody_knows_is_ignored(model):
+    images = torch.randn(IMAGES)
+    before = _algorithm(model, images)
+    shape = library.Shape(library.FLOAT32, 2, 18, 18, 32, 18, 18, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0)
+    for algorithm in ("of the future", "grouped"):  # the second is known, and does not cover the shape
+        choices.add({planner.describe(shape, torch.get_num_threads()): algorithm})
+        planner.changed()
+        assert _algorithm(model, images) == before
+
+
+def test_other_machines_keep_their_choices():
+    path = choices.path()
+    path.write_text(json.dumps({"format": 1, "machines": {"another": {"shape": "gemm"}}}))
+    choices.add({"shape": "winograd4"})
+    machines = json.loads(path.read_text())["machines"]
+    assert machines == {"another": {"shape": "gemm"}, choices.machine(): {"shape": "winograd4"}}
+    assert os.listdir(path.parent) == [path.name], "a partial file is left"
+
+
+def test_a_file_that_cannot_be_written(folder, monkeypatch):
+    (folder / "file").write_text("")
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(folder / "file" / "below"))
+    choices.forget()
+    with pytest.warns(UserWarning, match="is ignored"), pytest.raises(OSError, match="file"):
+        choices.add({"shape": "winograd4"})
+    assert choices.measured("shape") == "winograd4"
+
+
+def test_errors(model):
+    images = torch.randn(IMAGES)
+    with pytest.raises(TypeError, match="model is a str"):
+        tune("resnet18", images)
+    with pytest.raises(ValueError, match="not accelerated"):
+        tune(Net().eval(), images)
+    with pytest.raises(ValueError, match="training mode"):
+        tune(model.train(), images)
+    model.eval()
+    with pytest.raises(ValueError, match="calls is 0"):
+        tune(model, images, calls=0)
+    with pytest.raises(ValueError, match="no convolution"):
+        tune(model.double(), images.double(), calls=1)
+    assert planner._forced is None
