@@ -54,11 +54,19 @@ class Image:
         return len(self.shape) != 4 or self.shape[1] == 1 or self.shape[2:] == (1, 1)
 
 
+class Weights(NamedTuple):
+    """What a convolution's or a linear layer's numbers are made of."""
+
+    weight: Tensor
+    bias: Optional[Tensor]
+    norm: Optional[functional.BatchNorm]
+
+
 class Pack(NamedTuple):
     """What a convolution reads beside its input."""
 
     weight: Tensor  # bytes, in the layout of the algorithm
-    shift: Optional[Tensor]  # [K]
+    shift: Tensor  # [K]
 
 
 @dataclass(eq=False)
@@ -70,9 +78,11 @@ class Step:
     x: Storage
     y: Storage
     residual: Optional[Storage] = None
-    algorithm: str = ""  # of a convolution
+    # Of a convolution:
+    weights: Optional[Weights] = None
+    path: Path = ()  # the module
+    algorithm: str = ""  # this and the next by ``Lowering.prepare``
     pack: Optional[Pack] = None
-    path: Path = ()  # of a convolution: the module
 
 
 @dataclass
@@ -82,7 +92,6 @@ class Lowering:
     threads: int
     plain: dict[Path, tuple[type, Program]]
     steps: list[Step] = field(default_factory=list)
-    sources: dict[int, Tensor] = field(default_factory=dict)  # that packs were made of, by their id
     _at: Path = ()  # the module being followed
     _overwritten: set[Storage] = field(default_factory=set)  # by a forward that works in place
     _converted: dict[Storage, Image] = field(default_factory=dict)  # memory of a copy -> what it is a copy of
@@ -252,36 +261,19 @@ class Lowering:
         residual: Optional[Image],
         path: Path,
     ) -> Image:
-        sources = [weight, bias]
-        if norm is not None:
-            counter = getattr(norm, "num_batches_tracked", None)  # see functional.fold_batch_norm
-            sources += [norm.running_var, norm.running_mean, norm.weight, norm.bias, counter]
-        given = tuple(t for t in sources if t is not None)
-        for t in given:
+        counter = getattr(norm, "num_batches_tracked", None)
+        for t in _sources(Weights(weight, bias, norm)):
             if (
                 t.device.type != "cpu"
                 or t.numel() == 0
                 or t.is_inference()
-                or (t.dtype != torch.float32 and t is not sources[-1])
+                or (t.dtype != torch.float32 and t is not counter)
             ):
                 raise NotPlanned(f"{'.'.join(path)} has weights that are no ordinary float32 on the CPU")
         if norm is not None and norm.running_var.shape != weight.shape[:1]:  # type: ignore[union-attr]
             raise NotPlanned(f"{'.'.join(path)} has a norm of another size")
-        algorithm = planner.choose_native(shape, self.threads)
-        if not library.supports(shape, algorithm):
+        if not library.supports(shape, "gemm"):
             raise NotPlanned(f"{'.'.join(path)}: the native kernels do not cover it")
-
-        def pack() -> Pack:
-            scale, shift = (None, bias) if norm is None else functional.fold_batch_norm(norm, bias)
-            wide = weight.detach().to(torch.float64).reshape(weight.shape[0], -1, shape.r, shape.s)
-            if scale is not None:
-                wide *= scale.view(-1, 1, 1, 1)
-            packed = self._shelf.copy(library.pack(shape, algorithm, wide))
-            return Pack(packed, None if shift is None else shift.detach().clone())
-
-        key = (algorithm, library.variant(), shape.groups, bias is None, norm is not None and norm.eps)
-        made = _packs.get(given, key, pack)
-        self.sources.update((id(t), t) for t in given)
         return self._emit(
             library.CONV,
             shape,
@@ -289,10 +281,28 @@ class Lowering:
             y_shape,
             True,
             residual=None if residual is None else residual.storage,
-            algorithm=algorithm,
-            pack=made,
+            weights=Weights(weight, bias, norm),
             path=path,
         )
+
+    def prepare(self, step: Step, images: int) -> None:
+        """Choose the algorithm of a convolution that will run on so many images at a time, and pack its weights."""
+        assert step.weights is not None
+        weight, bias, norm = step.weights
+        shape = of_images(step.shape, images)
+        step.algorithm = algorithm = planner.choose_native(shape, self.threads)
+
+        def pack() -> Pack:
+            scale, shift = (None, bias) if norm is None else functional.fold_batch_norm(norm, bias)
+            wide = weight.detach().to(torch.float64).reshape(weight.shape[0], -1, shape.r, shape.s)
+            if scale is not None:
+                wide *= scale.view(-1, 1, 1, 1)
+            packed = self._shelf.copy(library.pack(shape, algorithm, wide))
+            zero = torch.zeros(weight.shape[0], device="cpu")
+            return Pack(packed, zero if shift is None else zero.copy_(shift.detach()))
+
+        key = (algorithm, library.variant(), shape.groups, bias is None, norm is not None and norm.eps)
+        step.pack = _packs.get(_sources(step.weights), key, pack)
 
     def linear(self, x: Any, layer: nn.Linear) -> Image:
         x = self.read(x)
@@ -346,6 +356,23 @@ class Lowering:
             raise NotPlanned(f"{self._name()} flattens other dimensions than [N, C, H, W] -> [N, C * H * W]")
         x = self.in_order(x, False)
         return Image((x.shape[0], math.prod(x.shape[1:])), x.storage, False)
+
+
+def of_images(shape: library.Shape, images: int) -> library.Shape:
+    """The same operation on another number of images."""
+    copy = library.Shape.from_buffer_copy(shape)
+    copy.n = images
+    return copy
+
+
+def _sources(weights: Weights) -> tuple[Tensor, ...]:
+    """The tensors that a pack depends on."""
+    weight, bias, norm = weights
+    sources = [weight, bias]
+    if norm is not None:
+        counter = getattr(norm, "num_batches_tracked", None)  # see functional.fold_batch_norm
+        sources += [norm.running_var, norm.running_mean, norm.weight, norm.bias, counter]
+    return tuple(t for t in sources if t is not None)
 
 
 @dataclass(frozen=True)

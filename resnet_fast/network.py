@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from resnet_fast import arena
+from resnet_fast import arena, schedule
 from resnet_fast.fusion import Path, Program
 from resnet_fast.kernels.native import library, planner
 from resnet_fast.kernels.packing import PackCache
-from resnet_fast.lowering import Image, Lowering, NotPlanned, Step, Storage
+from resnet_fast.lowering import Image, Lowering, NotPlanned, Storage, of_images
 from resnet_fast.programs import PROGRAM
+from resnet_fast.schedule import Part, Places
 
 _PLANS_KEPT = 4  # per module: detectors see many shapes
 _LARGEST = 2**28  # images; sizes go to the kernels as 32-bit numbers, which add a few of them up
@@ -147,11 +148,15 @@ class Plan:
         ]
         self._single = isinstance(result, Image)
         self._threads, self._shape = threads, given.shape
-        self.steps = _needed(lowering.steps, storages)
-        refs = {given.storage: library.Ref(1, 0, 0)}
-        refs |= {storage: library.Ref(2 + i, 0, 0) for i, storage in enumerate(storages)}
-        self.need = arena.Need(_place(self.steps, refs))
-        self._ops = _operations(self.steps, refs)
+        self.steps = schedule.needed(lowering.steps, storages)
+        self.split = schedule.split(self.steps, given.shape[0], threads)
+        for i, step in enumerate(self.steps):
+            if step.weights is not None:
+                lowering.prepare(step, self.split.images if i < self.split.steps else given.shape[0])
+        places = schedule.Places(self.steps, self.split, given, storages)
+        self.need = arena.Need(places.arena_bytes)
+        self.parts = schedule.order(self.steps, self.split, given.shape[0])
+        self._ops = _operations(self.parts, places)
         self._pointers: Any = ctypes.c_void_p * (2 + len(outputs))
 
     def run(self, x: Tensor) -> Any:
@@ -164,7 +169,7 @@ class Plan:
         ]
         memory = arena.take(self.need)
         pointers = self._pointers(memory.address, x.data_ptr(), *[output.data_ptr() for output in outputs])
-        library.run(self._ops, len(self.steps), pointers, self._threads)
+        library.run(self._ops, len(self._ops), pointers, self._threads)
         arena.give_back(memory, self.need)
         if self._single:
             return outputs[0]
@@ -172,7 +177,9 @@ class Plan:
 
     def __str__(self) -> str:
         shape, threads = list(self._shape), f"{self._threads} thread{'s' if self._threads > 1 else ''}"
-        return f"one native program of {len(self.steps)} operations for {shape} on {threads}"
+        text = f"one native program of {len(self.steps)} operations for {shape} on {threads}"
+        steps, images = self.split
+        return f"{text}, the first {steps} on {images} image{'s' if images > 1 else ''} at a time" if steps else text
 
     @property
     def algorithms(self) -> dict[Path, str]:
@@ -184,54 +191,16 @@ def _channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _needed(steps: list[Step], wanted: list[Storage]) -> list[Step]:
-    """The steps that the wanted values depend on."""
-    alive, kept = set(wanted), []
-    for step in reversed(steps):
-        if step.y in alive:
-            kept.append(step)
-            alive |= {step.x} if step.residual is None else {step.x, step.residual}
-    return kept[::-1]
-
-
-def _place(steps: list[Step], refs: dict[Storage, library.Ref]) -> int:
-    """Give every other value its place in the arena, and return how many bytes that takes.
-
-    A sum may take the place of its residual: each element is read before it is written, by the same thread.
-    """
-    last: dict[Storage, int] = {}
-    for i, step in enumerate(steps):
-        last |= dict.fromkeys((s for s in (step.x, step.residual, step.y) if s is not None), i)
-    owner: dict[Storage, Storage] = {}  # value -> the value whose place it takes
-    spans: dict[Storage, list[int]] = {}
-    for i, step in enumerate(steps):
-        y, residual = step.y, step.residual
-        if y in refs:
-            continue
-        dies = residual is not None and residual is not step.x and last[residual] == i
-        if residual is not None and dies and residual in owner:
-            place = owner[residual]
-        else:
-            place = y
-            spans[place] = [i, i]
-        owner[y] = place
-        spans[place][1] = last[y]
-    intervals = [arena.Interval(first, end, 4 * place.size) for place, (first, end) in spans.items()]
-    offsets, total = arena.assign(intervals)
-    at = dict(zip(spans, offsets))
-    refs |= {value: library.Ref(0, 0, at[place]) for value, place in owner.items()}
-    return total
-
-
-def _operations(steps: list[Step], refs: dict[Storage, library.Ref]) -> "ctypes.Array[library.Op]":
-    ops = (library.Op * len(steps))()
-    for op, step in zip(ops, steps):
-        op.kind, op.shape, op.x, op.y = step.kind, step.shape, refs[step.x], refs[step.y]
-        op.residual = library.NOWHERE if step.residual is None else refs[step.residual]
+def _operations(parts: list[Part], places: Places) -> "ctypes.Array[library.Op]":
+    ops = (library.Op * len(parts))()
+    for op, (step, first, images) in zip(ops, parts):
+        op.kind, op.shape = step.kind, of_images(step.shape, images)
+        op.x, op.y = places.at(step.x, first), places.at(step.y, first)
+        op.residual = library.NOWHERE if step.residual is None else places.at(step.residual, first)
         if step.pack is not None:
             op.algorithm = library.ALGORITHMS.index(step.algorithm)
             op.packed = step.pack.weight.data_ptr()
-            op.shift = None if step.pack.shift is None else step.pack.shift.data_ptr()
+            op.shift = step.pack.shift.data_ptr()
     return ops
 
 

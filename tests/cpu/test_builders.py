@@ -13,6 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fast
 from resnet_fast import ops
+from resnet_fast.kernels.native import library
 from tests.cpu.cases import stock_error
 
 BUILDERS = [
@@ -256,11 +257,20 @@ def test_weights_are_loaded(monkeypatch):
     "name", ["resnet18", "resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "resnet101"]
 )
 def test_output(name, monkeypatch):
-    """The stock state_dict loaded, the stock output, in both layouts; and every convolution ran in a fused op."""
+    """The stock state_dict loaded, the stock output, in both layouts; and every convolution ran in a fused op.
+
+    As a whole network, which calls no ops, and op by op.
+    """
     ours, theirs = _pair(name, num_classes=10)
     served = []
     serve = ops._implementation
     monkeypatch.setattr(ops, "_implementation", lambda case, x: served.append(case.op) or serve(case, x))
+    _check_same_output(ours, theirs, _images())
+    if library.unavailable() is None:
+        assert resnet_fast.explain(ours).network.startswith("one native program")
+        assert not served
+    served.clear()
+    monkeypatch.setenv("RESNET_FAST_IMPLEMENTATION", "onednn")
     _check_same_output(ours, theirs, _images())
     convs = sum(isinstance(module, nn.Conv2d) for module in theirs.modules())
     assert Counter(served) == {"stem": 1, "conv_bn_act": convs - 1, "global_avg_pool": 1}

@@ -19,10 +19,11 @@ from torch import nn
 from torchvision.models import resnet
 
 import resnet_fast
-from resnet_fast import arena, network
+from resnet_fast import arena, network, schedule
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.native import library, planner
-from resnet_fast.programs import PROGRAM
+from resnet_fast.lowering import Image, Lowering, Storage
+from resnet_fast.programs import PROGRAM, program_of
 from tests.cpu.models import SEED, images, randomise_norms, relative_error, small_resnet
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
@@ -819,23 +820,142 @@ def test_a_chain_needs_two_places():
     assert total == 2 * 640
 
 
+@pytest.mark.parametrize("images_at_a_time", [5, 2, 1])
 @pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
-def test_no_step_writes_over_what_is_read_later(block):
-    """The finished program, operation by operation: whatever is read was written by the step that should have."""
-    fast = planned(small_resnet(block), images(1, 3, 64, 64))
-    plan = network.last_plan(fast)
-    written = {}  # (buffer, byte) in units of 64 -> storage
-    for step, op in zip(plan.steps, plan._ops):
+def test_no_step_writes_over_what_is_read_later(block, images_at_a_time, split_at):
+    """The finished program, operation by operation: whatever is read was written by the part that should have."""
+    split_at(9, images_at_a_time)
+    plan = network.last_plan(planned(small_resnet(block), images(5, 3, 64, 64)))
+    written = {}  # byte of the arena, in units of 64 -> (storage, first image, its offset)
+    for part, op in zip(plan.parts, plan._ops):
+        step = part.step
         for storage, ref in ((step.x, op.x), (step.residual, op.residual)):
             if storage is not None and ref.buffer == 0:
-                assert {written[unit] for unit in _units(storage, ref)} == {storage}
+                assert all(_wrote(written, unit, storage, part) for unit in _units(storage, ref, part))
         if op.y.buffer == 0:
-            assert not set(_units(step.x, op.x)) & set(_units(step.y, op.y)) or op.x.buffer != 0
-            written.update(dict.fromkeys(_units(step.y, op.y), step.y))
+            mine = _units(step.y, op.y, part)
+            assert op.x.buffer != 0 or not set(_units(step.x, op.x, part)) & set(mine)
+            written.update(dict.fromkeys(mine, (step.y, part.first, part.first + part.images)))
 
 
-def _units(storage, ref):
-    return range(ref.offset // 64, -(-(ref.offset + 4 * storage.size) // 64))
+def _wrote(written, unit, storage, part):
+    """Whether the unit holds that value, of images that the part reads."""
+    value, first, end = written[unit]
+    return value is storage and part.first <= first and end <= part.first + part.images
+
+
+def _units(storage, ref, part):
+    size = 4 * storage.size // 5 * part.images
+    return range(ref.offset // 64, -(-(ref.offset + size) // 64))
+
+
+# --- a few images at a time -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def split_at(monkeypatch):
+    """Lets plans of batches run their first steps on a few images at a time, whatever their size."""
+
+    def split_at(steps, images):
+        planner.changed()
+        monkeypatch.setattr(schedule, "split", lambda all_steps, batch, threads: schedule.Split(steps, images))
+
+    yield split_at
+    planner.changed()
+
+
+def same_numbers(stock, x, split_at, splits):
+    """The same bits, whatever the split: each image goes through the same arithmetic."""
+    fast = resnet_fast.accelerate(stock, inplace=False)
+    with torch.inference_mode():
+        split_at(0, len(x))
+        expected = torch.utils._pytree.tree_leaves(fast(x))
+        assert isinstance(network.last_plan(fast), network.Plan), network.last_plan(fast)
+        for split in splits:
+            split_at(*split)
+            results = torch.utils._pytree.tree_leaves(fast(x))
+            assert network.last_plan(fast).split == split
+            assert all(map(torch.equal, results, expected)), split
+            assert all(y.stride() == other.stride() for y, other in zip(results, expected))
+    check(fast, stock, x)
+
+
+@pytest.mark.parametrize("algorithm", ["gemm", "winograd4"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
+def test_any_split_gives_the_same_numbers(block, threads, algorithm, split_at):
+    """Every cut: some go through a block, between a value and the sum that it is the residual of."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with planner.forced(algorithm):
+            stock, x = small_resnet(block), images(5, 3, 32, 32)
+            splits = [(steps, 2) for steps in range(1, 14)] + [(6, 1), (6, 3), (6, 4), (9, 1)]
+            same_numbers(stock, x, split_at, splits)
+            same_numbers(stock, x.contiguous(memory_format=torch.channels_last), split_at, splits[4:8])
+    finally:
+        torch.set_num_threads(before)
+
+
+class Crossing(nn.Module):
+    """Early values that are results, and that late steps read: beside their residual's place, and in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(5))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(5))
+
+    def forward(self, x):
+        early = F.relu(self.norms[0](self.convs[0](x)))
+        y = F.relu(self.norms[1](self.convs[1](early)) + x)
+        kept = F.relu(self.norms[2](self.convs[2](y)) + early)
+        y = F.relu(self.norms[3](self.convs[3](kept)) + y)
+        return [early, {"sum": F.relu(self.norms[4](self.convs[4](y)) + early)}, (y.mean((2, 3)), kept)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_values_that_cross_the_border(layout, split_at):
+    torch.manual_seed(SEED)
+    stock = randomise_norms(Crossing()).eval()
+    x = images(5, 8, 9, 7).contiguous(memory_format=layout)
+    with planner.forced("gemm"):
+        same_numbers(stock, x, split_at, [(steps, n) for steps in range(1, 11) for n in (1, 2, 3)])
+
+
+def test_passing_values_take_less_memory(split_at):
+    fast, needs = resnet_fast.accelerate(small_resnet(), inplace=False), []
+    for split in ((0, 8), (9, 2), (9, 1)):
+        split_at(*split)
+        with torch.inference_mode():
+            fast(images(8, 3, 64, 64))
+        needs.append(network.last_plan(fast).need.size)
+    assert needs[0] > needs[1] > needs[2]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_the_rule_for_splits(name, threads, monkeypatch):
+    """Large batches are split in their early stages, small ones and small images not at all."""
+    monkeypatch.setattr(schedule, "_cache", lambda: 32 << 20)
+    for size, batch, wanted in ((224, 16, True), (224, 64, True), (224, 1, False), (32, 16, False)):
+        steps = _steps(name, batch, size)
+        split = schedule.split(steps, batch, threads)
+        assert (split.steps > 0) == wanted
+        if wanted:
+            assert 0 < split.steps < len(steps) - 2
+            assert 0 < split.images <= batch // 2
+            assert split.images >= schedule.split(steps, batch, 1).images
+        else:
+            assert split == (0, batch)
+    assert schedule.split(_steps(name, 64, 224), 64, 1).images == schedule.split(_steps(name, 16, 224), 16, 1).images
+
+
+def _steps(name, batch, size):
+    model = resnet_fast.accelerate(torchvision.models.get_model(name, weights=None).eval())
+    lowering = Lowering(1, {})
+    given = Image((batch, 3, size, size), Storage(batch * 3 * size * size), False)
+    result = lowering.graph(model, program_of(model), (given,))
+    return schedule.needed(lowering.steps, [result.storage])
 
 
 def test_memory_is_shared_and_given_up(monkeypatch):
