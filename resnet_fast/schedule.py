@@ -48,8 +48,8 @@ def split(steps: list[Step], batch: int, threads: int) -> Split:
     """How many steps run on how many images at a time.
 
     They end with the last convolution whose values for the whole batch take more than half the cache, so that they
-    would have left it when they are read. Those do not count whose weights are more than a quarter of an image's values:
-    they would be read again for every few images.
+    would have left it when they are read. Those do not count whose weights are more than a quarter of the values of
+    an image: they would be read again for every few images.
 
     The images are as many as fit a quarter of the cache with all values that are alive at once (the rest is for
     weights, what the kernels work in, and input and results on their way), but enough to keep every thread busy. The
