@@ -82,7 +82,10 @@ def test_supports_says_why_not():
     case = Case("conv_bn_act", "cpu", torch.float32, 8, 8)
     assert native.supports(case) is None
     assert "cuda" in native.supports(case._replace(device="cuda"))
-    assert "bfloat16" in native.supports(case._replace(dtype=torch.bfloat16))
+    assert "float16" in native.supports(case._replace(dtype=torch.float16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "variant", lambda: "avx512")
+        assert "bfloat16" in native.supports(case._replace(dtype=torch.bfloat16))
     assert "geometry" in native.supports(case._replace(stride=(1, 2**40)))
     assert "geometry" in native.supports(case._replace(padding=(2**31, 0), stride=(2**31, 1)))
 
