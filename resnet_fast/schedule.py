@@ -47,9 +47,9 @@ def needed(steps: list[Step], wanted: list[Storage]) -> list[Step]:
 def split(steps: list[Step], batch: int, threads: int) -> Split:
     """How many steps run on how many images at a time.
 
-    They end with the last convolution whose values for the whole batch take more than half the cache, so that they
-    would have left it when they are read. Those do not count whose weights are more than a quarter of the values of
-    an image: they would be read again for every few images.
+    They end before the first one with more weights than an image has values, for it would read its weights again for
+    every few images; and with the last one before it whose values for the whole batch take more than half the cache,
+    so that they would have left it when they are read.
 
     The images are as many as fit a quarter of the cache with all values that are alive at once (the rest is for
     weights, what the kernels work in, and input and results on their way), but enough to keep every thread busy. The
@@ -58,10 +58,11 @@ def split(steps: list[Step], batch: int, threads: int) -> Split:
     """
     count = 0
     for i, step in enumerate(steps):
-        if step.weights is None:
-            continue
+        weights = 0 if step.weights is None else step.weights.weight.numel()
         values = step.y.size + sum(value.size for value in _read(step))
-        if 4 * values > _cache() // 2 and step.weights.weight.numel() < values // batch // 4:
+        if weights > values // batch:
+            break
+        if 4 * values > _cache() // 2:
             count = i + 1
     convolutions = [step.shape for step in steps[:count] if step.kind == library.CONV]
     if not convolutions:
