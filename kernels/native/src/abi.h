@@ -56,7 +56,7 @@ struct rf_op {
   rf_shape shape;
   int32_t reserved;
   const void* packed;  // weights from rf_pack
-  const float* shift;  // [k], or null for zero
+  const float* shift;  // [k]; never null for a convolution
   rf_ref x, residual, y;
 };
 
