@@ -32,6 +32,7 @@ from resnet_fast.bench.workload import ONNX
 from resnet_fast.cli.models import build, randomise_batch_norm
 from resnet_fast.cli.output import console, table, write_json
 from resnet_fast.export.files import replacing
+from resnet_fast.kernels import native
 from resnet_fast.kernels.native import library
 from resnet_fast.network import Plan, last_plan
 
@@ -85,19 +86,13 @@ def moved_bytes(shape: library.Shape) -> int:
     s = shape
     rows = _needed(s.h, s.p, s.stride_h, s.r, s.dilation_h, s.pad_h)
     columns = _needed(s.w, s.q, s.stride_w, s.s, s.dilation_w, s.pad_w)
-    p, q = _pooled(s)
+    p, q = native.output_size(s)
     return 4 * (s.n * rows * columns * s.c + s.k * s.r * s.s * s.c // s.groups + s.n * p * q * s.k)
 
 
 def _needed(size: int, outputs: int, stride: int, window: int, dilation: int, padding: int) -> int:
     places = {out * stride + tap * dilation - padding for out in range(outputs) for tap in range(window)}
     return len(places & set(range(size)))
-
-
-def _pooled(shape: library.Shape) -> tuple[int, int]:
-    """Height and width of the result, after the max-pool if there is one."""
-    p, q = shape.p, shape.q
-    return ((p - 1) // 2 + 1, (q - 1) // 2 + 1) if shape.pool else (p, q)
 
 
 def kind(shape: library.Shape) -> str:
@@ -165,7 +160,7 @@ def onnx_model(shape: library.Shape, layer: nn.Sequential) -> onnx.ModelProto:
         nodes.append(helper.make_node("Reshape", [last, "image"], ["output"]))
     else:
         nodes[-1].output[0] = "output"
-    p, q = _pooled(s)
+    p, q = native.output_size(s)
     graph = helper.make_graph(
         nodes,
         "layer",
@@ -283,7 +278,7 @@ def as_dict(layer: Layer, results: Sequence[Measurement], peak_gflops: float) ->
     return {
         "kind": kind(s),
         "input": [s.n, s.h, s.w, s.c],
-        "output": [s.n, *_pooled(s), s.k],
+        "output": [s.n, *native.output_size(s), s.k],
         "window": [s.r, s.s],
         "stride": [s.stride_h, s.stride_w],
         "padding": [s.pad_h, s.pad_w],

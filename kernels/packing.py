@@ -44,11 +44,17 @@ class _Source(NamedTuple):
 
 
 def _remember(tensor: torch.Tensor, forget: Any = None) -> _Source:
-    pointer, probed = tensor.data_ptr(), 0
-    if tensor.device.type == "cpu" and tensor.numel():
-        storage = tensor.untyped_storage()
-        probed = min(_PROBED_BYTES, storage.data_ptr() + storage.nbytes() - pointer)
+    pointer = tensor.data_ptr()
+    probed = probed_bytes(tensor) if tensor.device.type == "cpu" else 0
     return _Source(weakref.ref(tensor, forget), tensor._version, pointer, probed, string_at(pointer, probed))
+
+
+def probed_bytes(tensor: torch.Tensor) -> int:
+    """How many bytes of a CPU tensor, from its pointer on, are compared to see writes through ``.data``."""
+    if not tensor.numel():
+        return 0
+    storage = tensor.untyped_storage()
+    return min(_PROBED_BYTES, storage.data_ptr() + storage.nbytes() - tensor.data_ptr())
 
 
 class _Entry(NamedTuple):

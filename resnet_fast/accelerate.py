@@ -35,7 +35,7 @@ def accelerate(model: M, inplace: bool = True) -> M:
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
     """
-    _check(model)
+    check_module(model)
     if not inplace:
         model = copy.deepcopy(model)
     packing.clear_all()
@@ -59,7 +59,7 @@ def restore(model: M, inplace: bool = True) -> M:
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
     """
-    _check(model)
+    check_module(model)
     if not inplace:
         model = copy.deepcopy(model)
     for module in model.modules():
@@ -69,7 +69,7 @@ def restore(model: M, inplace: bool = True) -> M:
     return model
 
 
-def _check(model: nn.Module) -> None:
+def check_module(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
 
@@ -126,7 +126,7 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
     """
-    _check(model)
+    check_module(model)
     programs = {module: program_of(module) or build(module) for module in model.modules() if isinstance(module, Fused)}
     inlined = {child for module, program in programs.items() for child in program.inlined(module)}
     algorithms = _algorithms(model)

@@ -241,13 +241,11 @@ class Lowering:
         shape = native.conv_shape(x.shape, conv.weight.shape, *geometry, relu=relu, pool=pool)  # type: ignore[misc]
         if min(shape.p, shape.q) < 1:
             raise NotPlanned("the image is smaller than a window")
-        y_shape = (shape.n, shape.k, shape.p, shape.q)
+        y_shape = (shape.n, shape.k, *native.output_size(shape))
         if residual is not None:
             residual = self.pixels(residual)
             if residual.shape != y_shape:
                 raise NotPlanned(f"{'.'.join(path)} is added to another shape")
-        if pool:
-            y_shape = (*y_shape[:2], (shape.p - 1) // 2 + 1, (shape.q - 1) // 2 + 1)
         return self._convolution(x, shape, y_shape, conv.weight, conv.bias, norm, residual, path)
 
     def _convolution(

@@ -19,15 +19,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from resnet_fast import arena, schedule
 from resnet_fast.fusion import Path, Program
+from resnet_fast.kernels import native
 from resnet_fast.kernels.native import library, planner
-from resnet_fast.kernels.packing import PackCache
+from resnet_fast.kernels.packing import PackCache, probed_bytes
 from resnet_fast.lowering import Image, Lowering, NotPlanned, Storage, of_images
 from resnet_fast.programs import PROGRAM
 from resnet_fast.schedule import Part, Places
 
 _PLANS_KEPT = 4  # per module: detectors see many shapes
-_LARGEST = 2**28  # images; sizes go to the kernels as 32-bit numbers, which add a few of them up
-_PROBED_BYTES = 64  # of each tensor, to see writes through ``.data``; see kernels/packing.py
 
 # --- what must stay as it was ---
 
@@ -52,8 +51,8 @@ class Guard:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._dicts = [module.__dict__ for module in root.modules() if module is not root]
         self._modules = [module for module in root.modules() if module is not root]
+        self._dicts = [module.__dict__ for module in self._modules]
         self._state = self._state_of(root)
         self._tensors = self._live_tensors()
         self._present = [t for t in self._tensors if t is not None]
@@ -103,9 +102,8 @@ class Guard:
 
 def _probe(tensor: Tensor) -> Any:
     """A view of the tensor's first bytes; to be read only while its pointer is the same."""
-    storage, pointer = tensor.untyped_storage(), tensor.data_ptr()
-    count = min(_PROBED_BYTES, storage.data_ptr() + storage.nbytes() - pointer) if tensor.numel() else 0
-    return (ctypes.c_char * count).from_address(pointer) if count else ctypes.create_string_buffer(0)
+    count = probed_bytes(tensor)
+    return (ctypes.c_char * count).from_address(tensor.data_ptr()) if count else ctypes.create_string_buffer(0)
 
 
 def _guardable(root: nn.Module) -> bool:
@@ -128,8 +126,8 @@ class Plan:
 
     def __init__(self, module: nn.Module, program: Program, plans: "Plans", x: Tensor, threads: int) -> None:
         """Raises ``NotPlanned``."""
-        if max(x.shape) > _LARGEST:
-            raise NotPlanned(f"no images beyond {_LARGEST}")
+        if max(x.shape) > native.LARGEST:
+            raise NotPlanned(f"no images beyond {native.LARGEST}")
         self._nhwc = _channels_last(x)
         given = Image(tuple(x.shape), Storage(x.numel()), self._nhwc)
         lowering = Lowering(threads, plans.plain)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from resnet_fast.accelerate import check_module
 from resnet_fast.fusion import Fused
 from resnet_fast.kernels.native import choices, library, planner
 
@@ -78,8 +79,7 @@ def tune(model: nn.Module, example_input: Tensor, calls: int = 7) -> Tuning:
 
 
 def _check(model: nn.Module, calls: int) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    check_module(model)
     if not any(isinstance(module, Fused) for module in model.modules()):
         raise ValueError("model is not accelerated: call accelerate(model) first")
     if model.training:

@@ -19,8 +19,9 @@ from resnet_fast.kernels.packing import PackCache
 
 Pair = tuple[int, int]
 
-# Sizes go to the kernels as 32-bit numbers, which add a few of them up.
-_LARGEST = 2**28
+LARGEST = 2**28
+"""Sizes beyond it are refused: they go to the kernels as 32-bit numbers, which add a few of them up."""
+
 _CALLS_KEPT = 64  # per weight: detectors see many sizes
 
 _DTYPES = {torch.float32: library.FLOAT32, torch.bfloat16: library.BFLOAT16}
@@ -37,8 +38,8 @@ def supports(case: Case) -> Optional[str]:
     if case.dtype not in _DTYPES:
         return f"no {case.dtype}"
     _, _, _, c, k, kernel, stride, padding, dilation, _ = case
-    if max(c, k, *kernel, *stride, *padding, *dilation) > _LARGEST:
-        return f"no channels or geometry beyond {_LARGEST}"
+    if max(c, k, *kernel, *stride, *padding, *dilation) > LARGEST:
+        return f"no channels or geometry beyond {LARGEST}"
     return library.unavailable() or (_bfloat16_refusal() if case.dtype == torch.bfloat16 else None)
 
 
@@ -94,7 +95,7 @@ def stem(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torc
 def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
     """See ``reference.global_avg_pool``."""
     n, c, h, w = x.shape
-    if max(n, h, w) > _LARGEST:
+    if max(n, h, w) > LARGEST:
         return reference.global_avg_pool(x)
     x = x.contiguous(memory_format=torch.channels_last)
     y = _empty((n, c, 1, 1), x.dtype)
@@ -144,7 +145,7 @@ def _prepare(
     pool: bool,
     threads: int,
 ) -> Union[_Call, ModuleType]:
-    if weight.numel() == 0 or max(x.shape) > _LARGEST:
+    if weight.numel() == 0 or max(x.shape) > LARGEST:
         return reference
     shape = conv_shape(x.shape, weight.shape, *geometry, relu, pool, _DTYPES[x.dtype])
     algorithm, groups = planner.choose(shape, threads), geometry[3]
@@ -160,8 +161,7 @@ def _prepare(
         packed = weights.packed.setdefault(kind, packed)
     op = Op(library.CONV, ALGORITHMS.index(algorithm), shape, 0, packed.data_ptr(), weights.shift.data_ptr())
     op.x, op.y, op.residual = Ref(0, 0, 0), Ref(1, 0, 0), Ref(2, 0, 0) if residual else NOWHERE
-    height, width = ((shape.p - 1) // 2 + 1, (shape.q - 1) // 2 + 1) if pool else (shape.p, shape.q)
-    return _Call(_one_op(op), height, width, (packed, weights.shift))
+    return _Call(_one_op(op), *output_size(shape), (packed, weights.shift))
 
 
 def _run(call: _Call, x: torch.Tensor, weight: torch.Tensor, residual: Optional[torch.Tensor]) -> torch.Tensor:
@@ -194,3 +194,8 @@ def conv_shape(
     p = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
     q = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
     return Shape(dtype, n, h, w, c, p, q, k, r, s, *stride, *padding, *dilation, groups, relu, pool)
+
+
+def output_size(shape: Shape) -> Pair:
+    """Height and width of a convolution's result, after its max-pool if it has one."""
+    return ((shape.p - 1) // 2 + 1, (shape.q - 1) // 2 + 1) if shape.pool else (shape.p, shape.q)

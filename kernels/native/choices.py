@@ -17,6 +17,7 @@ from typing import Optional
 
 import torch
 
+from resnet_fast.kernels.cpuinfo import first_processor
 from resnet_fast.kernels.native import library
 
 FORMAT = 1
@@ -71,12 +72,7 @@ def machine() -> str:
 
 
 def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    found: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        found.setdefault(name.strip(), value.strip())
+    found = first_processor()
     # The name alone is a family on some virtual machines.
     numbers = [found[key] for key in ("cpu family", "model", "stepping") if key in found]
     return " ".join([found.get("model name") or platform.processor() or platform.machine(), *numbers])

@@ -82,7 +82,9 @@ def unavailable() -> Optional[str]:
             _reason = f"the compiled kernels have interface {found}, expected {ABI}: install the package again"
             return _reason
         _declare(library)
-        _select(library, os.environ.get("RESNET_FAST_ISA") or None)
+        wanted = os.environ.get("RESNET_FAST_ISA")
+        if wanted:
+            _select(library, wanted, f"RESNET_FAST_ISA is {wanted!r}, expected one that this CPU runs:")
         _library = library
     return _reason
 
@@ -102,14 +104,15 @@ def _declare(library: ctypes.CDLL) -> None:
     library.rf_peak.restype = ctypes.c_double
 
 
-def _select(library: ctypes.CDLL, wanted: Optional[str]) -> None:
-    if wanted is None:
-        return
-    names = _variant_names(library)
-    usable = [name for i, name in enumerate(names) if library.rf_variant_usable(i)]
+def _select(library: ctypes.CDLL, wanted: str, complaint: str) -> None:
+    usable = _usable(library)
     if wanted not in usable:
-        raise ValueError(f"RESNET_FAST_ISA is {wanted!r}, expected one that this CPU runs: {', '.join(usable)}")
-    library.rf_select_variant(names.index(wanted))
+        raise ValueError(f"{complaint} {', '.join(usable)}")
+    library.rf_select_variant(_variant_names(library).index(wanted))
+
+
+def _usable(library: ctypes.CDLL) -> list[str]:
+    return [name for i, name in enumerate(_variant_names(library)) if library.rf_variant_usable(i)]
 
 
 def _variant_names(library: ctypes.CDLL) -> list[str]:
@@ -125,8 +128,7 @@ def _loaded() -> ctypes.CDLL:
 
 def usable_variants() -> list[str]:
     """The instruction sets that the kernels are compiled for and this CPU runs, slowest first."""
-    library = _loaded()
-    return [name for i, name in enumerate(_variant_names(library)) if library.rf_variant_usable(i)]
+    return _usable(_loaded())
 
 
 def variant() -> str:
@@ -141,11 +143,7 @@ def select(variant: str) -> None:
     Raises:
         ValueError: this CPU does not run it, or there is none of that name.
     """
-    names = usable_variants()
-    if variant not in names:
-        raise ValueError(f"variant is {variant!r}, expected one of {', '.join(names)}")
-    library = _loaded()
-    library.rf_select_variant(_variant_names(library).index(variant))
+    _select(_loaded(), variant, f"variant is {variant!r}, expected one of")
     clear_all()
 
 

@@ -3,10 +3,10 @@
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Optional
 
 from resnet_fast.bench import apart
+from resnet_fast.kernels.cpuinfo import first_processor
 
 PACKAGES = (
     "resnet-fast",
@@ -39,7 +39,7 @@ def describe() -> dict[str, Any]:
     """CPU, memory, operating system and package versions, for people and for JSON."""
     import torch
 
-    fields = _cpuinfo()
+    fields = first_processor()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     return {
         "cpu": fields.get("model name") or platform.processor() or platform.machine(),
@@ -70,15 +70,6 @@ def _version(name: str) -> Optional[str]:
         except PackageNotFoundError:
             continue
     return None
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's fields in /proc/cpuinfo; nothing on other systems than Linux."""
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return {}
-    lines = path.read_text().split("\n\n")[0].splitlines()
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _memory_gib() -> Optional[float]:
