@@ -19,12 +19,7 @@ stem = torch.ops.resnet_fast.stem
 global_avg_pool = torch.ops.resnet_fast.global_avg_pool
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _raises_like(stock: BaseException, function: Callable, *args: Any, **kwargs: Any) -> BaseException:

@@ -42,12 +42,7 @@ WEIGHTS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _pair(name: str, **kwargs: Any) -> tuple[nn.Module, nn.Module]:

@@ -17,12 +17,7 @@ from tests.cpu.cases import HALF, assert_channels_last, dtype_name, nhwc
 CHANNELS = 40  # the fold's first 64 bytes are compared: tests that write must be able to write behind them
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _conv(bias: bool = False, **options) -> nn.Conv2d:

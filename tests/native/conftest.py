@@ -1,7 +1,6 @@
 """Every test here needs the compiled kernels, and leaves the best instruction set and the threads as they were."""
 
 import pytest
-import torch
 
 from resnet_fast.kernels.native import library
 
@@ -14,11 +13,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def always_one_thread(one_thread):
+    """Unless a test asks for more."""
 
 
 def _variants() -> list[str]:
