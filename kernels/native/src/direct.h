@@ -15,18 +15,18 @@ static bool direct_supports(const rf_shape& s) {
 constexpr int DIRECT_ROWS = 8;  // output rows at a time, for which the image's rows are copied between zeros
 
 // The output rows `rows`, counted over all images. Packed weights are those of the matrix product.
-static void direct_part(const GemmTask<Float32>& task, Range rows) {
+static void direct_part(const ConvTask<Float32>& task, Range rows) {
   const rf_shape& s = task.shape;
   const GemmWeights<Float32> weights(s);
   const int64_t padded = int64_t(s.q - 1) * 2 + s.s, pitch = round_up(larger<int64_t>(padded, s.w + s.pad_w) * 3, VL);
-  const int high = (DIRECT_ROWS - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1;
-  float* image = scratch(IMAGE, high * pitch);
+  const int extent = (s.r - 1) * s.dilation_h + 1;
+  float* image = scratch(IMAGE, ((DIRECT_ROWS - 1) * s.stride_h + extent) * pitch);
   const Tiles tiles{s.q};
   for (int64_t row = rows.begin; row < rows.end;) {
     const int64_t number = row / s.p, p = row % s.p;
     const int count = int(smaller(smaller<int64_t>(DIRECT_ROWS, s.p - p), rows.end - row));
     const int64_t top = p * s.stride_h - s.pad_h;
-    for (int i = 0; i < (count - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1; i++) {
+    for (int i = 0; i < (count - 1) * s.stride_h + extent; i++) {
       float* to = image + i * pitch;
       memset(to, 0, pitch * sizeof(float));
       if (top + i >= 0 && top + i < s.h)
@@ -53,7 +53,7 @@ static void direct_part(const GemmTask<Float32>& task, Range rows) {
   }
 }
 
-static void direct_conv(const GemmTask<Float32>& task, Team team) {
+static void direct_conv(const ConvTask<Float32>& task, Team team) {
   direct_part(task, share(int64_t(task.shape.n) * task.shape.p, team.thread, team.threads));
 }
 

@@ -58,14 +58,14 @@ struct Scratch {
     if (EXACT ? bytes != size : bytes > size) {
       free(memory);
       size = EXACT ? bytes : (bytes + 4095) / 4096 * 4096;
-      if (posix_memalign(&memory, 64, size)) abort();  // the kernels have no way to report it, and Linux does not refuse in practice
+      // The kernels have no way to report it, and Linux does not refuse in practice.
+      if (posix_memalign(&memory, 64, size)) abort();
     }
     return memory;
   }
   ~Scratch() { free(memory); }
 };
 
-constexpr int SLOTS = 3;
 thread_local Scratch scratch[SLOTS];
 
 // Where threads wait for each other between operations. OpenMP's own barrier spins for milliseconds; where the machine is
@@ -107,7 +107,7 @@ int64_t cache_bytes() {
 
 }  // namespace
 
-void* rf_scratch(int slot, size_t bytes) { return scratch[slot].at_least(bytes); }
+void* rf_scratch(Slot slot, size_t bytes) { return scratch[slot].at_least(bytes); }
 int64_t rf_cache_bytes() {
   static const int64_t bytes = cache_bytes();
   return bytes;

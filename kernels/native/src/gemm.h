@@ -1,6 +1,7 @@
 // Convolution as a matrix product over gathered panels; covers every shape, and 1x1 convolutions and linear layers best.
 #pragma once
 
+#include "conv.h"
 #include "panels.h"
 #include "tile.h"
 #include "work.h"
@@ -12,8 +13,7 @@ template <class E> struct GemmWeights {
   int64_t elements, depth, channels;  // R * S * C, K, and output channels, of one group
 
   explicit GemmWeights(const rf_shape& s)
-      : elements(int64_t(s.r) * s.s * (s.c / s.groups)), depth(ceil_div(elements, E::PER_UNIT)),
-        channels(s.k / s.groups) {}
+      : elements(patch_elements(s)), depth(ceil_div(elements, E::PER_UNIT)), channels(s.k / s.groups) {}
   int64_t panels() const { return ceil_div(channels, NR); }
   int64_t group_units() const { return depth * round_up(channels, VL); }
 };
@@ -40,21 +40,8 @@ template <class E> static void gemm_pack(const rf_shape& s, const double* weight
     }
 }
 
-// What all threads of a matrix product share.
-template <class E> struct GemmTask {
-  using Element = typename E::Element;
-
-  const rf_shape& shape;
-  const Element* x;
-  const float* packed;  // units
-  const float* shift;
-  const Element* residual;  // at output pixel 0
-  Element* y;               // at output pixel `y_row`
-  int64_t y_row;
-};
-
 // The matrix product for some groups, output pixels (`rows`) and panels of output channels (`columns`).
-template <class E> static void gemm_part(const GemmTask<E>& task, Range groups, Range rows, Range columns) {
+template <class E> static void gemm_part(const ConvTask<E>& task, Range groups, Range rows, Range columns) {
   if (groups.empty() || rows.empty() || columns.empty()) return;
   const rf_shape& s = task.shape;
   const GemmWeights<E> weights(s);
@@ -91,12 +78,12 @@ template <class E> static void gemm_part(const GemmTask<E>& task, Range groups, 
   }
 }
 
-template <class E> static void gemm_conv(const GemmTask<E>& task, Team team) {
+template <class E> static void gemm_conv(const ConvTask<E>& task, Team team) {
   const rf_shape& s = task.shape;
   const int64_t panels = GemmWeights<E>(s).panels();
   const Tiles tiles{int64_t(s.n) * s.p * s.q};
   // Columns are groups, or the panels of the only one.
-  const Grid grid = share_grid(tiles.count(), s.groups > 1 ? s.groups : panels, 0.3, 0.3, team);
+  const Grid grid = share_grid(tiles.count(), s.groups > 1 ? s.groups : panels, team);
   const Range rows{tiles.begin(grid.rows.begin), tiles.begin(grid.rows.end)};
   if (s.groups > 1)
     gemm_part(task, grid.columns, rows, {0, panels});

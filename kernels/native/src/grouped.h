@@ -4,8 +4,7 @@
 
 #include <utility>
 
-#include "abi.h"
-
+#include "conv.h"
 #include "simd.h"
 #include "work.h"
 
@@ -97,18 +96,17 @@ static inline void grouped_pixel(const rf_shape& s, const float* image, const fl
   *total = sum;
 }
 
-template <int WIDTH>
-static void grouped_conv(const rf_shape& s, const float* x, const float* packed, const float* shift,
-                         const float* residual, float* y, Team team) {
+template <int WIDTH> static void grouped_conv(const ConvTask<Float32>& task, Team team) {
+  const rf_shape& s = task.shape;
   const int64_t vector_weights = int64_t(s.r) * s.s * WIDTH * VL;
   const bool strips = s.s == 3 && s.dilation_w == 1 && s.stride_w <= 2;
   const Range mine = share(int64_t(s.n) * s.p, team.thread, team.threads);
   for (int64_t row = mine.begin; row < mine.end; row++) {
-    const float* image = x + row / s.p * s.h * s.w * s.c;
+    const float* image = task.x + row / s.p * s.h * s.w * s.c;
     const int p = int(row % s.p);
     for (int base = 0; base < s.k; base += VL) {
-      const float* w = packed + base / VL * vector_weights;
-      const vec offset = load(shift + base);
+      const float* w = task.packed + base / VL * vector_weights;
+      const vec offset = load(task.shift + base);
       for (int q = 0; q < s.q;) {
         vec sum[STRIP];
         const int count = strips && s.q - q >= STRIP ? STRIP : 1;
@@ -121,21 +119,20 @@ static void grouped_conv(const rf_shape& s, const float* x, const float* packed,
         for (int i = 0; i < count; i++, q++) {
           const int64_t at = (row * s.q + q) * s.k + base;
           vec v = sum[i] + offset;
-          if (residual) v += load(residual + at);
-          store(y + at, s.relu ? relu(v) : v);
+          if (task.residual) v += load(task.residual + at);
+          store(task.y + at, s.relu ? relu(v) : v);
         }
       }
     }
   }
 }
 
-static void grouped(const rf_shape& s, const float* x, const float* packed, const float* shift, const float* residual,
-                    float* y, Team team) {
-  switch (s.c / s.groups) {
-    case 1: return grouped_conv<1>(s, x, packed, shift, residual, y, team);
-    case 2: return grouped_conv<2>(s, x, packed, shift, residual, y, team);
-    case 4: return grouped_conv<4>(s, x, packed, shift, residual, y, team);
-    case 8: if constexpr (VL >= 8) return grouped_conv<8>(s, x, packed, shift, residual, y, team);
+static void grouped(const ConvTask<Float32>& task, Team team) {
+  switch (task.shape.c / task.shape.groups) {
+    case 1: return grouped_conv<1>(task, team);
+    case 2: return grouped_conv<2>(task, team);
+    case 4: return grouped_conv<4>(task, team);
+    case 8: if constexpr (VL >= 8) return grouped_conv<8>(task, team);
   }
 }
 

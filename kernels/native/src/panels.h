@@ -6,6 +6,9 @@
 
 namespace RF_VARIANT {
 
+// Of a patch of one group.
+static inline int64_t patch_elements(const rf_shape& s) { return int64_t(s.r) * s.s * (s.c / s.groups); }
+
 // The patches of a convolution, for some of its groups side by side.
 template <class E> struct Patches {
   using Element = typename E::Element;
@@ -15,7 +18,7 @@ template <class E> struct Patches {
   int first_group, groups;
 
   int channels() const { return shape.c / shape.groups; }  // of one group
-  int64_t elements() const { return int64_t(shape.r) * shape.s * channels(); }
+  int64_t elements() const { return patch_elements(shape); }
   int64_t depth() const { return ceil_div(elements(), E::PER_UNIT); }  // in units, as below
   int64_t lines() const { return ceil_div(depth(), VL); }
 };

@@ -10,7 +10,7 @@ namespace RF_VARIANT {
 constexpr int STEM_ROWS = 4;  // pooled rows at a time: nine rows of the convolution
 
 // `all`: the convolution, with the pooled image for its y.
-template <class E> static void stem(const GemmTask<E>& all, int algorithm, Team team) {
+template <class E> static void stem(const ConvTask<E>& all, int algorithm, Team team) {
   using Element = typename E::Element;
   const rf_shape& s = all.shape;
   const int height = (s.p - 1) / 2 + 1, width = (s.q - 1) / 2 + 1;
@@ -32,7 +32,7 @@ template <class E> static void stem(const GemmTask<E>& all, int algorithm, Team 
     const bool kept = last == first;  // the row that this block shares with the one before
     if (kept) memmove(rows, rows + last_at * row_elements, row_elements * sizeof(Element));
     const int64_t from = first + kept;
-    const GemmTask<E> task{s, all.x, all.packed, all.shift, nullptr, rows + kept * row_elements, from * s.q};
+    const ConvTask<E> task{s, all.x, all.packed, all.shift, nullptr, rows + kept * row_elements, from * s.q};
     if constexpr (sizeof(Element) == sizeof(float)) {
       if (algorithm == RF_DIRECT) direct_part(task, {from, end});
     }

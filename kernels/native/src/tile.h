@@ -5,14 +5,14 @@
 
 namespace RF_VARIANT {
 
+constexpr int LINE = 64 / sizeof(float);  // floats in a line of the cache
+
 // Operands are counted in units of 32 bits, a float32 or two bfloat16: K means as many of them.
 // Left operand: runs of K, in which row i, column k lies at a[i * STEP + k].
 //  - STEP = VL, a "panel": [ceil(K / VL)][rows][VL]. A vector copy fills a line of it, one pointer walks through it, and
 //    no two rows of a tile share a cache set, whatever the stride of the image. Nothing is read after K.
 //  - STEP = 6: pixels of an RGB image, every other one, as they lie in memory.
 // Right operand: [K][vectors * VL].
-constexpr int LINE = 64 / sizeof(float);  // floats in a line of the cache
-
 struct Left {
   const float* a;
   int64_t runs, run_step;  // whole runs, and floats from one to the next

@@ -58,18 +58,14 @@ static void pack(const rf_shape* s, int algorithm, const double* weight, void* p
   }
 }
 
-template <class E> static void convolve(const rf_op& op, const GemmTask<E>& task, Team team) {
+template <class E> static void convolve(const rf_op& op, const ConvTask<E>& task, Team team) {
   if (op.shape.pool) return stem(task, op.algorithm, team);
   if (op.algorithm == RF_GEMM) return gemm_conv(task, team);
   if constexpr (sizeof(typename E::Element) == sizeof(float)) {
-    const rf_shape& s = op.shape;
     switch (op.algorithm) {
       case RF_WINOGRAD2:
-      case RF_WINOGRAD4:
-        return with_winograd(s, op.algorithm, [&](auto w) {
-          w.conv(s, task.x, task.packed, task.shift, task.residual, task.y, team);
-        });
-      case RF_GROUPED: return grouped(s, task.x, task.packed, task.shift, task.residual, task.y, team);
+      case RF_WINOGRAD4: return with_winograd(op.shape, op.algorithm, [&](auto w) { w.conv(task, team); });
+      case RF_GROUPED: return grouped(task, team);
       case RF_DIRECT: return direct_conv(task, team);
     }
   }

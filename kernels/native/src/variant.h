@@ -1,7 +1,17 @@
-// What an instruction set's compilation offers to dispatch.cpp.
+// What an instruction set's compilation and dispatch.cpp offer each other.
 #pragma once
 
+#include <cstddef>
+
 #include "abi.h"
+
+// Memory of a thread's own, kept for its next call. Slots are apart from each other.
+enum Slot { PANELS, ROWS, IMAGE, SLOTS };
+
+// At least `bytes`, aligned to 64 bytes.
+void* rf_scratch(Slot slot, size_t bytes);
+// Bytes of the second-level cache.
+int64_t rf_cache_bytes();
 
 struct Variant {
   const char* name;

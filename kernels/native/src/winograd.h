@@ -5,7 +5,7 @@
 // with shift, residual and ReLU in the last step. Neither transformed image ever exists as a whole.
 #pragma once
 
-#include "abi.h"
+#include "conv.h"
 #include "tile.h"
 #include "work.h"
 
@@ -163,18 +163,12 @@ template <int OUT, int STRIDE> struct Winograd {
     }
   }
 
-  struct Task {
-    const rf_shape& shape;
-    const float* x;
-    const float* packed;
-    const float* shift;
-    const float* residual;
-    float* y;
+  struct Task : ConvTask<Float32> {
     int64_t tiles_high, tiles_wide, lines;  // lines: of VL input channels
 
-    Task(const rf_shape& s, const float* x, const float* packed, const float* shift, const float* residual, float* y)
-        : shape(s), x(x), packed(packed), shift(shift), residual(residual), y(y), tiles_high(ceil_div(s.p, OUT)),
-          tiles_wide(ceil_div(s.q, OUT)), lines(ceil_div(s.c, VL)) {}
+    explicit Task(const ConvTask<Float32>& conv)
+        : ConvTask<Float32>(conv), tiles_high(ceil_div(shape.p, OUT)), tiles_wide(ceil_div(shape.q, OUT)),
+          lines(ceil_div(shape.c, VL)) {}
     int64_t tiles() const { return shape.n * tiles_high * tiles_wide; }
   };
 
@@ -199,32 +193,24 @@ template <int OUT, int STRIDE> struct Winograd {
       const int channels = int(smaller<int64_t>(VL, s.c - line * VL));
       const float* corner = image + (int64_t(y0) * s.w + x0) * s.c + line * VL;
       vec half[IN][IN];
-      if (inside && channels == VL) {
+      auto transform_columns = [&](auto pixel) __attribute__((always_inline)) {
 #pragma GCC unroll 9
         for (int j = 0; j < IN; j++) {
-          vec d[IN];
+          vec d[IN], column[IN];
 #pragma GCC unroll 9
-          for (int i = 0; i < IN; i++) d[i] = load(corner + (int64_t(i) * s.w + j) * s.c);
-          vec column[IN];
+          for (int i = 0; i < IN; i++) d[i] = pixel(i, j, corner + (int64_t(i) * s.w + j) * s.c);
           F::input(d, column);
 #pragma GCC unroll 9
           for (int i = 0; i < IN; i++) half[i][j] = column[i];
         }
-      } else {
-        for (int j = 0; j < IN; j++) {
-          vec d[IN];
-#pragma GCC unroll 9
-          for (int i = 0; i < IN; i++) {
-            const bool there = y0 + i >= 0 && y0 + i < s.h && x0 + j >= 0 && x0 + j < s.w;
-            const float* pixel = corner + (int64_t(i) * s.w + j) * s.c;
-            d[i] = !there ? vec{} : load_some<Float32>(pixel, channels);
-          }
-          vec column[IN];
-          F::input(d, column);
-#pragma GCC unroll 9
-          for (int i = 0; i < IN; i++) half[i][j] = column[i];
-        }
-      }
+      };
+      if (inside && channels == VL)
+        transform_columns([](int, int, const float* at) { return load(at); });
+      else
+        transform_columns([&](int i, int j, const float* at) {
+          const bool there = y0 + i >= 0 && y0 + i < s.h && x0 + j >= 0 && x0 + j < s.w;
+          return there ? load_some<Float32>(at, channels) : vec{};
+        });
 #pragma GCC unroll 9
       for (int i = 0; i < IN; i++) {
         vec row[IN];
@@ -298,11 +284,10 @@ template <int OUT, int STRIDE> struct Winograd {
     }
   }
 
-  static void conv(const rf_shape& s, const float* x, const float* packed, const float* shift, const float* residual,
-                   float* y, Team team) {
-    const Task task(s, x, packed, shift, residual, y);
+  static void conv(const ConvTask<Float32>& conv_task, Team team) {
+    const Task task(conv_task);
     const Tiles panels{task.tiles()};
-    const Grid grid = share_grid(panels.count(), ceil_div(s.k, NR), 0.3, 0.3, team);
+    const Grid grid = share_grid(panels.count(), ceil_div(task.shape.k, NR), team);
     if (grid.rows.empty() || grid.columns.empty()) return;
     const Range mine{panels.begin(grid.rows.begin), panels.begin(grid.rows.end)};
     // A block's transformed input takes a quarter of the cache: its products, the weights and the image need the rest.

@@ -2,15 +2,9 @@
 #pragma once
 
 #include "simd.h"
-
-// At least `bytes` of this thread's own, aligned to 64 bytes, kept for its next call. Slots are apart from each other.
-void* rf_scratch(int slot, size_t bytes);
-// Bytes of the second-level cache.
-int64_t rf_cache_bytes();
+#include "variant.h"
 
 namespace RF_VARIANT {
-
-enum Slot { PANELS, ROWS, IMAGE, SLOTS };
 
 static inline float* scratch(Slot slot, int64_t floats) { return (float*)rf_scratch(slot, floats * sizeof(float)); }
 
@@ -34,13 +28,14 @@ struct Grid {
 
 // Every thread makes the panels of its rows itself, and reads the weights of its columns: splitting rows repeats the
 // weights' way through the caches, splitting columns repeats the gathering. What counts most is the largest share.
-static inline Grid share_grid(int64_t rows, int64_t columns, double row_cost, double column_cost, Team team) {
+static inline Grid share_grid(int64_t rows, int64_t columns, Team team) {
+  constexpr double ONCE = 0.3;  // of making a row's panels or reading a column's weights, in products of one by the other
   int best_tall = 1;
   double best = -1;
   for (int tall = 1; tall <= team.threads; tall++) {
     const int wide = team.threads / tall;
     const double high = double(ceil_div(rows, tall)), broad = double(ceil_div(columns, wide));
-    const double cost = high * broad + high * row_cost + broad * column_cost;
+    const double cost = high * broad + high * ONCE + broad * ONCE;
     if (best < 0 || cost < best) best = cost, best_tall = tall;
   }
   const int wide = team.threads / best_tall;
