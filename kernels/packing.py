@@ -21,6 +21,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 _PROBED_BYTES = 64
 _PACKS_KEPT = 4  # per weight: oneDNN's layout depends on the input size, and detectors see many sizes
 
+clearings = 0
+"""Rises with every ``clear_all``: whoever keeps something else made from tensors keeps this number with it."""
+
 _MISSING = object()
 _caches: "weakref.WeakSet[PackCache]" = weakref.WeakSet()
 
@@ -112,6 +115,8 @@ def _all_unchanged(remembered: tuple[_Source, ...], sources: tuple[torch.Tensor,
 
 def clear_all() -> None:
     """Forget every pack. Needed by hand only after writes that nothing above can see."""
+    global clearings
+    clearings += 1
     for cache in list(_caches):
         cache.clear()
 

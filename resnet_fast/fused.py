@@ -22,13 +22,14 @@ def fused(cls: Any) -> Any:
 
     @functools.wraps(stock.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        program = None if stock_wanted(args, kwargs) else program_of(self)
-        if program is not None and program.takes(args, kwargs):
-            plan = network.plan_for(self, program, args, kwargs)
-            if plan is not None:
-                return plan.run(*args, **kwargs)
-            if not program.refusal(self):
-                return program.function(self, *args, **kwargs)
+        if stock_wanted(args, kwargs):
+            return stock.forward(self, *args, **kwargs)
+        plan = network.plan_for(self, args, kwargs)
+        if plan is not None:
+            return plan.run(*args, *kwargs.values())
+        program = program_of(self)
+        if program is not None and program.takes(args, kwargs) and not program.refusal(self):
+            return program.function(self, *args, **kwargs)
         return stock.forward(self, *args, **kwargs)
 
     def getstate(self: nn.Module) -> Any:

@@ -249,10 +249,8 @@ def stock_wanted(args: tuple, kwargs: dict) -> str:
     images = [value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, fx.Proxy))]
     if not images or isinstance(images[0], fx.Proxy):
         return "symbolic tracing"
-    if torch.onnx.is_in_onnx_export():
-        return "torch.onnx export"
     if torch.compiler.is_compiling():
-        return ""
+        return "torch.onnx export" if torch.onnx.is_in_onnx_export() else ""
     if torch.jit.is_tracing():
         return "torch.jit tracing"
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -2,14 +2,13 @@
 
 ``plan_for`` gives the plan for a call, if it can be planned: one float32 image batch on the CPU, nothing to
 differentiate, trace or record, and layers that ``lowering`` knows. A plan holds for a shape of input and a number of
-threads, while the modules and their tensors stay as they are; that is asked at every call, by ``Guard``.
+threads, while the modules and their tensors stay as they are: a ``Guard`` is asked at every call.
 """
 
 import ctypes
 import os
 import weakref
 from itertools import chain
-from operator import is_, itemgetter
 from typing import Any, Optional, Union
 
 import torch
@@ -19,104 +18,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from resnet_fast import arena, schedule
 from resnet_fast.fusion import Path, Program
+from resnet_fast.guard import Guard
 from resnet_fast.kernels import native
 from resnet_fast.kernels.native import library, planner
-from resnet_fast.kernels.packing import PackCache, probed_bytes
 from resnet_fast.lowering import Image, Lowering, NotPlanned, Storage, of_images
-from resnet_fast.programs import PROGRAM
+from resnet_fast.programs import PROGRAM, program_of
 from resnet_fast.schedule import Part, Places
 
 _PLANS_KEPT = 4  # per module: detectors see many shapes
-
-# --- what must stay as it was ---
-
-_parameters_of, _buffers_of, _children_of = (itemgetter(name) for name in ("_parameters", "_buffers", "_modules"))
-_hooks_of = [
-    itemgetter(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-]
-_generations = PackCache()
-_ANCHOR = torch.zeros(1)
-
-
-def _generation() -> object:
-    """Another object after every ``packing.clear_all()``: an optimiser step, say, whose writes nobody counts."""
-    return _generations.get((_ANCHOR,), None, object)
-
-
-class Guard:
-    """All that a plan for ``root`` took for granted about the modules below it: attributes, flags, hooks, tensors.
-
-    Holds no reference to ``root``, which owns it. Everything is compared in bulk: a ResNet-50 has 160 modules with 4000
-    attributes and 320 tensors, and a tenth of a millisecond for all of them.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        self._modules = [module for module in root.modules() if module is not root]
-        self._dicts = [module.__dict__ for module in self._modules]
-        self._state = self._state_of(root)
-        self._tensors = self._live_tensors()
-        self._present = [t for t in self._tensors if t is not None]
-        self._versions = [t._version for t in self._present]
-        self._pointers = [t.data_ptr() for t in self._present]
-        self._probes = [_probe(t) for t in self._present]
-        self._bytes = [probe.raw for probe in self._probes]
-        self._generation = _generation()
-
-    def holds(self, root: nn.Module) -> bool:
-        try:
-            same = self._state_of(root) == self._state
-        except Exception:  # some attribute that was replaced does not like to be compared
-            same = False
-        return same and self._same_tensors()
-
-    def hooked(self) -> bool:
-        """Whether any module has hooks."""
-        return any(any(map(of, self._dicts)) for of in _hooks_of)
-
-    def _state_of(self, root: nn.Module) -> list:
-        dicts = self._dicts
-        children = [root.__dict__["_modules"], *filter(None, map(_children_of, dicts))]
-        return [
-            list(chain.from_iterable(children)),
-            list(chain.from_iterable(map(dict.values, children))),
-            list(map(type, self._modules)),
-            self.hooked(),
-            list(chain.from_iterable(map(dict.values, dicts))),
-        ]
-
-    def _live_tensors(self) -> list[Optional[Tensor]]:
-        owners = chain(map(_parameters_of, self._dicts), map(_buffers_of, self._dicts))
-        return list(chain.from_iterable(map(dict.values, filter(None, owners))))
-
-    def _same_tensors(self) -> bool:
-        tensors = self._live_tensors()
-        return (
-            len(tensors) == len(self._tensors)
-            and all(map(is_, tensors, self._tensors))
-            and [t._version for t in self._present] == self._versions
-            and list(map(Tensor.data_ptr, self._present)) == self._pointers
-            and [probe.raw for probe in self._probes] == self._bytes
-            and _generation() is self._generation
-        )
-
-
-def _probe(tensor: Tensor) -> Any:
-    """A view of the tensor's first bytes; to be read only while its pointer is the same."""
-    count = probed_bytes(tensor)
-    return (ctypes.c_char * count).from_address(tensor.data_ptr()) if count else ctypes.create_string_buffer(0)
-
-
-def _guardable(root: nn.Module) -> bool:
-    """Whether the tensors of a module are ordinary ones: on the CPU, dense, with a version."""
-    tensors = chain(root.parameters(), root.buffers())
-    return all(
-        type(t) in (Tensor, nn.Parameter)
-        and t.device.type == "cpu"
-        and t.layout is torch.strided
-        and not t.is_inference()
-        for t in tensors
-    )
-
 
 # --- the plan ---
 
@@ -209,44 +118,54 @@ class Plans:
     """A program's plans, and the reasons why there is none, by shape, layout, threads and version of the planner."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.of = weakref.ref(module)  # a shallow copy has the same program, and other children
+        self.of = weakref.ref(module)
         self.plain: dict[Path, tuple[type, Program]] = {}
         self.last: Union[Plan, str, None] = None  # what the last call got
         self._kept: dict[tuple, tuple[Guard, Union[Plan, str]]] = {}
 
-    def get(self, module: nn.Module, program: Program, x: Tensor, threads: int) -> Union[Plan, str]:
-        key = (x.shape, _channels_last(x), threads, planner.version)
+    def find(self, module: nn.Module, key: tuple) -> Union[Plan, str, None]:
+        """What was made before, if it still holds. Then the program is not stale either."""
         kept = self._kept.get(key)
-        if kept is None or not kept[0].holds(module):
-            del kept  # with its packed weights, before there are new ones
+        if kept is not None and not kept[0].holds(module):
             self._kept.pop(key, None)
-            self.last = self._made(module, program, x, threads, key)
-        else:
-            self.last = kept[1]
+            kept = None  # with its packed weights, before there are new ones
+        self.last = None if kept is None else kept[1]
         return self.last
 
-    def _made(self, module: nn.Module, program: Program, x: Tensor, threads: int, key: tuple) -> Union[Plan, str]:
+    def make(self, module: nn.Module, program: Program, x: Tensor, threads: int, key: tuple) -> Union[Plan, str]:
         for oldest in list(self._kept)[: len(self._kept) + 1 - _PLANS_KEPT]:
             self._kept.pop(oldest, None)
-        if not _guardable(module):
-            return "its tensors are not ordinary ones on the CPU"
-        guard = Guard(module)
-        try:
-            plan: Union[Plan, str] = self._refusal(module, program, guard) or Plan(module, program, self, x, threads)
-        except (NotPlanned, RuntimeError) as reason:  # the layers themselves say best what is wrong with them
-            plan = str(reason)
-        self._kept[key] = guard, plan
-        return plan
+        self.last = "its tensors are not ordinary ones on the CPU"
+        if _guardable(module):
+            guard = Guard(module)
+            try:
+                self.last = self._refusal(module, program, guard) or Plan(module, program, self, x, threads)
+            except (NotPlanned, RuntimeError) as reason:  # the layers themselves say best what is wrong with them
+                self.last = str(reason)
+            self._kept[key] = guard, self.last
+        return self.last
 
     def _refusal(self, module: nn.Module, program: Program, guard: Guard) -> str:
         # Hooks on children that are not called would do no harm, but telling them apart at every call would take long.
         return program.refusal(module) or ("a child has hooks" if guard.hooked() else "")
 
 
-def plan_for(module: nn.Module, program: Program, args: tuple, kwargs: dict[str, Any]) -> Optional[Plan]:
+def _guardable(root: nn.Module) -> bool:
+    """Whether the tensors of a module are ordinary ones: on the CPU, dense, with a version."""
+    tensors = chain(root.parameters(), root.buffers())
+    return all(
+        type(t) in (Tensor, nn.Parameter)
+        and t.device.type == "cpu"
+        and t.layout is torch.strided
+        and not t.is_inference()
+        for t in tensors
+    )
+
+
+def plan_for(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional[Plan]:
     """The plan for a call of ``module``, or None where its layers are to be called one by one.
 
-    The caller has asked ``fusion.stock_wanted`` and ``program.takes``.
+    The caller has asked ``fusion.stock_wanted``.
     """
     if len(args) + len(kwargs) != 1 or torch.compiler.is_compiling() or torch.is_grad_enabled() or module.training:
         return None
@@ -255,18 +174,30 @@ def plan_for(module: nn.Module, program: Program, args: tuple, kwargs: dict[str,
         return None
     if library.unavailable() is not None:
         return None
-    plans = program.plans
-    if plans is None or plans.of() is not module:
-        plans = program.plans = Plans(module)
-    plan = plans.get(module, program, x, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    key = (x.shape, _channels_last(x), threads, planner.version)
+    program = module.__dict__.get(PROGRAM)
+    plan = program.plans.find(module, key) if program is not None and _own(program, module) else None
+    if plan is None:
+        program = program_of(module)
+    if program is None or not program.takes(args, kwargs):
+        return None
+    if plan is None:
+        if not _own(program, module):
+            program.plans = Plans(module)
+        plan = program.plans.make(module, program, x, threads, key)
     return plan if isinstance(plan, Plan) else None
+
+
+def _own(program: Program, module: nn.Module) -> bool:
+    """Whether the program's plans are for this module: a shallow copy has the same program, and other children."""
+    return program.plans is not None and program.plans.of() is module
 
 
 def last_plan(module: nn.Module) -> Union[Plan, str, None]:
     """What ``module``'s last call that could be planned ran as; a reason if it was not; None if there was none."""
     program = module.__dict__.get(PROGRAM)
-    plans = None if program is None else program.plans
-    return plans.last if plans is not None and plans.of() is module else None
+    return program.plans.last if program is not None and _own(program, module) else None
 
 
 def _plain_image(x: Any) -> bool:

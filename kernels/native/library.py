@@ -15,7 +15,7 @@ import torch  # before the library is loaded: see above
 
 from resnet_fast.kernels.packing import clear_all
 
-ABI = 1
+ABI = 2
 LIBRARY = Path(__file__).with_name("_native.so")
 
 FLOAT32, BFLOAT16 = range(2)
@@ -100,6 +100,7 @@ def _declare(library: ctypes.CDLL) -> None:
     pointers, seconds = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_double)
     library.rf_run.argtypes = [ctypes.POINTER(Op), ctypes.c_int, pointers, ctypes.c_int, seconds]
     library.rf_run.restype = None
+    library.rf_same.argtypes = [pointers, ctypes.POINTER(_int), ctypes.c_int, ctypes.c_void_p]
     library.rf_peak.argtypes = [ctypes.c_int]
     library.rf_peak.restype = ctypes.c_double
 
@@ -168,6 +169,20 @@ def pack(shape: Shape, algorithm: str, weight: torch.Tensor) -> torch.Tensor:
 def peak(threads: int) -> float:
     """Floating-point operations per second of multiply-adds on registers: what no kernel can exceed. Takes 0.1 s."""
     return _loaded().rf_peak(threads)
+
+
+class Probes:
+    """Short pieces of memory, and what they held."""
+
+    def __init__(self, addresses: list[int], lengths: list[int]) -> None:
+        self._count = len(addresses)
+        self._addresses = (ctypes.c_void_p * self._count)(*addresses)
+        self._lengths = (_int * self._count)(*lengths)
+        self._held = b"".join(map(ctypes.string_at, addresses, lengths))
+
+    def hold(self) -> bool:
+        """Whether it is what they hold now. The addresses must still be readable."""
+        return bool(_loaded().rf_same(self._addresses, self._lengths, self._count, self._held))
 
 
 class Timing(NamedTuple):

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#define RESNET_FAST_ABI 1
+#define RESNET_FAST_ABI 2
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -73,6 +73,8 @@ int rf_supports(const rf_shape* shape, int algorithm);
 int64_t rf_packed_bytes(const rf_shape* shape, int algorithm);
 // weight: [k, c / groups, r, s] contiguous, batch norm's scale multiplied in. Packs are for one variant.
 void rf_pack(const rf_shape* shape, int algorithm, const double* weight, void* packed);
+// Whether the bytes at the `count` addresses, as many as `lengths` says, are those at `expected`, one after the other.
+int rf_same(const void* const* addresses, const int32_t* lengths, int count, const void* expected);
 // Floating-point operations per second of multiply-adds on registers, all threads together.
 double rf_peak(int threads);
 // seconds: [count], the time each operation took, or null.

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 
 #include "variant.h"
 
@@ -140,6 +141,14 @@ int64_t rf_packed_bytes(const rf_shape* shape, int algorithm) {
 }
 void rf_pack(const rf_shape* shape, int algorithm, const double* weight, void* packed) {
   variants[selected]->pack(shape, algorithm, weight, packed);
+}
+
+int rf_same(const void* const* addresses, const int32_t* lengths, int number, const void* expected) {
+  for (const void* const* end = addresses + number; addresses < end; addresses++) {
+    if (memcmp(*addresses, expected, *lengths)) return 0;
+    expected = (const char*)expected + *lengths++;
+  }
+  return 1;
 }
 
 double rf_peak(int threads) {
