@@ -20,7 +20,7 @@ LIBRARY = Path(__file__).with_name("_native.so")
 
 FLOAT32, BFLOAT16 = range(2)
 CONV, MAX_POOL, AVG_POOL, ADD, TO_NHWC, TO_NCHW = range(6)
-ALGORITHMS = ("gemm", "winograd2", "winograd4", "grouped", "direct")
+ALGORITHMS = ("gemm", "winograd2", "winograd4", "grouped", "direct", "winograd_stem")
 """By their number in the interface."""
 
 _int = ctypes.c_int32

@@ -76,7 +76,7 @@ _MULTIPLY_ADD, _TRANSFORM, _BYTE = 1 / 58e9, 0.13e-9, 0.5 / 32e9
 
 
 def _rule(shape: Shape, threads: int) -> str:
-    for algorithm in ("direct", "grouped"):
+    for algorithm in ("winograd_stem", "direct", "grouped"):
         if library.supports(shape, algorithm):
             return algorithm
     seconds = {name: _seconds(shape, name, threads) for name in _POINTS if library.supports(shape, name)}

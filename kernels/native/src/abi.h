@@ -30,6 +30,7 @@ enum rf_algorithm : int32_t {
   RF_WINOGRAD4 = 2,  // F(4x4, 3x3): same
   RF_GROUPED = 3,    // few channels per group: 1, 2, 4 or 8 in and as many out
   RF_DIRECT = 4,     // RGB image, horizontal stride 2
+  RF_WINOGRAD_STEM = 5,  // RGB image, stride 2, 5x5 to 8x8: F(4x4, 4x4) on pixels two by two
 };
 
 // Sizes of one operation. Output sizes are given, not derived: ceil_mode is the caller's business.

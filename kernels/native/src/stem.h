@@ -4,6 +4,7 @@
 
 #include "direct.h"
 #include "pool.h"
+#include "winograd_stem.h"
 
 namespace RF_VARIANT {
 
@@ -35,6 +36,7 @@ template <class E> static void stem(const ConvTask<E>& all, int algorithm, Team 
     const ConvTask<E> task{s, all.x, all.packed, all.shift, nullptr, rows + kept * row_elements, from * s.q};
     if constexpr (sizeof(Element) == sizeof(float)) {
       if (algorithm == RF_DIRECT) direct_part(task, {from, end});
+      if (algorithm == RF_WINOGRAD_STEM) WinogradStem::part(task, {from, end});
     }
     if (algorithm == RF_GEMM)
       gemm_part(task, {0, 1}, {from * s.q, end * s.q}, {0, GemmWeights<E>(s).panels()});

@@ -20,14 +20,15 @@ static int supports(const rf_shape* s, int algorithm) {
     case RF_WINOGRAD4: return winograd_supports(*s);
     case RF_GROUPED: return grouped_supports(*s);
     case RF_DIRECT: return direct_supports(*s);
+    case RF_WINOGRAD_STEM: return WinogradStem::supports(*s);
   }
   return 0;
 }
 
 // Calls use(filter) with the Winograd of an algorithm and a shape.
 template <class Use> static auto with_winograd(const rf_shape& s, int algorithm, Use use) {
-  if (algorithm == RF_WINOGRAD2) return s.stride_h == 1 ? use(Winograd<2, 1>()) : use(Winograd<2, 2>());
-  return s.stride_h == 1 ? use(Winograd<4, 1>()) : use(Winograd<4, 2>());
+  if (algorithm == RF_WINOGRAD2) return s.stride_h == 1 ? use(Winograd<Filter<2, 1>>()) : use(Winograd<Filter<2, 2>>());
+  return s.stride_h == 1 ? use(Winograd<Filter<4, 1>>()) : use(Winograd<Filter<4, 2>>());
 }
 
 static int64_t packed_bytes(const rf_shape* s, int algorithm) {
@@ -40,6 +41,7 @@ static int64_t packed_bytes(const rf_shape* s, int algorithm) {
     case RF_WINOGRAD2:
     case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { return w.packed_floats(*s) * 4; });
     case RF_GROUPED: return grouped_packed_floats(*s) * 4;
+    case RF_WINOGRAD_STEM: return WinogradStem::packed_floats(*s) * 4;
   }
   return 0;
 }
@@ -55,6 +57,7 @@ static void pack(const rf_shape* s, int algorithm, const double* weight, void* p
     case RF_WINOGRAD2:
     case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { w.pack(*s, weight, to); });
     case RF_GROUPED: return grouped_pack(*s, weight, to);
+    case RF_WINOGRAD_STEM: return WinogradStem::pack(*s, weight, to);
   }
 }
 
@@ -67,6 +70,7 @@ template <class E> static void convolve(const rf_op& op, const ConvTask<E>& task
       case RF_WINOGRAD4: return with_winograd(op.shape, op.algorithm, [&](auto w) { w.conv(task, team); });
       case RF_GROUPED: return grouped(task, team);
       case RF_DIRECT: return direct_conv(task, team);
+      case RF_WINOGRAD_STEM: return WinogradStem::conv(task, team);
     }
   }
 }

@@ -11,11 +11,14 @@
 
 namespace RF_VARIANT {
 
-// One-dimensional filters: OUT outputs from IN inputs through IN points, each multiplied by one of WEIGHTS transformed
-// weights. `input` and `output` work on anything that adds and multiplies.
+// One-dimensional filters: OUT outputs, STRIDE inputs apart, of TAPS taps, from IN inputs through IN points, each
+// multiplied by one of WEIGHTS transformed weights. `input` and `output` work on anything that adds and multiplies.
+template <int OUT_, int STRIDE_, int TAPS_> struct FilterSize {
+  static constexpr int OUT = OUT_, STRIDE = STRIDE_, TAPS = TAPS_;
+};
 template <int OUT, int STRIDE> struct Filter;
 
-template <> struct Filter<2, 1> {
+template <> struct Filter<2, 1> : FilterSize<2, 1, 3> {
   static constexpr int IN = 4, WEIGHTS = 4;
   static constexpr int weight_of(int point) { return point; }
   template <class T> static inline void input(const T (&d)[4], T (&v)[4]) {
@@ -36,7 +39,7 @@ template <> struct Filter<2, 1> {
   }
 };
 
-template <> struct Filter<4, 1> {
+template <> struct Filter<4, 1> : FilterSize<4, 1, 3> {
   static constexpr int IN = 6, WEIGHTS = 6;
   static constexpr int weight_of(int point) { return point; }
   template <class T> static inline void input(const T (&d)[6], T (&v)[6]) {
@@ -68,7 +71,7 @@ template <> struct Filter<4, 1> {
 
 // With stride 2, the outer taps see every other input, from the first one on, and the middle tap the ones between: a
 // filter of two taps, F(OUT, 2), and one of a single tap, whose points are its inputs, all with the same weight.
-template <> struct Filter<2, 2> {
+template <> struct Filter<2, 2> : FilterSize<2, 2, 3> {
   static constexpr int IN = 5, WEIGHTS = 4;
   static constexpr int weight_of(int point) { return smaller(point, 3); }
   template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
@@ -90,7 +93,7 @@ template <> struct Filter<2, 2> {
   }
 };
 
-template <> struct Filter<4, 2> {  // the two taps at the points 0, 1, -1, 2 and infinity
+template <> struct Filter<4, 2> : FilterSize<4, 2, 3> {  // the two taps at the points 0, 1, -1, 2 and infinity
   static constexpr int IN = 9, WEIGHTS = 6;
   static constexpr int weight_of(int point) { return smaller(point, 5); }
   template <class T> static inline void input(const T (&d)[9], T (&v)[9]) {
@@ -127,9 +130,8 @@ static bool winograd_supports(const rf_shape& s) {
          s.dilation_w == 1 && s.groups == 1 && !s.pool;
 }
 
-template <int OUT, int STRIDE> struct Winograd {
-  using F = Filter<OUT, STRIDE>;
-  static constexpr int IN = F::IN, POINTS = IN * IN, WEIGHTS = F::WEIGHTS;
+template <class F> struct Winograd {
+  static constexpr int OUT = F::OUT, TAPS = F::TAPS, IN = F::IN, POINTS = IN * IN, WEIGHTS = F::WEIGHTS;
 
   // Packed weights: panels of NR output channels, each [WEIGHTS][WEIGHTS][C][NR], the last one [..][VL] if that is enough.
   static int64_t packed_floats(const rf_shape& s) { return int64_t(WEIGHTS) * WEIGHTS * s.c * round_up(s.k, VL); }
@@ -140,7 +142,7 @@ template <int OUT, int STRIDE> struct Winograd {
       for (int c = 0; c < s.c; c++)
         for (int lane = 0; lane < width; lane++) {
           double u[WEIGHTS][WEIGHTS] = {};
-          if (j + lane < s.k) transform_weight(weight + ((j + lane) * s.c + c) * 9, u);
+          if (j + lane < s.k) transform_weight(weight + ((j + lane) * s.c + c) * TAPS * TAPS, u);
           for (int i = 0; i < WEIGHTS * WEIGHTS; i++)
             packed[(int64_t(i) * s.c + c) * width + lane] = float(u[i / WEIGHTS][i % WEIGHTS]);
         }
@@ -152,23 +154,24 @@ template <int OUT, int STRIDE> struct Winograd {
   static int64_t weights_of(int point) { return F::weight_of(point / IN) * WEIGHTS + F::weight_of(point % IN); }
 
   static void transform_weight(const double* g, double (&u)[WEIGHTS][WEIGHTS]) {
-    double half[3][WEIGHTS];
-    for (int j = 0; j < 3; j++) {
-      const double column[3] = {g[j], g[3 + j], g[6 + j]};
-      F::weight(column, half[j]);
+    double half[TAPS][WEIGHTS], taps[TAPS];
+    for (int j = 0; j < TAPS; j++) {
+      for (int i = 0; i < TAPS; i++) taps[i] = g[i * TAPS + j];
+      F::weight(taps, half[j]);
     }
     for (int i = 0; i < WEIGHTS; i++) {
-      const double row[3] = {half[0][i], half[1][i], half[2][i]};
-      F::weight(row, u[i]);
+      for (int j = 0; j < TAPS; j++) taps[j] = half[j][i];
+      F::weight(taps, u[i]);
     }
   }
 
   struct Task : ConvTask<Float32> {
     int64_t tiles_high, tiles_wide, lines;  // lines: of VL input channels
+    int64_t pixel;                          // floats that an input pixel takes up, at least its channels
 
-    explicit Task(const ConvTask<Float32>& conv)
+    Task(const ConvTask<Float32>& conv, int64_t pixel)
         : ConvTask<Float32>(conv), tiles_high(ceil_div(shape.p, OUT)), tiles_wide(ceil_div(shape.q, OUT)),
-          lines(ceil_div(shape.c, VL)) {}
+          lines(ceil_div(shape.c, VL)), pixel(pixel) {}
     int64_t tiles() const { return shape.n * tiles_high * tiles_wide; }
   };
 
@@ -186,19 +189,19 @@ template <int OUT, int STRIDE> struct Winograd {
   static void transform_input(const Task& task, int64_t tile, float* v, int64_t line_step, int64_t point_step) {
     const rf_shape& s = task.shape;
     const Place at = place(task, tile);
-    const float* image = task.x + at.image * s.h * s.w * s.c;
-    const int y0 = at.p * STRIDE - s.pad_h, x0 = at.q * STRIDE - s.pad_w;
+    const float* image = task.x + at.image * s.h * s.w * task.pixel;
+    const int y0 = at.p * F::STRIDE - s.pad_h, x0 = at.q * F::STRIDE - s.pad_w;
     const bool inside = y0 >= 0 && x0 >= 0 && y0 + IN <= s.h && x0 + IN <= s.w;
     for (int64_t line = 0; line < task.lines; line++, v += line_step) {
-      const int channels = int(smaller<int64_t>(VL, s.c - line * VL));
-      const float* corner = image + (int64_t(y0) * s.w + x0) * s.c + line * VL;
+      const int channels = int(smaller<int64_t>(VL, task.pixel - line * VL));
+      const float* corner = image + (int64_t(y0) * s.w + x0) * task.pixel + line * VL;
       vec half[IN][IN];
       auto transform_columns = [&](auto pixel) __attribute__((always_inline)) {
 #pragma GCC unroll 9
         for (int j = 0; j < IN; j++) {
           vec d[IN], column[IN];
 #pragma GCC unroll 9
-          for (int i = 0; i < IN; i++) d[i] = pixel(i, j, corner + (int64_t(i) * s.w + j) * s.c);
+          for (int i = 0; i < IN; i++) d[i] = pixel(i, j, corner + (int64_t(i) * s.w + j) * task.pixel);
           F::input(d, column);
 #pragma GCC unroll 9
           for (int i = 0; i < IN; i++) half[i][j] = column[i];
@@ -284,8 +287,9 @@ template <int OUT, int STRIDE> struct Winograd {
     }
   }
 
-  static void conv(const ConvTask<Float32>& conv_task, Team team) {
-    const Task task(conv_task);
+  static void conv(const ConvTask<Float32>& task, Team team) { conv(Task(task, task.shape.c), team); }
+
+  static void conv(const Task& task, Team team) {
     const Tiles panels{task.tiles()};
     const Grid grid = share_grid(panels.count(), ceil_div(task.shape.k, NR), team);
     if (grid.rows.empty() || grid.columns.empty()) return;
