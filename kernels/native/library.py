@@ -93,6 +93,8 @@ def _declare(library: ctypes.CDLL) -> None:
     shape = ctypes.POINTER(Shape)
     library.rf_variant_name.restype = ctypes.c_char_p
     library.rf_supports.argtypes = [shape, ctypes.c_int]
+    library.rf_products.argtypes = [shape, ctypes.c_int]
+    library.rf_products.restype = ctypes.c_int64
     library.rf_packed_bytes.argtypes = [shape, ctypes.c_int]
     library.rf_packed_bytes.restype = ctypes.c_int64
     library.rf_pack.argtypes = [shape, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
@@ -150,6 +152,11 @@ def select(variant: str) -> None:
 
 def supports(shape: Shape, algorithm: str) -> bool:
     return bool(_loaded().rf_supports(shape, ALGORITHMS.index(algorithm)))
+
+
+def products(shape: Shape, algorithm: str) -> int:
+    """How many multiply-adds each input channel has with each output channel of its group."""
+    return _loaded().rf_products(shape, ALGORITHMS.index(algorithm))
 
 
 def packed_bytes(shape: Shape, algorithm: str) -> int:

@@ -79,26 +79,17 @@ def _rule(shape: Shape, threads: int) -> str:
     for algorithm in ("winograd_stem", "direct", "grouped"):
         if library.supports(shape, algorithm):
             return algorithm
-    seconds = {name: _seconds(shape, name, threads) for name in _POINTS if library.supports(shape, name)}
+    seconds = {name: _seconds(shape, name, threads) for name in _BY_WEIGHTS if library.supports(shape, name)}
     fastest = min(seconds.values())
     return next(name for name in seconds if seconds[name] <= _WORTH * fastest)
 
 
+_BY_WEIGHTS = ("gemm", "winograd2", "winograd4")  # the one with the smallest weights first
 _WORTH = 1.05  # a few percent of time are not worth four times the memory for weights
-
-# By algorithm, the one with the smallest weights first: the side of the square of outputs that is computed at once, and
-# the products along it by stride.
-_POINTS: dict[str, tuple[int, dict[int, int]]] = {
-    "gemm": (1, {}),
-    "winograd2": (2, {1: 4, 2: 5}),
-    "winograd4": (4, {1: 6, 2: 9}),
-}
 
 
 def _seconds(s: Shape, algorithm: str, threads: int) -> float:
-    side, points = _POINTS[algorithm]
-    tiles = s.n * -(-s.p // side) * -(-s.q // side)
-    products = tiles * (points[s.stride_h] ** 2 if points else s.r * s.s)
-    transformed = products * (s.c + s.k) if points else 0
+    products = library.products(s, algorithm)
+    transformed = 0 if algorithm == "gemm" else products * (s.c + s.k)
     work = products * s.c * s.k / s.groups * _MULTIPLY_ADD + transformed * _TRANSFORM
     return work / threads + library.packed_bytes(s, algorithm) * _BYTE

@@ -227,6 +227,10 @@ def unfused(data: Data, residual: bool, relu: bool, dtype: Optional[torch.dtype]
     return F.relu(y) if relu else y
 
 
+WINOGRAD_TILES = {"winograd2": 2, "winograd4": 4, "winograd_stem": 4}
+"""Sides of the output tiles of Winograd's algorithms."""
+
+
 def winograd(args: tuple) -> int:
     """Side of Winograd's output tiles, if a call with these arguments is served so here and now; else 0."""
     x, weight, _, _, _, stride, padding, dilation, groups, relu = args
@@ -236,8 +240,7 @@ def winograd(args: tuple) -> int:
     if ops.implementation_for(case) != "native":
         return 0
     shape = native.conv_shape(x.shape, weight.shape, *geometry, relu, False)
-    name, _, tile = planner.choose(shape, torch.get_num_threads()).partition("winograd")
-    return 0 if name else int(tile)
+    return WINOGRAD_TILES.get(planner.choose(shape, torch.get_num_threads()), 0)
 
 
 def tiles_with(marked: Tensor, tile: int) -> Tensor:

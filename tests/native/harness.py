@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from resnet_fast.kernels import native
 from resnet_fast.kernels.native import library
 from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
-from tests.cpu.cases import Conv, Data, assert_close, exact_conv, tolerance, unfused
+from tests.cpu.cases import WINOGRAD_TILES, Conv, Data, assert_close, exact_conv, tolerance, unfused
 
 _BORDER = 1 << 12  # bytes
 _POISON = 0xFF  # in every byte: NaN as float32 and as float64
@@ -127,11 +127,6 @@ def convolve(
     return y.permute(0, 3, 1, 2)
 
 
-def tile_of(algorithm: str) -> int:
-    """Side of the output tiles of Winograd's algorithm, 0 for the others."""
-    return int(algorithm.removeprefix("winograd")) if algorithm.startswith("winograd") else 0
-
-
 class Expected:
     """The right result of a convolution and how far from it one may be, for every algorithm."""
 
@@ -142,7 +137,7 @@ class Expected:
         self.exact = F.max_pool2d(self.before_pool, 3, 2, 1) if pool else self.before_pool
 
     def check(self, actual: Tensor, algorithm: str) -> None:
-        allowed = tolerance(self.args, self.before_pool, self.pytorch, tile_of(algorithm))
+        allowed = tolerance(self.args, self.before_pool, self.pytorch, WINOGRAD_TILES.get(algorithm, 0))
         # The largest of right values is right within the largest of their tolerances.
         assert_close(actual, self.exact, F.max_pool2d(allowed, 3, 2, 1) if self.pool else allowed)
 
@@ -195,6 +190,8 @@ TRICKY = {
     "groups of 3 to 5": Conv(2, 12, 6, 5, 20, groups=4),
     "RGB": Conv(2, 3, 20, 23, 64, (7, 7), (2, 2), (3, 3)),
     "RGB, tiny": Conv(1, 3, 4, 5, 40, (7, 7), (2, 2), (3, 3)),
+    "RGB 5x6/2": Conv(1, 3, 17, 14, 24, (5, 6), (2, 2), (1, 2)),
+    "RGB 8x8/2, no padding": Conv(2, 3, 21, 10, 33, (8, 8), (2, 2), (0, 0)),
     "RGB 3x3/2": Conv(1, 3, 11, 12, 32, (3, 3), (2, 2), (1, 1)),
 }
 """Convolutions at the edges of the kernels: of the image, of a tile, of a vector of channels, of a group."""

@@ -25,12 +25,12 @@ enum rf_kind : int32_t {
 };
 
 enum rf_algorithm : int32_t {
-  RF_GEMM = 0,       // gather patches into panels, multiply: every shape
-  RF_WINOGRAD2 = 1,  // F(2x2, 3x3): 3x3, stride 1 or 2, dilation 1, one group
-  RF_WINOGRAD4 = 2,  // F(4x4, 3x3): same
-  RF_GROUPED = 3,    // few channels per group: 1, 2, 4 or 8 in and as many out
-  RF_DIRECT = 4,     // RGB image, horizontal stride 2
-  RF_WINOGRAD_STEM = 5,  // RGB image, stride 2, 5x5 to 8x8: F(4x4, 4x4) on pixels two by two
+  RF_GEMM = 0,           // gather patches into panels, multiply: every shape
+  RF_WINOGRAD2 = 1,      // F(2x2, 3x3): 3x3, stride 1 or 2, dilation 1, one group
+  RF_WINOGRAD4 = 2,      // F(4x4, 3x3): same
+  RF_GROUPED = 3,        // few channels per group: 1, 2, 4 or 8 in and as many out
+  RF_DIRECT = 4,         // RGB image, horizontal stride 2
+  RF_WINOGRAD_STEM = 5,  // F(4x4, 4x4): RGB image, stride 2, windows from 5x5 to 8x8
 };
 
 // Sizes of one operation. Output sizes are given, not derived: ceil_mode is the caller's business.
@@ -71,6 +71,8 @@ void rf_select_variant(int index);
 int rf_selected_variant(void);
 
 int rf_supports(const rf_shape* shape, int algorithm);
+// How many multiply-adds each input channel has with each output channel of its group.
+int64_t rf_products(const rf_shape* shape, int algorithm);
 int64_t rf_packed_bytes(const rf_shape* shape, int algorithm);
 // weight: [k, c / groups, r, s] contiguous, batch norm's scale multiplied in. Packs are for one variant.
 void rf_pack(const rf_shape* shape, int algorithm, const double* weight, void* packed);

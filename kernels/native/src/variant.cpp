@@ -25,10 +25,19 @@ static int supports(const rf_shape* s, int algorithm) {
   return 0;
 }
 
-// Calls use(filter) with the Winograd of an algorithm and a shape.
+// Calls use(conv) with the WinogradConv of an algorithm and a shape.
 template <class Use> static auto with_winograd(const rf_shape& s, int algorithm, Use use) {
-  if (algorithm == RF_WINOGRAD2) return s.stride_h == 1 ? use(Winograd<Filter<2, 1>>()) : use(Winograd<Filter<2, 2>>());
-  return s.stride_h == 1 ? use(Winograd<Filter<4, 1>>()) : use(Winograd<Filter<4, 2>>());
+  if (algorithm == RF_WINOGRAD2) return s.stride_h == 1 ? use(WinogradConv<2, 1>()) : use(WinogradConv<2, 2>());
+  return s.stride_h == 1 ? use(WinogradConv<4, 1>()) : use(WinogradConv<4, 2>());
+}
+
+static int64_t products(const rf_shape* s, int algorithm) {
+  switch (algorithm) {
+    case RF_WINOGRAD2:
+    case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { return w.products(*s); });
+    case RF_WINOGRAD_STEM: return WinogradStem::products(*s);
+  }
+  return int64_t(s->n) * s->p * s->q * s->r * s->s;
 }
 
 static int64_t packed_bytes(const rf_shape* s, int algorithm) {
@@ -39,7 +48,7 @@ static int64_t packed_bytes(const rf_shape* s, int algorithm) {
     case RF_GEMM:
     case RF_DIRECT: return gemm_packed_units<Float32>(*s) * 4;
     case RF_WINOGRAD2:
-    case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { return w.packed_floats(*s) * 4; });
+    case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { return w.floats(*s) * 4; });
     case RF_GROUPED: return grouped_packed_floats(*s) * 4;
     case RF_WINOGRAD_STEM: return WinogradStem::packed_floats(*s) * 4;
   }
@@ -116,6 +125,6 @@ static double multiply_adds(int64_t rounds) {
 #define RF_NAME_OF(variant) #variant
 #define RF_NAME(variant) RF_NAME_OF(variant)
 
-extern const Variant variant = {RF_NAME(RF_VARIANT), supports, packed_bytes, pack, multiply_adds, run};
+extern const Variant variant = {RF_NAME(RF_VARIANT), supports, products, packed_bytes, pack, multiply_adds, run};
 
 }  // namespace RF_VARIANT

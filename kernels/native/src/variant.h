@@ -16,6 +16,7 @@ int64_t rf_cache_bytes();
 struct Variant {
   const char* name;
   int (*supports)(const rf_shape*, int algorithm);
+  int64_t (*products)(const rf_shape*, int algorithm);
   int64_t (*packed_bytes)(const rf_shape*, int algorithm);
   void (*pack)(const rf_shape*, int algorithm, const double* weight, void* packed);
   // Floating-point operations of `rounds` rounds of independent multiply-adds on registers: the fastest this CPU can do.

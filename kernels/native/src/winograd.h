@@ -125,16 +125,92 @@ template <> struct Filter<4, 2> : FilterSize<4, 2, 3> {  // the two taps at the 
   }
 };
 
+// What is left at the right and at the lower edge when an image is cut into tiles of four: one or two outputs, or three,
+// from some of the points of Filter<4, STRIDE>, and so with its weights. The factors make up for the points that its
+// weights were divided by the distance to, and that are not here.
+template <int OUT, int STRIDE> struct Edge;
+
+template <> struct Edge<2, 1> : FilterSize<2, 1, 3> {  // 0, 1, -1 and infinity
+  static constexpr int IN = 4, WEIGHTS = 6;
+  static constexpr int weight_of(int point) { return point < 3 ? point : 5; }
+  template <class T> static inline void input(const T (&d)[4], T (&v)[4]) {
+    v[0] = 4.0f * (d[0] - d[2]);
+    v[1] = -3.0f * (d[1] + d[2]);
+    v[2] = 3.0f * (d[1] - d[2]);
+    v[3] = d[3] - d[1];
+  }
+  template <class T> static inline void output(const T (&m)[4], T (&y)[2]) {
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = m[1] - m[2] + m[3];
+  }
+};
+
+template <> struct Edge<3, 1> : FilterSize<3, 1, 3> {  // 0, 1, -1, 2 and infinity
+  static constexpr int IN = 5, WEIGHTS = 6;
+  static constexpr int weight_of(int point) { return point < 4 ? point : 5; }
+  template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
+    const T a = d[3] - d[1];
+    v[0] = 4.0f * (d[0] - d[2]) + 2.0f * a;
+    v[1] = 3.0f * (d[3] - d[2] - 2.0f * d[1]);
+    v[2] = d[3] - 3.0f * d[2] + 2.0f * d[1];
+    v[3] = 4.0f * a;
+    v[4] = d[4] - d[2] - 2.0f * a;
+  }
+  template <class T> static inline void output(const T (&m)[5], T (&y)[3]) {
+    const T a = m[1] + m[2], b = m[1] - m[2];
+    y[0] = m[0] + a + m[3];
+    y[1] = b + 2.0f * m[3];
+    y[2] = a + 4.0f * m[3] + m[4];
+  }
+};
+
+template <> struct Edge<2, 2> : FilterSize<2, 2, 3> {  // two taps: 0, 1 and infinity
+  static constexpr int IN = 5, WEIGHTS = 6;
+  static constexpr int weight_of(int point) { return point < 2 ? point : point == 2 ? 4 : 5; }
+  template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
+    v[0] = 2.0f * (d[0] - d[2]);
+    v[1] = -2.0f * d[2];
+    v[2] = d[4] - d[2];
+    v[3] = d[1];
+    v[4] = d[3];
+  }
+  template <class T> static inline void output(const T (&m)[5], T (&y)[2]) {
+    y[0] = m[0] + m[1] + m[3];
+    y[1] = m[1] + m[2] + m[4];
+  }
+};
+
+template <> struct Edge<3, 2> : FilterSize<3, 2, 3> {  // two taps: 0, 1, -1 and infinity
+  static constexpr int IN = 7, WEIGHTS = 6;
+  static constexpr int weight_of(int point) { return point < 3 ? point : smaller(point + 1, 5); }
+  template <class T> static inline void input(const T (&d)[7], T (&v)[7]) {
+    v[0] = 2.0f * (d[0] - d[4]);
+    v[1] = 0.0f - d[2] - d[4];
+    v[2] = 3.0f * (d[2] - d[4]);
+    v[3] = d[6] - d[2];
+    v[4] = d[1];
+    v[5] = d[3];
+    v[6] = d[5];
+  }
+  template <class T> static inline void output(const T (&m)[7], T (&y)[3]) {
+    const T a = m[1] + m[2];
+    y[0] = m[0] + a + m[4];
+    y[1] = m[1] - m[2] + m[5];
+    y[2] = a + m[3] + m[6];
+  }
+};
+
 static bool winograd_supports(const rf_shape& s) {
   return s.r == 3 && s.s == 3 && s.stride_h == s.stride_w && s.stride_h <= 2 && s.dilation_h == 1 &&
          s.dilation_w == 1 && s.groups == 1 && !s.pool;
 }
 
-template <class F> struct Winograd {
-  static constexpr int OUT = F::OUT, TAPS = F::TAPS, IN = F::IN, POINTS = IN * IN, WEIGHTS = F::WEIGHTS;
+// Transformed weights: panels of NR output channels, each [WEIGHTS][WEIGHTS][C][NR], the last one [..][VL] if that is
+// enough.
+template <class F> struct WinogradWeights {
+  static constexpr int TAPS = F::TAPS, WEIGHTS = F::WEIGHTS;
 
-  // Packed weights: panels of NR output channels, each [WEIGHTS][WEIGHTS][C][NR], the last one [..][VL] if that is enough.
-  static int64_t packed_floats(const rf_shape& s) { return int64_t(WEIGHTS) * WEIGHTS * s.c * round_up(s.k, VL); }
+  static int64_t floats(const rf_shape& s) { return int64_t(WEIGHTS) * WEIGHTS * s.c * round_up(s.k, VL); }
 
   static void pack(const rf_shape& s, const double* weight, float* packed) {
     for (int64_t j = 0; j < s.k; j += NR) {
@@ -142,7 +218,7 @@ template <class F> struct Winograd {
       for (int c = 0; c < s.c; c++)
         for (int lane = 0; lane < width; lane++) {
           double u[WEIGHTS][WEIGHTS] = {};
-          if (j + lane < s.k) transform_weight(weight + ((j + lane) * s.c + c) * TAPS * TAPS, u);
+          if (j + lane < s.k) transform(weight + ((j + lane) * s.c + c) * TAPS * TAPS, u);
           for (int i = 0; i < WEIGHTS * WEIGHTS; i++)
             packed[(int64_t(i) * s.c + c) * width + lane] = float(u[i / WEIGHTS][i % WEIGHTS]);
         }
@@ -150,10 +226,7 @@ template <class F> struct Winograd {
     }
   }
 
-  // Which of the transformed weights a point is multiplied by.
-  static int64_t weights_of(int point) { return F::weight_of(point / IN) * WEIGHTS + F::weight_of(point % IN); }
-
-  static void transform_weight(const double* g, double (&u)[WEIGHTS][WEIGHTS]) {
+  static void transform(const double* g, double (&u)[WEIGHTS][WEIGHTS]) {
     double half[TAPS][WEIGHTS], taps[TAPS];
     for (int j = 0; j < TAPS; j++) {
       for (int i = 0; i < TAPS; i++) taps[i] = g[i * TAPS + j];
@@ -164,14 +237,31 @@ template <class F> struct Winograd {
       F::weight(taps, u[i]);
     }
   }
+};
 
-  struct Task : ConvTask<Float32> {
+// A convolution, or a rectangle of its outputs, which is the same in all images.
+struct WinogradTask : ConvTask<Float32> {
+  int64_t pixel;  // floats that an input pixel takes up, at least its channels
+  Range high, wide;
+
+  explicit WinogradTask(const ConvTask<Float32>& conv)
+      : ConvTask<Float32>(conv), pixel(shape.c), high{0, shape.p}, wide{0, shape.q} {}
+};
+
+// The filters for columns, and for rows, of tiles.
+template <class FP, class FQ> struct Winograd {
+  static_assert(FP::WEIGHTS == FQ::WEIGHTS && FP::STRIDE == FQ::STRIDE);
+  static constexpr int POINTS = FP::IN * FQ::IN, WEIGHTS = FP::WEIGHTS, STRIDE = FP::STRIDE;
+
+  // Which of the transformed weights a point is multiplied by.
+  static int64_t weights_of(int point) { return FP::weight_of(point / FQ::IN) * WEIGHTS + FQ::weight_of(point % FQ::IN); }
+
+  struct Task : WinogradTask {
     int64_t tiles_high, tiles_wide, lines;  // lines: of VL input channels
-    int64_t pixel;                          // floats that an input pixel takes up, at least its channels
 
-    Task(const ConvTask<Float32>& conv, int64_t pixel)
-        : ConvTask<Float32>(conv), tiles_high(ceil_div(shape.p, OUT)), tiles_wide(ceil_div(shape.q, OUT)),
-          lines(ceil_div(shape.c, VL)), pixel(pixel) {}
+    explicit Task(const WinogradTask& task)
+        : WinogradTask(task), tiles_high(ceil_div(high.end - high.begin, FP::OUT)),
+          tiles_wide(ceil_div(wide.end - wide.begin, FQ::OUT)), lines(ceil_div(shape.c, VL)) {}
     int64_t tiles() const { return shape.n * tiles_high * tiles_wide; }
   };
 
@@ -181,7 +271,8 @@ template <class F> struct Winograd {
   };
   static Place place(const Task& task, int64_t tile) {
     const int64_t per_image = task.tiles_high * task.tiles_wide, at = tile % per_image;
-    return {tile / per_image, int(at / task.tiles_wide) * OUT, int(at % task.tiles_wide) * OUT};
+    return {tile / per_image, int(task.high.begin + at / task.tiles_wide * FP::OUT),
+            int(task.wide.begin + at % task.tiles_wide * FQ::OUT)};
   }
 
   // Input transform of one tile into its row of the panels; `v` at that row, `line_step` floats from a line of channels
@@ -190,21 +281,21 @@ template <class F> struct Winograd {
     const rf_shape& s = task.shape;
     const Place at = place(task, tile);
     const float* image = task.x + at.image * s.h * s.w * task.pixel;
-    const int y0 = at.p * F::STRIDE - s.pad_h, x0 = at.q * F::STRIDE - s.pad_w;
-    const bool inside = y0 >= 0 && x0 >= 0 && y0 + IN <= s.h && x0 + IN <= s.w;
+    const int y0 = at.p * STRIDE - s.pad_h, x0 = at.q * STRIDE - s.pad_w;
+    const bool inside = y0 >= 0 && x0 >= 0 && y0 + FP::IN <= s.h && x0 + FQ::IN <= s.w;
     for (int64_t line = 0; line < task.lines; line++, v += line_step) {
       const int channels = int(smaller<int64_t>(VL, task.pixel - line * VL));
       const float* corner = image + (int64_t(y0) * s.w + x0) * task.pixel + line * VL;
-      vec half[IN][IN];
+      vec half[FP::IN][FQ::IN];
       auto transform_columns = [&](auto pixel) __attribute__((always_inline)) {
 #pragma GCC unroll 9
-        for (int j = 0; j < IN; j++) {
-          vec d[IN], column[IN];
+        for (int j = 0; j < FQ::IN; j++) {
+          vec d[FP::IN], column[FP::IN];
 #pragma GCC unroll 9
-          for (int i = 0; i < IN; i++) d[i] = pixel(i, j, corner + (int64_t(i) * s.w + j) * task.pixel);
-          F::input(d, column);
+          for (int i = 0; i < FP::IN; i++) d[i] = pixel(i, j, corner + (int64_t(i) * s.w + j) * task.pixel);
+          FP::input(d, column);
 #pragma GCC unroll 9
-          for (int i = 0; i < IN; i++) half[i][j] = column[i];
+          for (int i = 0; i < FP::IN; i++) half[i][j] = column[i];
         }
       };
       if (inside && channels == VL)
@@ -215,11 +306,11 @@ template <class F> struct Winograd {
           return there ? load_some<Float32>(at, channels) : vec{};
         });
 #pragma GCC unroll 9
-      for (int i = 0; i < IN; i++) {
-        vec row[IN];
-        F::input(half[i], row);
+      for (int i = 0; i < FP::IN; i++) {
+        vec row[FQ::IN];
+        FQ::input(half[i], row);
 #pragma GCC unroll 9
-        for (int j = 0; j < IN; j++) store(v + (i * IN + j) * point_step, row[j]);
+        for (int j = 0; j < FQ::IN; j++) store(v + (i * FQ::IN + j) * point_step, row[j]);
       }
     }
   }
@@ -229,26 +320,26 @@ template <class F> struct Winograd {
     const rf_shape& s = task.shape;
     const Place at = place(task, tile);
     const int channels = smaller(VL, s.k - channel);
-    vec half[OUT][IN];
+    vec half[FP::OUT][FQ::IN];
 #pragma GCC unroll 9
-    for (int j = 0; j < IN; j++) {
-      vec column[IN], out[OUT];
+    for (int j = 0; j < FQ::IN; j++) {
+      vec column[FP::IN], out[FP::OUT];
 #pragma GCC unroll 9
-      for (int i = 0; i < IN; i++) column[i] = load(m + (i * IN + j) * point_step);
-      F::output(column, out);
+      for (int i = 0; i < FP::IN; i++) column[i] = load(m + (i * FQ::IN + j) * point_step);
+      FP::output(column, out);
 #pragma GCC unroll 4
-      for (int i = 0; i < OUT; i++) half[i][j] = out[i];
+      for (int i = 0; i < FP::OUT; i++) half[i][j] = out[i];
     }
-    const int high = smaller(OUT, s.p - at.p), wide = smaller(OUT, s.q - at.q);
+    const int high = smaller(FP::OUT, int(task.high.end) - at.p), wide = smaller(FQ::OUT, int(task.wide.end) - at.q);
     const int64_t corner = ((at.image * s.p + at.p) * s.q + at.q) * s.k + channel;
     const vec shift = load_some<Float32>(task.shift + channel, channels);
-    const bool whole = high == OUT && wide == OUT && channels == VL;
+    const bool whole = high == FP::OUT && wide == FQ::OUT && channels == VL;
 #pragma GCC unroll 4
-    for (int i = 0; i < OUT; i++) {
-      vec out[OUT];
-      F::output(half[i], out);
+    for (int i = 0; i < FP::OUT; i++) {
+      vec out[FQ::OUT];
+      FQ::output(half[i], out);
 #pragma GCC unroll 4
-      for (int j = 0; j < OUT; j++) {
+      for (int j = 0; j < FQ::OUT; j++) {
         if (!whole && (i >= high || j >= wide)) continue;
         const int64_t pixel = corner + (int64_t(i) * s.q + j) * s.k;
         vec v = out[j] + shift;
@@ -287,9 +378,9 @@ template <class F> struct Winograd {
     }
   }
 
-  static void conv(const ConvTask<Float32>& task, Team team) { conv(Task(task, task.shape.c), team); }
-
-  static void conv(const Task& task, Team team) {
+  static void conv(const WinogradTask& winograd_task, Team team) {
+    const Task task(winograd_task);
+    if (!task.tiles()) return;
     const Tiles panels{task.tiles()};
     const Grid grid = share_grid(panels.count(), ceil_div(task.shape.k, NR), team);
     if (grid.rows.empty() || grid.columns.empty()) return;
@@ -306,6 +397,43 @@ template <class F> struct Winograd {
     for (int64_t i = 0; i < blocks; i++) {
       const Range part = share(mine.end - mine.begin, i, blocks);
       block(task, {mine.begin + part.begin, mine.begin + part.end}, grid.columns, v, v_point, v + POINTS * v_point);
+    }
+  }
+};
+
+// A convolution by Filter<OUT, STRIDE>.
+template <int OUT, int STRIDE> struct WinogradConv : WinogradWeights<Filter<OUT, STRIDE>> {
+  using F = Filter<OUT, STRIDE>;
+
+  // Whether what whole tiles leave over is cut into tiles of its own. They are products of their own too, which read
+  // the weights again: not worth it for less than half a register tile of corners.
+  static bool edges(const rf_shape& s) { return OUT == 4 && s.n >= MR / 2; }
+
+  static int64_t products(const rf_shape& s) { return s.n * points(s, s.p) * points(s, s.q); }
+  static int64_t points(const rf_shape& s, int length) {
+    if (!edges(s)) return ceil_div(length, OUT) * F::IN;
+    const int left = length % OUT;
+    return length / OUT * F::IN + (left == 0 ? 0 : left < 3 ? Edge<2, STRIDE>::IN : Edge<3, STRIDE>::IN);
+  }
+
+  static void conv(const ConvTask<Float32>& conv_task, Team team) {
+    WinogradTask task(conv_task);
+    if (!edges(task.shape)) return Winograd<F, F>::conv(task, team);
+    each_part(task.shape.p, [&](auto filter_p, Range high) {
+      each_part(task.shape.q, [&](auto filter_q, Range wide) {
+        task.high = high, task.wide = wide;
+        Winograd<decltype(filter_p), decltype(filter_q)>::conv(task, team);
+      });
+    });
+  }
+
+  // Calls use(filter, range) for whole tiles, and for what is left.
+  template <class Use> static void each_part(int64_t length, Use use) {
+    const int64_t whole = length / OUT * OUT, left = length - whole;
+    use(F(), Range{0, whole});
+    if constexpr (OUT == 4) {
+      if (left == 3) use(Edge<3, STRIDE>(), Range{whole, length});
+      if (left == 1 || left == 2) use(Edge<2, STRIDE>(), Range{whole, length});
     }
   }
 };

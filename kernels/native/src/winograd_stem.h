@@ -46,7 +46,7 @@ struct FourTaps : FilterSize<4, 1, 4> {
 };
 
 struct WinogradStem {
-  using W = Winograd<FourTaps>;
+  using Weights = WinogradWeights<FourTaps>;
   static constexpr int TAPS = FourTaps::TAPS, CHANNELS = 12;
   static constexpr int PIXEL = (CHANNELS + VL - 1) / VL * VL;  // floats, so that channels are whole vectors
   static constexpr int ROWS_AT_A_TIME = 2 * FourTaps::OUT;
@@ -55,7 +55,7 @@ struct WinogradStem {
     return s.dtype == RF_FLOAT32 && s.c == 3 && s.groups == 1 && s.stride_h == 2 && s.stride_w == 2 &&
            s.dilation_h == 1 && s.dilation_w == 1 && fits(s.r) && fits(s.s);
   }
-  static bool fits(int window) { return window > 2 * (TAPS - 1) - 2 && window <= 2 * TAPS; }
+  static bool fits(int window) { return window > TAPS && window <= 2 * TAPS; }  // smaller ones do not need four taps
 
   // The convolution with stride 1, for some rows of one image.
   static rf_shape halved(const rf_shape& s, int rows) {
@@ -66,7 +66,11 @@ struct WinogradStem {
     return half;
   }
 
-  static int64_t packed_floats(const rf_shape& s) { return W::packed_floats(halved(s, 1)); }
+  static int64_t products(const rf_shape& s) {
+    return s.n * ceil_div(s.p, FourTaps::OUT) * ceil_div(s.q, FourTaps::OUT) * FourTaps::IN * FourTaps::IN * CHANNELS / 3;
+  }
+
+  static int64_t packed_floats(const rf_shape& s) { return Weights::floats(halved(s, 1)); }
 
   static void pack(const rf_shape& s, const double* weight, float* packed) {
     auto* half = new double[int64_t(s.k) * CHANNELS * TAPS * TAPS]();
@@ -77,11 +81,11 @@ struct WinogradStem {
             const int channel = (i % 2 * 2 + j % 2) * 3 + c;
             half[((int64_t(k) * CHANNELS + channel) * TAPS + i / 2) * TAPS + j / 2] = *weight++;
           }
-    W::pack(halved(s, 1), half, packed);
+    Weights::pack(halved(s, 1), half, packed);
     delete[] half;
   }
 
-  // The output rows `rows`, counted over all images.
+  // The output rows `rows`, counted over all images; from the first row of a tile on.
   static void part(const ConvTask<Float32>& task, Range rows) {
     const rf_shape& s = task.shape;
     for (int64_t row = rows.begin; row < rows.end;) {
@@ -90,10 +94,11 @@ struct WinogradStem {
       const rf_shape half = halved(s, count);
       float* image = scratch(IMAGE, int64_t(half.h) * half.w * PIXEL);
       fold(s, task.x + number * s.h * s.w * 3, int(p), half, image);
-      const ConvTask<Float32> rest{half, image, task.packed, task.shift,
-                                   task.residual ? task.residual + row * s.q * s.k : nullptr,
-                                   task.y + (row * s.q - task.y_row) * s.k, 0};
-      W::conv(W::Task(rest, PIXEL), {0, 1});
+      const float* residual = task.residual ? task.residual + row * s.q * s.k : nullptr;
+      float* y = task.y + (row * s.q - task.y_row) * s.k;
+      WinogradTask band({half, image, task.packed, task.shift, residual, y, 0});
+      band.pixel = PIXEL;
+      Winograd<FourTaps, FourTaps>::conv(band, {0, 1});
       row += count;
     }
   }
@@ -112,7 +117,11 @@ struct WinogradStem {
   }
 
   static void conv(const ConvTask<Float32>& task, Team team) {
-    part(task, share(int64_t(task.shape.n) * task.shape.p, team.thread, team.threads));
+    const rf_shape& s = task.shape;
+    const int64_t high = ceil_div(s.p, FourTaps::OUT);  // rows of tiles
+    const Range mine = share(s.n * high, team.thread, team.threads);
+    auto row = [&](int64_t tile) { return tile / high * s.p + tile % high * FourTaps::OUT; };
+    part(task, {row(mine.begin), row(mine.end)});
   }
 };
 
