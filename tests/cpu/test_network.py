@@ -653,6 +653,20 @@ def test_a_network_of_ones_own(size, runs):
     assert one_program(fast, runs, x)
 
 
+@pytest.mark.parametrize("algorithm", ["gemm", "winograd2", "winograd4"])
+def test_convolutions_without_norm_and_bias(algorithm, runs):
+    """The kernels take a shift that is never null."""
+    torch.manual_seed(0)
+    conv, plain = nn.Conv2d(3, 20, 3, padding=1, bias=False), nn.Conv2d(20, 9, 3, padding=1, bias=False)
+    stock = nn.Sequential(conv, nn.BatchNorm2d(20), nn.ReLU(), plain).eval()
+    x = images(2, 3, 16, 16)
+    with planner.forced(algorithm):
+        fast = planned(stock, x)
+        check(fast, stock, x)
+        assert one_program(fast, runs, x)
+        assert network.last_plan(fast).algorithms == {("0",): algorithm, ("3",): algorithm}
+
+
 class Router(nn.Module):
     """Nothing is fused in it, and its forward depends on a list, whose changes nobody sees."""
 

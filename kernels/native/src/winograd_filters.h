@@ -1,0 +1,197 @@
+// The one-dimensional filters that Winograd's algorithm is made of.
+#pragma once
+
+#include "simd.h"
+
+namespace RF_VARIANT {
+
+// OUT outputs, STRIDE inputs apart, of TAPS taps, from IN inputs through IN points, each multiplied by one of WEIGHTS
+// transformed weights. `input` and `output` work on anything that adds and multiplies.
+template <int OUT_, int STRIDE_, int TAPS_> struct FilterSize {
+  static constexpr int OUT = OUT_, STRIDE = STRIDE_, TAPS = TAPS_;
+};
+template <int OUT, int STRIDE> struct Filter;
+
+template <> struct Filter<2, 1> : FilterSize<2, 1, 3> {
+  static constexpr int IN = 4, WEIGHTS = 4;
+  static constexpr int weight_of(int point) { return point; }
+  template <class T> static inline void input(const T (&d)[4], T (&v)[4]) {
+    v[0] = d[0] - d[2];
+    v[1] = d[1] + d[2];
+    v[2] = d[2] - d[1];
+    v[3] = d[1] - d[3];
+  }
+  template <class T> static inline void output(const T (&m)[4], T (&y)[2]) {
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = m[1] - m[2] - m[3];
+  }
+  static inline void weight(const double (&g)[3], double (&u)[4]) {
+    u[0] = g[0];
+    u[1] = (g[0] + g[1] + g[2]) / 2;
+    u[2] = (g[0] - g[1] + g[2]) / 2;
+    u[3] = g[2];
+  }
+};
+
+template <> struct Filter<4, 1> : FilterSize<4, 1, 3> {
+  static constexpr int IN = 6, WEIGHTS = 6;
+  static constexpr int weight_of(int point) { return point; }
+  template <class T> static inline void input(const T (&d)[6], T (&v)[6]) {
+    const T a = d[4] - 4.0f * d[2], b = d[3] - 4.0f * d[1], c = d[4] - d[2], e = 2.0f * (d[3] - d[1]);
+    v[0] = 4.0f * d[0] + (d[4] - 5.0f * d[2]);
+    v[1] = a + b;
+    v[2] = a - b;
+    v[3] = c + e;
+    v[4] = c - e;
+    v[5] = 4.0f * d[1] + (d[5] - 5.0f * d[3]);
+  }
+  template <class T> static inline void output(const T (&m)[6], T (&y)[4]) {
+    const T a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], e = m[3] - m[4];
+    y[0] = m[0] + a + c;
+    y[1] = b + 2.0f * e;
+    y[2] = a + 4.0f * c;
+    y[3] = b + 8.0f * e + m[5];
+  }
+  static inline void weight(const double (&g)[3], double (&u)[6]) {
+    const double a = -(g[0] + g[2]) / 6, b = g[1] / 6, c = g[0] / 24 + g[2] / 6, e = g[1] / 12;
+    u[0] = g[0] / 4;
+    u[1] = a - b;
+    u[2] = a + b;
+    u[3] = c + e;
+    u[4] = c - e;
+    u[5] = g[2];
+  }
+};
+
+// With stride 2, the outer taps see every other input, from the first one on, and the middle tap the ones between: a
+// filter of two taps, F(OUT, 2), and one of a single tap, whose points are its inputs, all with the same weight.
+template <> struct Filter<2, 2> : FilterSize<2, 2, 3> {
+  static constexpr int IN = 5, WEIGHTS = 4;
+  static constexpr int weight_of(int point) { return smaller(point, 3); }
+  template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
+    v[0] = d[0] - d[2];
+    v[1] = d[2];
+    v[2] = d[4] - d[2];
+    v[3] = d[1];
+    v[4] = d[3];
+  }
+  template <class T> static inline void output(const T (&m)[5], T (&y)[2]) {
+    y[0] = m[0] + m[1] + m[3];
+    y[1] = m[1] + m[2] + m[4];
+  }
+  static inline void weight(const double (&g)[3], double (&u)[4]) {
+    u[0] = g[0];
+    u[1] = g[0] + g[2];
+    u[2] = g[2];
+    u[3] = g[1];
+  }
+};
+
+template <> struct Filter<4, 2> : FilterSize<4, 2, 3> {  // the two taps at the points 0, 1, -1, 2 and infinity
+  static constexpr int IN = 9, WEIGHTS = 6;
+  static constexpr int weight_of(int point) { return smaller(point, 5); }
+  template <class T> static inline void input(const T (&d)[9], T (&v)[9]) {
+    const T a = d[6] - d[4], b = 2.0f * d[2];
+    v[0] = 2.0f * (d[0] - d[4]) + (d[6] - d[2]);
+    v[1] = a - b;
+    v[2] = a + b - 2.0f * d[4];
+    v[3] = d[6] - d[2];
+    v[4] = b - d[4] - 2.0f * d[6] + d[8];
+    v[5] = d[1];
+    v[6] = d[3];
+    v[7] = d[5];
+    v[8] = d[7];
+  }
+  template <class T> static inline void output(const T (&m)[9], T (&y)[4]) {
+    const T a = m[1] + m[2], b = m[1] - m[2];
+    y[0] = m[0] + a + m[3] + m[5];
+    y[1] = b + 2.0f * m[3] + m[6];
+    y[2] = a + 4.0f * m[3] + m[7];
+    y[3] = b + 8.0f * m[3] + m[4] + m[8];
+  }
+  static inline void weight(const double (&g)[3], double (&u)[6]) {
+    u[0] = g[0] / 2;
+    u[1] = -(g[0] + g[2]) / 2;
+    u[2] = (g[2] - g[0]) / 6;
+    u[3] = g[0] / 6 + g[2] / 3;
+    u[4] = g[2];
+    u[5] = g[1];
+  }
+};
+
+// What is left at the right and at the lower edge when an image is cut into tiles of four: one or two outputs, or three,
+// from some of the points of Filter<4, STRIDE>, and so with its weights. The factors make up for the points that its
+// weights were divided by the distance to, and that are not here.
+template <int OUT, int STRIDE> struct Edge;
+
+template <> struct Edge<2, 1> : FilterSize<2, 1, 3> {  // 0, 1, -1 and infinity
+  static constexpr int IN = 4, WEIGHTS = 6;
+  static constexpr int weight_of(int point) { return point < 3 ? point : 5; }
+  template <class T> static inline void input(const T (&d)[4], T (&v)[4]) {
+    v[0] = 4.0f * (d[0] - d[2]);
+    v[1] = -3.0f * (d[1] + d[2]);
+    v[2] = 3.0f * (d[1] - d[2]);
+    v[3] = d[3] - d[1];
+  }
+  template <class T> static inline void output(const T (&m)[4], T (&y)[2]) {
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = m[1] - m[2] + m[3];
+  }
+};
+
+template <> struct Edge<3, 1> : FilterSize<3, 1, 3> {  // 0, 1, -1, 2 and infinity
+  static constexpr int IN = 5, WEIGHTS = 6;
+  static constexpr int weight_of(int point) { return point < 4 ? point : 5; }
+  template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
+    const T a = d[3] - d[1];
+    v[0] = 4.0f * (d[0] - d[2]) + 2.0f * a;
+    v[1] = 3.0f * (d[3] - d[2] - 2.0f * d[1]);
+    v[2] = d[3] - 3.0f * d[2] + 2.0f * d[1];
+    v[3] = 4.0f * a;
+    v[4] = d[4] - d[2] - 2.0f * a;
+  }
+  template <class T> static inline void output(const T (&m)[5], T (&y)[3]) {
+    const T a = m[1] + m[2], b = m[1] - m[2];
+    y[0] = m[0] + a + m[3];
+    y[1] = b + 2.0f * m[3];
+    y[2] = a + 4.0f * m[3] + m[4];
+  }
+};
+
+template <> struct Edge<2, 2> : FilterSize<2, 2, 3> {  // two taps: 0, 1 and infinity
+  static constexpr int IN = 5, WEIGHTS = 6;
+  static constexpr int weight_of(int point) { return point < 2 ? point : point == 2 ? 4 : 5; }
+  template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
+    v[0] = 2.0f * (d[0] - d[2]);
+    v[1] = -2.0f * d[2];
+    v[2] = d[4] - d[2];
+    v[3] = d[1];
+    v[4] = d[3];
+  }
+  template <class T> static inline void output(const T (&m)[5], T (&y)[2]) {
+    y[0] = m[0] + m[1] + m[3];
+    y[1] = m[1] + m[2] + m[4];
+  }
+};
+
+template <> struct Edge<3, 2> : FilterSize<3, 2, 3> {  // two taps: 0, 1, -1 and infinity
+  static constexpr int IN = 7, WEIGHTS = 6;
+  static constexpr int weight_of(int point) { return point < 3 ? point : smaller(point + 1, 5); }
+  template <class T> static inline void input(const T (&d)[7], T (&v)[7]) {
+    v[0] = 2.0f * (d[0] - d[4]);
+    v[1] = 0.0f - d[2] - d[4];
+    v[2] = 3.0f * (d[2] - d[4]);
+    v[3] = d[6] - d[2];
+    v[4] = d[1];
+    v[5] = d[3];
+    v[6] = d[5];
+  }
+  template <class T> static inline void output(const T (&m)[7], T (&y)[3]) {
+    const T a = m[1] + m[2];
+    y[0] = m[0] + a + m[4];
+    y[1] = m[1] - m[2] + m[5];
+    y[2] = a + m[3] + m[6];
+  }
+};
+
+}  // namespace RF_VARIANT
