@@ -11,8 +11,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from resnet_fast import explain, functional, ops
 from resnet_fast.export.verification import error_limit
+from resnet_fast.kernels import native
 from resnet_fast.kernels.case import Case
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import library, planner
 
 WINOGRAD = 5e-5
 """Error that Winograd's algorithm may have in float32, relative to the largest result: its transforms add and subtract
@@ -76,20 +77,33 @@ def check_layers(stock: nn.Module, images: Tensor) -> Iterator[Check]:
             precise = [copy.deepcopy(module).double() for module in (conv, bn)]
             reference = precise[1](precise[0](x.double()))
             result = functional.conv_bn_act(x, conv, bn, relu=False)
-            detail = f"{_geometry(conv, x)}: {ops.implementation_for(case)}"
-            yield _check("layer", path, detail, reference, bn(conv(x)), result)
+            served = _served_by(case, x, conv)
+            detail = f"{_geometry(conv, x)}: {served}"
+            yield _check("layer", path, detail, reference, bn(conv(x)), result, "winograd" in served)
 
 
-def _check(kind: str, path: str, detail: str, reference: Tensor, stock: Tensor, fast: Tensor) -> Check:
+def _served_by(case: Case, x: Tensor, conv: nn.Conv2d) -> str:
+    """The implementation, with its algorithm if it is ours."""
+    implementation = ops.implementation_for(case)
+    if implementation != "native":
+        return implementation
+    geometry: tuple[Any, Any, Any, int] = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    shape = native.conv_shape(tuple(x.shape), tuple(conv.weight.shape), *geometry, False, False)
+    return f"native {planner.choose(shape, torch.get_num_threads())}"
+
+
+def _check(
+    kind: str, path: str, detail: str, reference: Tensor, stock: Tensor, fast: Tensor, winograd: bool = True
+) -> Check:
     stock_error, error = ((result.double() - reference).abs().max().item() for result in (stock, fast))
     scale = reference.abs().max().item()
-    return Check(kind, path, detail, scale, stock_error, error, fused_limit(stock_error, reference))
+    return Check(kind, path, detail, scale, stock_error, error, fused_limit(stock_error, reference, winograd))
 
 
-def fused_limit(stock_error: float, reference: Tensor) -> float:
-    """``error_limit``; where our compiled kernels may serve, at least what Winograd's algorithm is allowed."""
+def fused_limit(stock_error: float, reference: Tensor, winograd: bool = True) -> float:
+    """``error_limit``; where Winograd's algorithm may serve, at least what it is allowed."""
     limit = error_limit(stock_error, reference)
-    return limit if library.unavailable() else max(limit, WINOGRAD * reference.abs().max().item())
+    return max(limit, WINOGRAD * reference.abs().max().item()) if winograd and not library.unavailable() else limit
 
 
 def _keep_input(module: nn.Module, path: str, inputs: dict[str, Tensor]) -> Any:

@@ -17,9 +17,10 @@ import resnet_fast
 from resnet_fast import ops
 from resnet_fast.cli import main
 from resnet_fast.cli.models import build, randomise_batch_norm, read_checkpoint
-from resnet_fast.cli.numerics import check_layers
+from resnet_fast.cli.numerics import WINOGRAD, check_layers
 from resnet_fast.cli.output import write_json
 from resnet_fast.export.optional import EXTRAS
+from resnet_fast.kernels.native import library
 
 SMALL = ["--size", "64", "--batch", "1"]
 
@@ -181,6 +182,9 @@ def test_layers_pair_each_convolution_with_its_own_norm():
     checks = list(check_layers(stock, torch.randn(1, 3, 64, 64)))
     assert all(check.passed for check in checks)
     assert len({check.path for check in checks}) == len(checks) >= 11
+    if library.unavailable() is None:  # a layer's limit is Winograd's only where Winograd's algorithm serves
+        limits = {check.detail.rpartition(" ")[2]: check.limit / check.scale for check in checks}
+        assert limits["gemm"] < WINOGRAD / 5 and limits["winograd_stem"] == pytest.approx(WINOGRAD)
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
