@@ -29,6 +29,7 @@ if sysconfig.get_platform().endswith("x86_64"):
         *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"),
     ]
     VARIANTS["avx512_bf16"] = [*VARIANTS["avx512"], "-mavx512bf16"]
+NEWEST = "avx512_bf16"  # left out where the compiler does not know it: g++ before 10
 
 
 class BuildKernels(build_ext):
@@ -65,8 +66,11 @@ class BuildKernels(build_ext):
     def _compile(self, target: Path, variant: Path, dispatch: Path) -> None:
         """Raises OSError or CalledProcessError where there is no compiler, or it does not know what we ask for."""
         compiler = [*shlex.split(os.environ.get("CXX") or "g++"), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        jobs = [(name, [f"-DRF_VARIANT={name}", *flags, "-c", str(variant)]) for name, flags in VARIANTS.items()]
-        jobs.append(("dispatch", ["-c", str(dispatch)]))
+        variants = {name: flags for name, flags in VARIANTS.items() if name != NEWEST or _takes(compiler, flags)}
+        jobs = [(name, [f"-DRF_VARIANT={name}", *flags, "-c", str(variant)]) for name, flags in variants.items()]
+        jobs.append(
+            ("dispatch", [*(f"-DRF_WITHOUT_{name}" for name in VARIANTS.keys() - variants), "-c", str(dispatch)])
+        )
         objects = [str(Path(self.build_temp, f"{name}.o")) for name, _ in jobs]
         running = []
         for (_, arguments), to in zip(jobs, objects):
@@ -76,6 +80,11 @@ class BuildKernels(build_ext):
             if status:
                 raise subprocess.CalledProcessError(status, shlex.join(map(str, process.args)))
         subprocess.run([*compiler, "-shared", *objects, "-o", str(target)], check=True)
+
+
+def _takes(compiler: list[str], flags: list[str]) -> bool:
+    done = subprocess.run([*compiler, *flags, "-E", "-x", "c++", os.devnull, "-o", os.devnull], capture_output=True)
+    return done.returncode == 0
 
 
 if __name__ == "__main__":  # the tests read the flags above

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -111,6 +112,27 @@ print(resnet_fast.__file__, library.unavailable())
     where, _, told = _python(program, tmp_path, OMP_NUM_THREADS="1").partition(" ")
     assert where == str(tmp_path / "resnet_fast/__init__.py")
     assert "installed without a C++ compiler" in told
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="no g++ for x86-64")
+def test_an_older_compiler_leaves_out_what_it_does_not_know(source, tmp_path):
+    compiler = tmp_path / "g++-9"
+    compiler.write_text("""#!/bin/sh
+case "$*" in *avx512bf16*) echo "unrecognized command line option" >&2; exit 1;; esac
+exec g++ "$@"
+""")
+    compiler.chmod(0o755)
+    files, printed = _build(source, tmp_path / "wheel", CXX=str(compiler), CXXFLAGS="-O0")
+    assert "is built WITHOUT" not in printed
+    _unpack(files, tmp_path)
+    program = """
+import sys
+sys.path.insert(0, "")
+from resnet_fast.kernels.native import library
+print([library._library.rf_variant_name(i).decode() for i in range(library._library.rf_variants())]
+      if library.unavailable() is None else library.unavailable())
+"""
+    assert _python(program, tmp_path) == "['portable', 'avx2', 'avx512']"
 
 
 def _unpack(files: dict[str, bytes], to: Path) -> None:

@@ -31,7 +31,9 @@ const Variant* const variants[] = {
 #if defined(__x86_64__)
     &avx2::variant,
     &avx512::variant,
+#if !defined(RF_WITHOUT_avx512_bf16)
     &avx512_bf16::variant,
+#endif
 #endif
 };
 constexpr int count = sizeof(variants) / sizeof(*variants);
