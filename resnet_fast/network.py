@@ -126,24 +126,31 @@ class Plans:
     def find(self, module: nn.Module, key: tuple) -> Union[Plan, str, None]:
         """What was made before, if it still holds. Then the program is not stale either."""
         kept = self._kept.get(key)
-        if kept is not None and not kept[0].holds(module):
+        if kept is None:
+            return None
+        if not kept[0].holds(module):
+            del kept  # with its packed weights, before there are new ones
             self._kept.pop(key, None)
-            kept = None  # with its packed weights, before there are new ones
-        self.last = None if kept is None else kept[1]
-        return self.last
+            return None
+        self.last = kept[1]
+        return kept[1]
 
     def make(self, module: nn.Module, program: Program, x: Tensor, threads: int, key: tuple) -> Union[Plan, str]:
         for oldest in list(self._kept)[: len(self._kept) + 1 - _PLANS_KEPT]:
             self._kept.pop(oldest, None)
-        self.last = "its tensors are not ordinary ones on the CPU"
-        if _guardable(module):
-            guard = Guard(module)
-            try:
-                self.last = self._refusal(module, program, guard) or Plan(module, program, self, x, threads)
-            except (NotPlanned, RuntimeError) as reason:  # the layers themselves say best what is wrong with them
-                self.last = str(reason)
-            self._kept[key] = guard, self.last
-        return self.last
+        if not _guardable(module):
+            refusal = "its tensors are not ordinary ones on the CPU"
+            self.last = refusal
+            return refusal
+        guard = Guard(module)
+        self.last = None
+        try:
+            plan: Union[Plan, str] = self._refusal(module, program, guard) or Plan(module, program, self, x, threads)
+        except (NotPlanned, RuntimeError) as reason:  # the layers themselves say best what is wrong with them
+            plan = str(reason)
+        self._kept[key] = guard, plan
+        self.last = plan
+        return plan
 
     def _refusal(self, module: nn.Module, program: Program, guard: Guard) -> str:
         # Hooks on children that are not called would do no harm, but telling them apart at every call would take long.

@@ -34,7 +34,7 @@ template <class E> static void stem(const ConvTask<E>& all, int algorithm, Team 
   rf_shape window{};
   window.w = s.q, window.c = window.k = s.k;
   window.r = window.s = 3, window.stride_h = window.stride_w = 2, window.pad_w = 1;
-  int64_t last = -1;               // the convolution's row that was made last
+  int64_t last = -1;                 // the convolution's row that was made last
   const Element* last_at = nullptr;  // and where it lies
   for (int64_t at = mine.begin; at < mine.end;) {
     const int64_t image = at / shares;
