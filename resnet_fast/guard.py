@@ -11,13 +11,11 @@ from resnet_fast.kernels import packing
 from resnet_fast.kernels.native import library
 from resnet_fast.programs import PROGRAM
 
-_hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_tensors_of = itemgetter("_parameters", "_buffers")
-_containers_of = itemgetter(
-    "_modules",
-    *("_parameters", "_buffers"),
-    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
-)
+_TENSORS = ("_parameters", "_buffers")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_tensors_of, _hooks_of = itemgetter(*_TENSORS), itemgetter(*_HOOKS)
+_containers_of = itemgetter("_modules", *_TENSORS, *_HOOKS)
 _version_of = attrgetter("_version")
 
 

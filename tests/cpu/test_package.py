@@ -129,8 +129,7 @@ exec g++ "$@"
 import sys
 sys.path.insert(0, "")
 from resnet_fast.kernels.native import library
-print([library._library.rf_variant_name(i).decode() for i in range(library._library.rf_variants())]
-      if library.unavailable() is None else library.unavailable())
+print(library._variant_names(library._loaded()))
 """
     assert _python(program, tmp_path) == "['portable', 'avx2', 'avx512']"
 

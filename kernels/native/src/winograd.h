@@ -223,25 +223,27 @@ template <int OUT, int STRIDE> struct WinogradConv : WinogradWeights<Filter<OUT,
 
   static int64_t products(const rf_shape& s) { return s.n * points(s, s.p) * points(s, s.q); }
   static int64_t points(const rf_shape& s, int length) {
-    if (!edges(s)) return ceil_div(length, OUT) * F::IN;
-    const int left = length % OUT;
-    return length / OUT * F::IN + (left == 0 ? 0 : left < 3 ? Edge<2, STRIDE>::IN : Edge<3, STRIDE>::IN);
+    int64_t points = 0;
+    each_part(s, length, [&](auto filter, Range part) {
+      points += ceil_div(part.end - part.begin, filter.OUT) * filter.IN;
+    });
+    return points;
   }
 
   static void conv(const ConvTask<Float32>& conv_task, Team team) {
     WinogradTask task(conv_task);
-    if (!edges(task.shape)) return Winograd<F, F>::conv(task, team);
-    each_part(task.shape.p, [&](auto filter_p, Range high) {
-      each_part(task.shape.q, [&](auto filter_q, Range wide) {
+    const rf_shape& s = task.shape;
+    each_part(s, s.p, [&](auto filter_p, Range high) {
+      each_part(s, s.q, [&](auto filter_q, Range wide) {
         task.high = high, task.wide = wide;
         Winograd<decltype(filter_p), decltype(filter_q)>::conv(task, team);
       });
     });
   }
 
-  // Calls use(filter, range) for whole tiles, and for what is left.
-  template <class Use> static void each_part(int64_t length, Use use) {
-    const int64_t whole = length / OUT * OUT, left = length - whole;
+  // Calls use(filter, range) for whole tiles, and for what is left if that has tiles of its own.
+  template <class Use> static void each_part(const rf_shape& s, int64_t length, Use use) {
+    const int64_t left = edges(s) ? length % OUT : 0, whole = length - left;
     use(F(), Range{0, whole});
     if constexpr (OUT == 4) {
       if (left == 3) use(Edge<3, STRIDE>(), Range{whole, length});

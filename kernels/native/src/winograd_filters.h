@@ -169,8 +169,7 @@ template <> struct Edge<2, 2> : FilterSize<2, 2, 3> {  // two taps: 0, 1 and inf
     v[4] = d[3];
   }
   template <class T> static inline void output(const T (&m)[5], T (&y)[2]) {
-    y[0] = m[0] + m[1] + m[3];
-    y[1] = m[1] + m[2] + m[4];
+    Filter<2, 2>::output(m, y);
   }
 };
 
