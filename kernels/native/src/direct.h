@@ -43,10 +43,10 @@ static void direct_part(const ConvTask<Float32>& task, Range rows) {
                               s.k,
                               task.shift + j * NR,
                               task.residual ? task.residual + pixel * s.k + j * NR : nullptr,
-                              s.k,
                               s.relu != 0,
                               int(smaller<int64_t>(NR, s.k - j * NR)),
-                              {}},
+                              {},
+                              nullptr},
                              int(tiles.begin(t + 1) - q));
         }
     row += count;

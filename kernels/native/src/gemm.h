@@ -63,15 +63,22 @@ template <class E> static void gemm_part(const ConvTask<E>& task, Range groups, 
       for (int64_t j = columns.begin; j < columns.end; j++) {
         const int64_t channel = g * weights.channels + j * NR;
         const int channels = int(smaller<int64_t>(NR, weights.channels - j * NR));
+        const bool more = j + 1 < columns.end;
         const float* right = task.packed + g * weights.group_units() + j * NR * weights.depth;
-        const float* next = j + 1 < columns.end ? right + NR * weights.depth : nullptr;
+        const float* next = more ? right + NR * weights.depth : nullptr;
+        auto residual = [&](int64_t tile, int64_t at) {
+          return task.residual ? task.residual + (rows.begin + tiles.begin(tile)) * s.k + at : nullptr;
+        };
         for (int64_t t = first; t < last; t++) {
           const int64_t row = rows.begin + tiles.begin(t);
           const int height = int(tiles.begin(t + 1) - tiles.begin(t));
           const float* left = panels + (t - first) * tile_pitch + (g - groups.begin) * pitch;
+          const auto* next_residual = t + 1 < last ? residual(t + 1, channel)
+                                      : more     ? residual(first, channel + NR)
+                                                 : nullptr;
           multiply(Tile<E>{panel(left, height, weights.depth), right, task.y + (row - task.y_row) * s.k + channel, s.k,
-                           task.shift + channel, task.residual ? task.residual + row * s.k + channel : nullptr, s.k,
-                           s.relu != 0, channels, Ahead::share(next, t - first, last - first)},
+                           task.shift + channel, residual(t, channel), s.relu != 0, channels,
+                           Ahead::share(next, t - first, last - first), next_residual},
                    height);
         }
       }

@@ -30,11 +30,11 @@ struct Ahead {
   int64_t step;       // floats from one run to the next
   int64_t floats;     // of each run
 
-  // `weights`: [K][NR], for tile `part` of `parts`. Fewer would fetch so much at once that their own loads wait, and
-  // more have little to wait for.
+  // `weights`: [K][NR], for tile `part` of `parts`. A single one would fetch so much at once that its own loads wait,
+  // and more than eight have little to wait for.
   static Ahead share(const float* weights, int64_t part, int64_t parts) {
     constexpr int64_t run = VL * NR;
-    if (!weights || parts < 3 || parts > 8) return {nullptr, 0, 0};
+    if (!weights || parts < 2 || parts > 8) return {nullptr, 0, 0};
     return {weights + run * part / parts, run, run * (part + 1) / parts - run * part / parts};
   }
 };
@@ -43,48 +43,57 @@ template <class E> struct Tile {
   Left left;
   const float* b;
   typename E::Element* y;
-  int64_t y_stride;    // elements from row to row
+  int64_t stride;      // elements from row to row of `y` and `residual`
   const float* shift;  // null: none, and `relu` and `residual` are not looked at
   const typename E::Element* residual;  // null: none
-  int64_t residual_stride;
   bool relu;
   int channels;  // valid ones of vectors * VL
   Ahead ahead;
+  const typename E::Element* next_residual;  // of the tile after this one, to be fetched meanwhile; null: nothing
 };
 
-template <class E, int ROWS, int VECTORS> static inline void finish(const Tile<E>& t, vec (&sum)[ROWS][VECTORS]) {
-  const bool whole = t.channels == VECTORS * VL;
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; i++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; j++) {
-      const int count = whole ? VL : t.channels - j * VL;
-      if (count <= 0) continue;
-      vec v = sum[i][j];
-      if (t.shift) {
-        v += load_some<Float32>(t.shift + j * VL, count);
-        if (t.residual) v += load_some<E>(t.residual + i * t.residual_stride + j * VL, count);
-        if (t.relu) v = relu(v);
-      }
-      store_some<E>(t.y + i * t.y_stride + j * VL, v, count);
-    }
-  }
-}
-
-// What `finish` reads and writes lies in short pieces, a row of the image apart, which no hardware prefetcher sees coming.
-template <class E, int ROWS, int VECTORS> static inline void fetch(const Tile<E>& t) {
-  if (!t.shift) return;
+// Calls use(i, j) for every vector of a tile.
+template <int ROWS, int VECTORS, class Use> static inline void each_vector(Use use) {
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; j++) {
-      if (t.residual) __builtin_prefetch(t.residual + i * t.residual_stride + j * VL);
-      __builtin_prefetch(t.y + i * t.y_stride + j * VL, 1);
+    for (int j = 0; j < VECTORS; j++) use(i, j);
+}
+
+template <class E, int ROWS, int VECTORS> static inline void finish(const Tile<E>& t, vec (&sum)[ROWS][VECTORS]) {
+  auto each = [](auto use) __attribute__((always_inline)) { each_vector<ROWS, VECTORS>(use); };
+  if (t.shift) {
+    each([&](int i, int j) __attribute__((always_inline)) { sum[i][j] += load(t.shift + j * VL); });
+    if (t.residual)
+      each([&](int i, int j) __attribute__((always_inline)) {
+        sum[i][j] += E::load(t.residual + i * t.stride + j * VL);
+      });
+    if (t.relu) each([&](int i, int j) __attribute__((always_inline)) { sum[i][j] = relu(sum[i][j]); });
+  }
+  each([&](int i, int j) __attribute__((always_inline)) { E::store(t.y + i * t.stride + j * VL, sum[i][j]); });
+}
+
+// The same where not all channels of the vectors are valid.
+template <class E> static __attribute__((noinline)) void finish_part(const Tile<E>& t, const vec* sum, int rows) {
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < t.channels; j += VL) {
+      const int count = smaller(VL, t.channels - j);
+      vec v = *sum++;
+      if (t.shift) {
+        v += load_some<Float32>(t.shift + j, count);
+        if (t.residual) v += load_some<E>(t.residual + i * t.stride + j, count);
+        if (t.relu) v = relu(v);
+      }
+      store_some<E>(t.y + i * t.stride + j, v, count);
     }
 }
 
 template <class E, int ROWS, int VECTORS, int STEP> static void multiply(const Tile<E>& t) {
-  fetch<E, ROWS, VECTORS>(t);
+  // A residual lies in short pieces, a row of the image apart, which no hardware prefetcher sees coming: fetched a tile
+  // ahead, a few rows at a time. (Not in a function of its own: GCC takes one that only fetches for one without effect,
+  // and drops the call.)
+  constexpr int ROWS_AT_A_TIME = 4;
+  int fetched = t.next_residual ? 0 : ROWS;
   vec sum[ROWS][VECTORS] = {};
   const float* a = t.left.a;
   const float* b = t.b;
@@ -109,10 +118,16 @@ template <class E, int ROWS, int VECTORS, int STEP> static void multiply(const T
       for (int64_t j = 0; j < t.ahead.floats; j += LINE) __builtin_prefetch(ahead + j, 0, 2);
       ahead += t.ahead.step;
     }
+    for (const int end = smaller(fetched + ROWS_AT_A_TIME, ROWS); fetched < end; fetched++)
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; j++) __builtin_prefetch(t.next_residual + fetched * t.stride + j * VL);
     columns(STEP == VL ? VL : t.left.run);
   }
   columns(t.left.tail);
-  finish(t, sum);
+  if (t.channels == VECTORS * VL) return finish(t, sum);
+  vec sums[ROWS * VECTORS];  // a copy: the sums themselves would live in memory if somebody asked for their address
+  each_vector<ROWS, VECTORS>([&](int i, int j) __attribute__((always_inline)) { sums[i * VECTORS + j] = sum[i][j]; });
+  finish_part(t, sums, ROWS);
 }
 
 template <class E, int STEP> struct Multiplies {

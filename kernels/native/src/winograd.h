@@ -176,11 +176,14 @@ template <class FP, class FQ> struct Winograd {
       const float* u = task.packed + int64_t(WEIGHTS) * WEIGHTS * s.c * channel;
       for (int point = 0; point < POINTS; point++) {
         const float* weights = u + weights_of(point) * s.c * width;
+        const bool more = width == NR && point + 1 < POINTS && weights_of(point + 1) != weights_of(point);
+        const float* next = more ? u + weights_of(point + 1) * s.c * width : nullptr;
         for (int64_t i = 0; i < panel_count; i++) {
           const int64_t first = panels.begin(i);
           const int rows = int(panels.begin(i + 1) - first);
           multiply(Tile<Float32>{panel(v + point * v_point + first * task.lines * VL, rows, s.c), weights,
-                                 m + point * m_point + first * width, width, nullptr, nullptr, 0, false, width, {}},
+                                 m + point * m_point + first * width, width, nullptr, nullptr, false, width,
+                                 Ahead::share(next, i, panel_count), nullptr},
                    rows);
         }
       }
