@@ -179,7 +179,7 @@ def plan_for(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional
     x = args[0] if args else next(iter(kwargs.values()))
     if not _plain_image(x) or _watched() or os.environ.get("RESNET_FAST_IMPLEMENTATION", "") not in ("", "native"):
         return None
-    if library.unavailable() is not None:
+    if library.unavailable() is not None or planner.layer_by_layer():
         return None
     threads = torch.get_num_threads()
     key = (x.shape, _channels_last(x), threads, planner.version)

@@ -7,7 +7,8 @@ OpenMP runtime by the name that torch ships its own under: torch is imported fir
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -213,6 +214,16 @@ def run(ops: "ctypes.Array[Op]", count: int, buffers: "ctypes.Array[ctypes.c_voi
     _loaded().rf_run(ops, count, buffers, threads, seconds)
     for op, second in zip(ops, seconds):
         _recorder.append(Timing(op.kind, Shape.from_buffer_copy(op.shape), ALGORITHMS[op.algorithm], second))
+
+
+def run_other(convolve: Callable[[], torch.Tensor], shape: Shape, algorithm: str) -> torch.Tensor:
+    """The result of a convolution that is not the library's, recorded beside its own."""
+    if _recorder is None:
+        return convolve()
+    start = time.perf_counter()
+    y = convolve()
+    _recorder.append(Timing(CONV, shape, algorithm, time.perf_counter() - start))
+    return y
 
 
 @contextlib.contextmanager

@@ -39,7 +39,15 @@ def choose(shape: Shape, threads: int) -> str:
 def choose_native(shape: Shape, threads: int) -> str:
     """The same among our own algorithms, for programs that the library runs alone."""
     algorithm = choose(shape, threads)
-    return _rule(shape, threads) if algorithm == ONEDNN else algorithm
+    if algorithm != ONEDNN:
+        return algorithm
+    measured = choices.measured(planned(describe(shape, threads)))
+    return measured if measured in library.ALGORITHMS and supports(shape, measured) else _rule(shape, threads)
+
+
+def layer_by_layer() -> bool:
+    """Whether no program may be planned: PyTorch's convolutions are asked for, and have no place in one."""
+    return _forced == ONEDNN
 
 
 @contextlib.contextmanager
@@ -66,6 +74,11 @@ def describe(shape: Shape, threads: int) -> str:
     s = shape
     window = f"{s.r}x{s.s} s{s.stride_h}x{s.stride_w} p{s.pad_h}x{s.pad_w} d{s.dilation_h}x{s.dilation_w} g{s.groups}"
     return f"{s.n}x{s.h}x{s.w}x{s.c} {s.k} {window}{' pool' if s.pool else ''} {threads} threads"
+
+
+def planned(key: str) -> str:
+    """The key of the fastest algorithm of ours, for a shape that PyTorch is faster for."""
+    return f"{key}, planned"
 
 
 # Seconds that a core takes for a multiply-add and for an element that is transformed, and all cores together for a byte

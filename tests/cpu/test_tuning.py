@@ -1,5 +1,6 @@
 """``tune``: what was measured is used, by this process and the next, and a bad file of choices does no harm."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import resnet_fast
-from resnet_fast import tune
+from resnet_fast import network, tune
 from resnet_fast.kernels.native import choices, library, planner
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
@@ -56,7 +57,7 @@ def test_choices_hold_for_this_process_and_the_next(model, folder):
     result = tune(model, images, calls=2)
     assert [choice.shape.split(" ")[0] for choice in result.choices] == ["2x20x20x3", "2x18x18x32"]
     for choice in result.choices:
-        assert {"gemm", "winograd2", "winograd4"} <= set(choice.milliseconds)
+        assert {"gemm", "winograd2", "winograd4", "onednn"} <= set(choice.milliseconds)
         assert choice.milliseconds[choice.algorithm] == min(choice.milliseconds.values())
         assert choices.measured(choice.shape) == choice.algorithm
     assert str(result).count("\n") == 1
@@ -92,7 +93,29 @@ def test_choices_are_for_a_shape_and_a_number_of_threads(model):
     )
 
 
-@pytest.mark.parametrize("algorithm", library.ALGORITHMS)
+def test_where_pytorch_is_fastest_it_serves_single_layers_and_our_best_a_plan(model, monkeypatch):
+    images = torch.randn(IMAGES)
+    seconds = {"onednn": 1e-9, "winograd2": 1e-8}  # less than any convolution takes
+    recorded = library.recorded
+
+    @contextlib.contextmanager
+    def faster():
+        with recorded() as operations:
+            yield operations
+            operations[:] = [op._replace(seconds=seconds.get(op.algorithm, 1.0)) for op in operations]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(library, "recorded", faster)
+        result = tune(model, images, calls=1)
+    assert [choice.algorithm for choice in result.choices] == ["onednn", "onednn"]
+    with torch.inference_mode():
+        model(images)
+        assert set(network.last_plan(model).algorithms.values()) == {"winograd2"}
+    shape = library.Shape(library.FLOAT32, 2, 18, 18, 32, 18, 18, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0)
+    assert planner.choose(shape, torch.get_num_threads()) == "onednn"
+
+
+@pytest.mark.parametrize("algorithm", planner.CANDIDATES)
 def test_every_algorithm_gives_the_result(model, algorithm):
     images = torch.randn(IMAGES)
     with torch.inference_mode(), planner.forced(algorithm):
