@@ -70,7 +70,7 @@ def tune(model: nn.Module, example_input: Tensor, calls: int = 7) -> Tuning:
                         model(example_input)
             for timing in operations:
                 key = planner.describe(timing.shape, torch.get_num_threads())
-                if algorithm == planner.ONEDNN:  # the last: only beside ours, which are not timed outside a plan
+                if algorithm == planner.ONEDNN:  # the last; ours would be timed outside their plan here
                     wanted = timing.algorithm == planner.ONEDNN and key in shapes
                 else:
                     wanted = timing.kind == library.CONV
