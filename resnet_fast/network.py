@@ -35,6 +35,8 @@ class Plan:
 
     def __init__(self, module: nn.Module, program: Program, plans: "Plans", x: Tensor, threads: int) -> None:
         """Raises ``NotPlanned``."""
+        if planner.layer_by_layer():
+            raise NotPlanned("oneDNN is asked for")
         if max(x.shape) > native.LARGEST:
             raise NotPlanned(f"no images beyond {native.LARGEST}")
         self._nhwc = _channels_last(x)
@@ -179,7 +181,7 @@ def plan_for(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional
     x = args[0] if args else next(iter(kwargs.values()))
     if not _plain_image(x) or _watched() or os.environ.get("RESNET_FAST_IMPLEMENTATION", "") not in ("", "native"):
         return None
-    if library.unavailable() is not None or planner.layer_by_layer():
+    if library.unavailable() is not None:
         return None
     threads = torch.get_num_threads()
     key = (x.shape, _channels_last(x), threads, planner.version)

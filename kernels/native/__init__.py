@@ -5,7 +5,6 @@ source tensor changes. What a call needs beside its tensors is kept with the wei
 kernel is a part of its time that shows.
 """
 
-import functools
 from ctypes import Array, c_void_p
 from types import ModuleType
 from typing import Any, NamedTuple, Optional, Union
@@ -84,13 +83,15 @@ def conv_bn_act(
     call = _find(x, weight, scale, shift, residual, (stride, padding, dilation, groups), relu, False)
     if isinstance(call, _Call):
         return _run(call, x, weight, residual)
-    convolve = functools.partial(
-        call.conv_bn_act, x, weight, scale, shift, residual, stride, padding, dilation, groups, relu
-    )
+    arguments = (x, weight, scale, shift, residual, stride, padding, dilation, groups, relu)
     if call is not onednn:
-        return convolve()
-    shape = conv_shape(x.shape, weight.shape, stride, padding, dilation, groups, relu, False, _DTYPES[x.dtype])
-    return library.run_other(convolve, shape, planner.ONEDNN)
+        return call.conv_bn_act(*arguments)
+    geometry = (stride, padding, dilation, groups)
+    return library.run_other(
+        lambda: onednn.conv_bn_act(*arguments),
+        lambda: conv_shape(x.shape, weight.shape, *geometry, relu, False, _DTYPES[x.dtype]),
+        planner.ONEDNN,
+    )
 
 
 def stem(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -216,13 +216,14 @@ def run(ops: "ctypes.Array[Op]", count: int, buffers: "ctypes.Array[ctypes.c_voi
         _recorder.append(Timing(op.kind, Shape.from_buffer_copy(op.shape), ALGORITHMS[op.algorithm], second))
 
 
-def run_other(convolve: Callable[[], torch.Tensor], shape: Shape, algorithm: str) -> torch.Tensor:
-    """The result of a convolution that is not the library's, recorded beside its own."""
+def run_other(convolve: Callable[[], torch.Tensor], shape: Callable[[], Shape], algorithm: str) -> torch.Tensor:
+    """The result of a convolution that is not the library's, recorded beside its own. ``shape`` is asked only then."""
     if _recorder is None:
         return convolve()
     start = time.perf_counter()
     y = convolve()
-    _recorder.append(Timing(CONV, shape, algorithm, time.perf_counter() - start))
+    seconds = time.perf_counter() - start
+    _recorder.append(Timing(CONV, shape(), algorithm, seconds))
     return y
 
 

@@ -30,10 +30,7 @@ def choose(shape: Shape, threads: int) -> str:
     """The algorithm for ``shape`` on ``threads`` threads, one of ``CANDIDATES``."""
     if _forced is not None and supports(shape, _forced):
         return _forced
-    measured = choices.measured(describe(shape, threads))
-    if measured in CANDIDATES and supports(shape, measured):
-        return measured
-    return _rule(shape, threads)
+    return _measured(describe(shape, threads), shape, CANDIDATES) or _rule(shape, threads)
 
 
 def choose_native(shape: Shape, threads: int) -> str:
@@ -41,8 +38,13 @@ def choose_native(shape: Shape, threads: int) -> str:
     algorithm = choose(shape, threads)
     if algorithm != ONEDNN:
         return algorithm
-    measured = choices.measured(planned(describe(shape, threads)))
-    return measured if measured in library.ALGORITHMS and supports(shape, measured) else _rule(shape, threads)
+    return _measured(planned(describe(shape, threads)), shape, library.ALGORITHMS) or _rule(shape, threads)
+
+
+def _measured(key: str, shape: Shape, candidates: tuple[str, ...]) -> Optional[str]:
+    """The choice that is kept under ``key``, unless it is none of the candidates or cannot serve ``shape``."""
+    measured = choices.measured(key)
+    return measured if measured in candidates and supports(shape, measured) else None
 
 
 def layer_by_layer() -> bool:
