@@ -106,15 +106,15 @@ class _Norm(NamedTuple):
     count: Any  # a number, or with a process group a tensor of one
 
 
-def _normalise(chain: Chain, layer: Layer, mean: Tensor, variance: Tensor, count: int) -> tuple[_Norm, list[Tensor]]:
-    """Batch norm from this process's statistics; and what its running statistics move towards."""
+def _normalise(chain: Chain, layer: Layer, mean: Tensor, variance: Tensor, count: int) -> tuple[_Norm, Tensor]:
+    """Batch norm from this process's statistics; and what its running statistics move towards, ``[2, K]``."""
     total: Any = count
     if chain.process_group:
         mean, variance, total = _joined(chain.process_group, mean, variance, count)
     rstd = torch.rsqrt(variance + layer.eps)
     scale = layer.scale * rstd
     norm = _Norm(mean, rstd, Affine(scale, layer.shift - mean * scale), total)
-    return norm, [mean, variance * (total / (total - 1))]
+    return norm, torch.stack([mean, variance * (total / (total - 1))])
 
 
 def _joined(group_name: str, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,7 +153,7 @@ class _Image(NamedTuple):
 
 class Result(NamedTuple):
     out: Tensor
-    statistics: list[Tensor]  # for each layer with batch statistics: mean and unbiased variance
+    statistics: list[Tensor]  # [2, K] for each layer with batch statistics: mean and unbiased variance
     saved: list[Tensor]  # what backward needs beside inputs and result, in the order of ``saved_shapes``
 
 
@@ -210,8 +210,7 @@ def forward(chain: Chain, x: Tensor, residual: Optional[Tensor], pick: Pick) -> 
         if chain.pool:
             out = run.pass_("tail_pool", y)(y, norm.affine)
         else:
-            given = shortcut or _Image(None, None)  # type: ignore[arg-type]
-            out = run.pass_("tail", y)(y, norm.affine, given.x, given.prologue, chain.relu)
+            out = run.pass_("tail", y)(y, norm.affine, *(shortcut or (None, None)), chain.relu)
     else:
         affine = _affine(chain, last, image, run, statistics, saved)
         added = None if shortcut is None else _settled(shortcut, run)
@@ -257,7 +256,7 @@ def _raw(
     convolve = run.conv("conv_statistics", image.x, layer.weight, layer.geometry)
     y, mean, variance = convolve(*image, layer.weight, layer.geometry)
     norm, moved = _normalise(chain, layer, mean, variance, y.shape[0] * y.shape[2] * y.shape[3])
-    statistics += moved
+    statistics.append(moved)
     saved += [*_norm_tensors(chain, norm), y]
     return y, norm
 
@@ -275,7 +274,7 @@ def _affine(
         convolve = run.conv("conv_statistics", image.x, layer.weight, layer.geometry)
         _, mean, variance = convolve(*image, layer.weight, layer.geometry)
     norm, moved = _normalise(chain, layer, mean, variance, n * p * q)
-    statistics += moved
+    statistics.append(moved)
     saved += [*_norm_tensors(chain, norm), input_mean, covariance, cancels]
     return norm.affine
 
