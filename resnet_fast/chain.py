@@ -12,7 +12,7 @@ raw results and vectors of channels. Two kinds of layer keep less:
   lose too many digits that way, they are taken from the result, which backward then makes again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.reference_training import Affine, Gate, Geometry, Gradient, wide
+from resnet_fast.ops import conv_output
 
 EXPANSION = 2
 """Expand layers have at least so many times as many output as input channels, and output pixels as output channels."""
@@ -68,22 +69,17 @@ class _Primitives:
     def conv(self, name: str, x: Tensor, weight: Tensor, geometry: Geometry) -> Callable[..., Any]:
         channels = weight.shape[1] * geometry.groups, weight.shape[0]
         kernel = weight.shape[2], weight.shape[3]
-        return getattr(self._pick(Case(name, x.device.type, x.dtype, *channels, kernel, *geometry)), name)
+        stride, padding, dilation, groups = geometry
+        case = Case(name, x.device.type, x.dtype, *channels, kernel, stride, padding, dilation, groups)
+        return getattr(self._pick(case), name)
 
     def pass_(self, name: str, x: Tensor) -> Callable[..., Any]:
         return getattr(self._pick(Case(name, x.device.type, x.dtype, x.shape[1], x.shape[1])), name)
 
 
-def output_shape(shape: Any, layer: Layer) -> tuple[Any, Any, Any, Any]:
+def output_shape(shape: Any, layer: Layer) -> list[Any]:
     """``[N, K, P, Q]`` of a layer's result for an input of ``shape``."""
-    k, _, *kernel = layer.weight.shape
-    size = [
-        (shape[2 + i] + 2 * layer.geometry.padding[i] - layer.geometry.dilation[i] * (kernel[i] - 1) - 1)
-        // layer.geometry.stride[i]
-        + 1
-        for i in (0, 1)
-    ]
-    return shape[0], k, size[0], size[1]
+    return conv_output(shape, layer.weight.shape, *layer.geometry[:3])
 
 
 def expands(layer: Layer, x_shape: Any) -> bool:
@@ -157,9 +153,9 @@ class Result(NamedTuple):
     saved: list[Tensor]  # what backward needs beside inputs and result, in the order of ``saved_shapes``
 
 
-def saved_shapes(chain: Chain, x: Any, residual: Any) -> list[Optional[tuple[Any, ...]]]:
-    """Shapes of ``Result.saved``, for inputs of these shapes: of images four numbers, of vectors fewer; None: a flag."""
-    shapes: list[Optional[tuple[Any, ...]]] = []
+def saved_shapes(chain: Chain, x: Any, residual: Any) -> list[Optional[Sequence[Any]]]:
+    """Of ``Result.saved``, for inputs of these shapes: of images four numbers, of vectors fewer; None: a flag."""
+    shapes: list[Optional[Sequence[Any]]] = []
     shape = x
     for i, layer in enumerate(chain.main):
         shapes += _layer_shapes(chain, layer, shape, last=i == len(chain.main) - 1)
@@ -169,12 +165,12 @@ def saved_shapes(chain: Chain, x: Any, residual: Any) -> list[Optional[tuple[Any
     return shapes
 
 
-def _layer_shapes(chain: Chain, layer: Layer, x: Any, last: bool) -> list[Optional[tuple[Any, ...]]]:
+def _layer_shapes(chain: Chain, layer: Layer, x: Any, last: bool) -> list[Optional[Sequence[Any]]]:
     k, c = layer.weight.shape[:2]
     if not layer.batch_statistics:
         return [] if last else [output_shape(x, layer)]
-    count: list[Optional[tuple[Any, ...]]] = [(1,)] if chain.process_group else []
-    vectors: list[Optional[tuple[Any, ...]]] = [(k,), (k,), (k,), (k,), *count]
+    count: list[Optional[Sequence[Any]]] = [(1,)] if chain.process_group else []
+    vectors: list[Optional[Sequence[Any]]] = [(k,), (k,), (k,), (k,), *count]
     if last and expands(layer, x):
         return [*vectors, (c,), (c, c), None]
     return [*vectors, output_shape(x, layer)]
@@ -324,7 +320,7 @@ class _State(NamedTuple):
     gate: Optional[Gate]  # of its input
     norm: Optional[_Norm] = None
     y: Optional[Tensor] = None  # its raw result, if that was kept
-    gram: Optional[tuple[Tensor, Tensor, Tensor]] = None  # an expand layer's input: mean, covariance; whether it cancels
+    gram: Optional[tuple[Tensor, Tensor, Tensor]] = None  # an expand layer's: see ``_affine``
 
 
 class Wanted(NamedTuple):
@@ -366,9 +362,7 @@ def _states(chain: Chain, x: Tensor, residual: Optional[Tensor], saved: list[Ten
     return states
 
 
-def _state(
-    chain: Chain, layer: Layer, image: _Image, gate: Optional[Gate], read: _Saved, last: bool
-) -> _State:
+def _state(chain: Chain, layer: Layer, image: _Image, gate: Optional[Gate], read: _Saved, last: bool) -> _State:
     if not layer.batch_statistics:
         return _State(layer, image, gate)
     n, _, p, q = output_shape(image.x.shape, layer)
@@ -388,7 +382,7 @@ def backward(
     wanted: Wanted,
     pick: Pick,
 ) -> Gradients:
-    """Gradients for ``x``, the residual, and every layer's tensors. ``out``: forward's, needed for a ReLU in the tail."""
+    """Gradients for ``x``, the residual and every layer's tensors. ``out``: forward's result, for the tail's ReLU."""
     pass_ = _Backward(chain, wanted, _Primitives(pick))
     states = _states(chain, x, residual, saved)
     main = states[: len(chain.main)]

@@ -65,13 +65,13 @@ def _implementation(case: Case, x: Tensor) -> ModuleType:
 # --- what every op checks -------------------------------------------------------------------------------------------
 
 
-def _check_images(x: Tensor) -> None:
-    if x.dim() != 4:
-        raise RuntimeError(f"x has shape {list(x.shape)}, expected 4 dimensions: [N, C, H, W]")
+def _check_images(x: Any) -> None:
+    if len(x) != 4:
+        raise RuntimeError(f"x has shape {list(x)}, expected 4 dimensions: [N, C, H, W]")
 
 
-def conv_output(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> list[Any]:
-    """Shape of the convolution's result ``[N, K, P, Q]``; sizes may be symbolic.
+def conv_output(x: Any, weight: Any, stride: Pair, padding: Pair, dilation: Pair) -> list[Any]:
+    """Shape of the convolution's result ``[N, K, P, Q]`` for an image and a weight of these shapes; may be symbolic.
 
     Raises:
         RuntimeError: ``x`` or ``weight`` has not 4 dimensions, the image is smaller than the kernel, or the geometry
@@ -83,17 +83,17 @@ def conv_output(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation
             f"stride is {stride}, dilation is {dilation}, padding is {padding}, "
             "expected positive numbers, positive numbers, and numbers not below 0"
         )
-    if weight.dim() != 4:
-        raise RuntimeError(f"weight has shape {list(weight.shape)}, expected 4 dimensions: [K, C/groups, R, S]")
-    n, _, *image = x.shape
-    k, _, *kernel = weight.shape
+    if len(weight) != 4:
+        raise RuntimeError(f"weight has shape {list(weight)}, expected 4 dimensions: [K, C/groups, R, S]")
+    n, _, *image = x
+    k, _, *kernel = weight
     size = []
     for axis, name in enumerate(("height", "width")):
         extent = dilation[axis] * (kernel[axis] - 1) + 1
         padded = image[axis] + 2 * padding[axis]
         if padded < extent:
             raise RuntimeError(
-                f"x has shape {list(x.shape)}, expected {name} + 2 * {padding[axis]} (padding) of at least {extent} "
+                f"x has shape {list(x)}, expected {name} + 2 * {padding[axis]} (padding) of at least {extent} "
                 "(dilated kernel)"
             )
         size.append((padded - extent) // stride[axis] + 1)
@@ -161,7 +161,7 @@ def _conv_bn_act(
     relu: bool,
 ) -> Tensor:
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
-    out = conv_output(x, weight, stride, padding, dilation)
+    out = conv_output(x.shape, weight.shape, stride, padding, dilation)
     check_conv(x, weight, scale, shift, residual, groups, out)
     kernel = (weight.shape[2], weight.shape[3])
     case = Case("conv_bn_act", x.device.type, x.dtype, x.shape[1], out[1], kernel, stride, padding, dilation, groups)
@@ -182,7 +182,7 @@ def _conv_bn_act_fake(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    out = conv_output(x, weight, _pair(stride), _pair(padding), _pair(dilation))
+    out = conv_output(x.shape, weight.shape, _pair(stride), _pair(padding), _pair(dilation))
     check_conv(x, weight, scale, shift, residual, groups, out)
     return empty_channels_last(x, out)
 
@@ -241,7 +241,7 @@ def _stem_checked(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> li
     """Shape of the convolution's result, before the pool."""
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (7, 7):
         raise RuntimeError(f"weight has shape {list(weight.shape)}, expected [K, C, 7, 7]")
-    out = conv_output(x, weight, *_STEM_GEOMETRY[:3])
+    out = conv_output(x.shape, weight.shape, *_STEM_GEOMETRY[:3])
     check_conv(x, weight, scale, shift, None, 1, out)
     return out
 
@@ -271,13 +271,13 @@ library.define("global_avg_pool(Tensor x) -> Tensor")
 
 
 def _global_avg_pool(x: Tensor) -> Tensor:
-    _check_images(x)
+    _check_images(x.shape)
     case = Case("global_avg_pool", x.device.type, x.dtype, x.shape[1], x.shape[1])
     return _implementation(case, x).global_avg_pool(x)
 
 
 def _global_avg_pool_fake(x: Tensor) -> Tensor:
-    _check_images(x)
+    _check_images(x.shape)
     return empty_channels_last(x, [x.shape[0], x.shape[1], 1, 1])
 
 

@@ -1,4 +1,4 @@
-"""``torch.ops.resnet_fast.residual_block``: a chain of convolutions with batch norm and its backward pass as one op each.
+"""``torch.ops.resnet_fast.residual_block``: a chain of convolutions with batch norm, and its backward pass, as ops.
 
 Schema, fake kernels, autograd and autocast rules, and dispatch; ``chain.py`` has the computation. Double backward goes
 through the same chain in ATen's differentiable ops.
@@ -31,7 +31,9 @@ def flat_geometry(geometry: Geometry) -> list[int]:
     return [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
 
 
-def _chain(weights: Tensors, scales: Tensors, shifts: Tensors, eps: Any, geometry: Any, batch: Any, *rest: Any) -> Chain:
+def _chain(
+    weights: Tensors, scales: Tensors, shifts: Tensors, eps: Any, geometry: Any, batch: Any, *rest: Any
+) -> Chain:
     layers = []
     for i, (weight, scale, shift) in enumerate(zip(weights, scales, shifts)):
         sh, sw, ph, pw, dh, dw, groups = geometry[_NUMBERS * i : _NUMBERS * (i + 1)]
@@ -50,15 +52,13 @@ def _checked(chain: Chain, x: Tensor, residual: Optional[Tensor]) -> list[Any]:
         ValueError: batch statistics of a single value a channel, as batch norm does.
     """
     shape = _checked_layers(chain, chain.main, x)
+    source = x if residual is None else residual
+    shortcut = shape
     if chain.projection:
-        source = x if residual is None else residual
         shortcut = _checked_layers(chain, chain.layers[-1:], source)
-    elif chain.identity:
-        source, shortcut = x, list(x.shape)
-    else:
-        source, shortcut = residual, shape if residual is None else list(residual.shape)
-    if shortcut != shape or (source is not None and (source.dtype != x.dtype or source.device != x.device)):
-        assert source is not None
+    elif chain.identity or residual is not None:
+        shortcut = list(source.shape)
+    if shortcut != shape or source.dtype != x.dtype or source.device != x.device:
         raise RuntimeError(
             f"the shortcut is {source.dtype} of shape {shortcut} on {source.device}, expected {x.dtype} of {shape} "
             f"on {x.device}"
@@ -73,7 +73,7 @@ def _checked_layers(chain: Chain, layers: Sequence[Layer], x: Tensor) -> list[An
     out: list[Any] = []
     for layer in layers:
         stride, padding, dilation, groups = layer.geometry
-        out = ops.conv_output(image, layer.weight, stride, padding, dilation)
+        out = ops.conv_output(image.shape, layer.weight.shape, stride, padding, dilation)
         ops.check_conv(image, layer.weight, layer.scale, layer.shift, None, groups, out)
         if layer.batch_statistics and not chain.process_group and out[0] * out[2] * out[3] == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(out)}")
@@ -87,9 +87,6 @@ class _Pending(NamedTuple):
     shape: list[Any]
     dtype: torch.dtype
     device: torch.device
-
-    def dim(self) -> int:
-        return len(self.shape)
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -131,7 +128,7 @@ def _vector(x: Tensor, *shape: Any) -> Tensor:
     return x.new_empty(shape, dtype=wide(x))
 
 
-def _saved_like(x: Tensor, shape: Optional[tuple[Any, ...]]) -> Tensor:
+def _saved_like(x: Tensor, shape: Optional[Sequence[Any]]) -> Tensor:
     if shape is None:
         return x.new_empty((), dtype=torch.bool)
     return ops.empty_channels_last(x, list(shape)) if len(shape) == 4 else _vector(x, *shape)
