@@ -142,8 +142,9 @@ int64_t rf_products(const rf_shape* shape, int algorithm) { return variants[sele
 int64_t rf_packed_bytes(const rf_shape* shape, int algorithm) {
   return variants[selected]->packed_bytes(shape, algorithm);
 }
-void rf_pack(const rf_shape* shape, int algorithm, const double* weight, void* packed) {
-  variants[selected]->pack(shape, algorithm, weight, packed);
+void rf_pack(const rf_shape* shape, int algorithm, const rf_weight* weight, void* packed, int threads) {
+#pragma omp parallel num_threads(threads)
+  variants[selected]->pack(shape, algorithm, weight, packed, omp_get_thread_num(), omp_get_num_threads());
 }
 
 int rf_same(const void* const* addresses, const int32_t* lengths, int number, const void* expected) {

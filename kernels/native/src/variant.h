@@ -18,7 +18,8 @@ struct Variant {
   int (*supports)(const rf_shape*, int algorithm);
   int64_t (*products)(const rf_shape*, int algorithm);
   int64_t (*packed_bytes)(const rf_shape*, int algorithm);
-  void (*pack)(const rf_shape*, int algorithm, const double* weight, void* packed);
+  // One thread's share of packing.
+  void (*pack)(const rf_shape*, int algorithm, const rf_weight*, void* packed, int thread, int threads);
   // Floating-point operations of `rounds` rounds of independent multiply-adds on registers: the fastest this CPU can do.
   double (*multiply_adds)(int64_t rounds);
   // One thread's share of an operation.
