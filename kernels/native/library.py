@@ -70,6 +70,22 @@ class Op(ctypes.Structure):
 
 NOWHERE = Ref(-1, 0, 0)
 
+TAIL, TAIL_POOL, STATISTICS, GATE, TAIL_POOL_BACKWARD, BN_BACKWARD = range(6)
+MOST_SUMS = 3
+_IMAGES = "x residual gate y residual_y"
+_VECTORS = "scale shift residual_scale residual_shift mean residual_mean slope"
+
+
+class Pass(ctypes.Structure):
+    """``rf_pass``."""
+
+    _fields_ = [
+        *((name, _int) for name in "kind n h w c relu".split()),
+        *((name, ctypes.c_void_p) for name in f"{_IMAGES} {_VECTORS} result".split()),
+        ("sums", ctypes.c_void_p * MOST_SUMS),
+    ]
+
+
 _library: Optional[ctypes.CDLL] = None
 _reason: Optional[str] = None
 
@@ -115,6 +131,8 @@ def _declare(library: ctypes.CDLL) -> None:
     pointers, seconds = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_double)
     library.rf_run.argtypes = [ctypes.POINTER(Op), ctypes.c_int, pointers, ctypes.c_int, seconds]
     library.rf_run.restype = None
+    library.rf_run_pass.argtypes = [ctypes.POINTER(Pass), ctypes.c_int]
+    library.rf_run_pass.restype = None
     library.rf_same.argtypes = [pointers, ctypes.POINTER(_int), ctypes.c_int, ctypes.c_void_p]
     library.rf_peak.argtypes = [ctypes.c_int]
     library.rf_peak.restype = ctypes.c_double
@@ -255,6 +273,11 @@ def run(ops: "ctypes.Array[Op]", count: int, buffers: "ctypes.Array[ctypes.c_voi
     _loaded().rf_run(ops, count, buffers, threads, seconds)
     for op, second in zip(ops, seconds):
         _recorder.append(Timing(op.kind, Shape.from_buffer_copy(op.shape), ALGORITHMS[op.algorithm], second))
+
+
+def run_pass(over: Pass, threads: int) -> None:
+    """One of training's passes over whole images."""
+    _loaded().rf_run_pass(over, threads)
 
 
 def run_other(convolve: Callable[[], torch.Tensor], shape: Callable[[], Shape], algorithm: str) -> torch.Tensor:

@@ -93,5 +93,33 @@ int rf_same(const void* const* addresses, const int32_t* lengths, int count, con
 double rf_peak(int threads);
 // seconds: [count], the time each operation took, or null.
 void rf_run(const rf_op* ops, int count, void* const* buffers, int threads, double* seconds);
+
+// --- training: passes over whole images, float32 ----------------------------------------------------------------------
+
+enum rf_pass_kind : int32_t {
+  RF_TAIL = 0,                // result = relu?(x * scale + shift + residual?), the residual through its own if it has them
+  RF_TAIL_POOL = 1,           // result = max_pool2d(relu(x * scale + shift), 3, 2, 1)
+  RF_STATISTICS = 2,          // sums: mean and biased variance of x
+  RF_GATE = 3,                // result? = g = x + residual? where gate?, or gate * scale + shift, is not <= 0, else 0
+  RF_TAIL_POOL_BACKWARD = 4,  // result = g, the gradient of y where x is that of the result of RF_TAIL_POOL of y
+  RF_BN_BACKWARD = 5,         // result = scale * x - slope * (y - mean) - shift
+};
+
+#define RF_MOST_SUMS 3
+
+// A gradient g comes with sums over its pixels: of g, of g * (y - mean), of g * (residual_y - residual_mean); the first
+// of them that are not null. `x`, `y`, `gate`, `residual` and `result` may be one image; all are [n, h, w, c], but beside
+// a pool [n, (h - 1) / 2 + 1, (w - 1) / 2 + 1, c]. Vectors have c elements.
+struct rf_pass {
+  int32_t kind;
+  int32_t n, h, w, c;
+  int32_t relu;
+  const float *x, *residual, *gate, *y, *residual_y;
+  const float *scale, *shift, *residual_scale, *residual_shift, *mean, *residual_mean, *slope;
+  float* result;
+  float* sums[RF_MOST_SUMS];
+};
+
+void rf_run_pass(const rf_pass* pass, int threads);
 }
 #pragma GCC visibility pop

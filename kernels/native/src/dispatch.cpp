@@ -186,4 +186,20 @@ void rf_run(const rf_op* ops, int number, void* const* buffers, int threads, dou
     }
   }
 }
+
+void rf_run_pass(const rf_pass* pass, int threads) {
+  const Variant& variant = *variants[selected];
+  const int64_t count = variant.pass_partials(pass);
+  double* partials = (double*)rf_scratch(PARTIALS, count * sizeof(double));
+  Barrier barrier;
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    variant.pass(pass, partials, thread, team);
+    if (count) {
+      if (team > 1) barrier.wait(team);
+      variant.finish_pass(pass, partials, thread, team);
+    }
+  }
+}
 }

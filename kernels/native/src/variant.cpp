@@ -3,6 +3,7 @@
 
 #include "gemm.h"
 #include "grouped.h"
+#include "passes.h"
 #include "pool.h"
 #include "stem.h"
 #include "winograd.h"
@@ -127,6 +128,8 @@ static double multiply_adds(int64_t rounds) {
 #define RF_NAME_OF(variant) #variant
 #define RF_NAME(variant) RF_NAME_OF(variant)
 
-extern const Variant variant = {RF_NAME(RF_VARIANT), supports, products, packed_bytes, pack, multiply_adds, run};
+extern const Variant variant = {
+    RF_NAME(RF_VARIANT), supports, products, packed_bytes, pack, multiply_adds, run, pass, pass_partials, finish_pass,
+};
 
 }  // namespace RF_VARIANT
