@@ -82,5 +82,14 @@ int rf_same(const void* const* addresses, const int32_t* lengths, int count, con
 double rf_peak(int threads);
 // seconds: [count], the time each operation took, or null.
 void rf_run(const rf_op* ops, int count, void* const* buffers, int threads, double* seconds);
+
+// Training, float32. `scale` and `shift`, [c] each, are what x is read through, relu(x * scale + shift); null: nothing.
+int rf_wgrad_supports(const rf_shape* shape, int algorithm, int prologue);
+// The gradient of a convolution's weight, dw: [k, r, s, c / groups], from dy, the gradient of its output.
+void rf_wgrad(const rf_shape* shape, int algorithm, const float* dy, const float* x, const float* scale,
+              const float* shift, float* dw, int threads);
+// Mean, [c], and biased covariance, [c, c], of x at the output pixels of a 1x1 convolution without padding.
+void rf_gram(const rf_shape* shape, const float* x, const float* scale, const float* shift, float* mean,
+             float* covariance, int threads);
 }
 #pragma GCC visibility pop
