@@ -23,7 +23,7 @@ struct Gram {
   int64_t pixels, chunks, longest, lines, step, right_step;
 
   explicit Gram(const GramTask& task)
-      : task(task), pixels(int64_t(task.shape.n) * task.shape.p * task.shape.q), chunks(ceil_div(pixels, LONGEST)),
+      : task(task), pixels(int64_t(task.shape.n) * task.shape.p * task.shape.q), chunks(larger<int64_t>(1, ceil_div(pixels, LONGEST))),
         longest(ceil_div(pixels, chunks)), lines(ceil_div(task.shape.c, VL)), step(odd_lines(lines * VL)),
         right_step(odd_lines(longest * VL)) {}
 

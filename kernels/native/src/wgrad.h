@@ -30,7 +30,7 @@ struct WgradGemm {
   int64_t left_step, right_step;
 
   explicit WgradGemm(const WgradTask& task)
-      : task(task), pixels(int64_t(task.shape.n) * task.shape.p * task.shape.q), chunks(ceil_div(pixels, LONGEST)),
+      : task(task), pixels(int64_t(task.shape.n) * task.shape.p * task.shape.q), chunks(larger<int64_t>(1, ceil_div(pixels, LONGEST))),
         longest(ceil_div(pixels, chunks)), rows(task.shape.k / task.shape.groups), columns(patch_elements(task.shape)),
         lines(ceil_div(columns, VL)), left_step(odd_lines(task.shape.k)), right_step(odd_lines(longest * VL)) {}
 

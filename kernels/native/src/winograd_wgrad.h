@@ -80,7 +80,7 @@ template <class F> struct WgradWinograd {
 
   explicit WgradWinograd(const WgradTask& task)
       : task(task), tiles_high(ceil_div(task.shape.p, OUT)), tiles_wide(ceil_div(task.shape.q, OUT)),
-        tiles(task.shape.n * tiles_high * tiles_wide), chunks(ceil_div(tiles, LONGEST)),
+        tiles(task.shape.n * tiles_high * tiles_wide), chunks(larger<int64_t>(1, ceil_div(tiles, LONGEST))),
         longest(ceil_div(tiles, chunks)), left_step(odd_lines(task.shape.k)), left_point(odd_lines(longest * left_step)),
         lines(ceil_div(task.shape.c, VL)), right_step(odd_lines(longest * VL)), right_point(odd_lines(lines * right_step)),
         blocks(ceil_div(task.shape.k, BLOCK * MR)), panels(ceil_div(lines, NV)) {}
