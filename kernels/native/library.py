@@ -65,8 +65,16 @@ class Op(ctypes.Structure):
         ("x", Ref),
         ("residual", Ref),
         ("y", Ref),
+        ("x_scale", ctypes.c_void_p),
+        ("x_offset", ctypes.c_void_p),
+        *((name, _int) for name in ("y_h", "y_w", "step_h", "step_w")),
     ]
 
+
+ACTIVATING = ("gemm", "winograd2", "winograd4")
+"""Algorithms that read their input through a prologue."""
+SPREADING = ("gemm",)
+"""Algorithms that write every so many pixels of an image."""
 
 NOWHERE = Ref(-1, 0, 0)
 
@@ -80,7 +88,7 @@ class Pass(ctypes.Structure):
     """``rf_pass``."""
 
     _fields_ = [
-        *((name, _int) for name in "kind n h w c relu".split()),
+        *((name, _int) for name in ["kind", "n", "h", "w", "c", "relu"]),
         *((name, ctypes.c_void_p) for name in f"{_IMAGES} {_VECTORS} result".split()),
         ("sums", ctypes.c_void_p * MOST_SUMS),
     ]

@@ -70,6 +70,12 @@ struct rf_op {
   const void* packed;  // weights from rf_pack
   const float* shift;  // [k]; never null for a convolution
   rf_ref x, residual, y;
+  // Of convolutions by RF_GEMM, RF_WINOGRAD2 and RF_WINOGRAD4 in float32: x is read as relu(x * scale + offset), padding
+  // is zero after that. [c] each; null: x as it is.
+  const float *x_scale, *x_offset;
+  // Of convolutions by RF_GEMM without residual and ReLU: pixel (p, q) of the result is (p * step_h, q * step_w) of an
+  // image `y_h` high and `y_w` wide. 0: y is dense.
+  int32_t y_h, y_w, step_h, step_w;
 };
 
 int rf_abi(void);

@@ -98,7 +98,11 @@ template <class E> static void run_as(const rf_op& op, void* const* buffers, Tea
   Element* y = at(op.y);
   const rf_shape& s = op.shape;
   switch (op.kind) {
-    case RF_CONV: return convolve<E>(op, {s, x, (const float*)op.packed, op.shift, residual, y, 0}, team);
+    case RF_CONV: {
+      const Prologue prologue{op.x_scale, op.x_offset};
+      const Spread spread{op.y_h, op.y_w, op.step_h, op.step_w};
+      return convolve<E>(op, {s, x, (const float*)op.packed, op.shift, residual, y, 0, prologue, spread}, team);
+    }
     case RF_MAX_POOL: return pool<E>(s, x, y, false, team);
     case RF_AVG_POOL: return pool<E>(s, x, y, true, team);
     case RF_ADD: return add<E>(s, x, residual, y, team);
