@@ -10,7 +10,7 @@
 
 namespace RF_VARIANT {
 
-constexpr int64_t LONGEST_RUN = 32;   // pixels
+constexpr int64_t LONGEST_RUN = 64;   // pixels
 constexpr int64_t MOST_CHUNKS = 240;  // many numbers of threads divide it
 
 static inline int64_t pooled(int64_t size) { return (size - 1) / 2 + 1; }  // by a 3x3/2 pool with padding 1
@@ -36,79 +36,101 @@ template <class Use> static inline void each_chunk(const rf_pass& s, double* par
   for (int64_t i = mine.begin; i < mine.end; i++) use(share(units(s), i, count), partials + i * size);
 }
 
-// The sums of one chunk, of vectors that come pixel by pixel.
-class Sums {
+// each(pixel, group) for groups of consecutive pixels, whose number is a constant: what they add to a sum is added up in
+// registers first.
+template <int N> struct Group {
+  static constexpr int SIZE = N;
+};
+template <class Each> static inline void each_group(Range pixels, Each each) {
+  int64_t pixel = pixels.begin;
+  for (; pixel + 4 <= pixels.end; pixel += 4) each(pixel, Group<4>());
+  for (; pixel < pixels.end; pixel++) each(pixel, Group<1>());
+}
+
+// N sums for every channel of one chunk, made of vectors that come a group of pixels at a time.
+template <int N> class Sums {
  public:
-  Sums(int64_t number, int64_t channels, double* totals)
-      : number(number), channels(channels), padded(round_up(channels, VL)), totals(totals) {
-    run = scratch(ROWS, number * padded);
-    for (int64_t i = 0; i < number * padded; i++) run[i] = 0;
-    for (int64_t i = 0; i < number * channels; i++) totals[i] = 0;
+  Sums(int64_t channels, double* totals)
+      : channels(channels), padded(round_up(channels, VL)), run(scratch(ROWS, N * padded)), totals(totals) {
+    for (int64_t i = 0; i < N * padded; i++) run[i] = 0;
+    for (int64_t i = 0; i < N * channels; i++) totals[i] = 0;
   }
-  void add(int64_t which, int64_t c, vec v) {
-    float* sum = run + which * padded + c;
-    store(sum, load(sum) + v);
+  void add(int64_t c, const vec (&values)[N ? N : 1]) {
+    for (int i = 0; i < N; i++) store(run + i * padded + c, load(run + i * padded + c) + values[i]);
   }
-  void end_pixel() {
-    if (++length == LONGEST_RUN) end_run();
+  void end_group(int pixels) {
+    length += pixels;
+    if (length >= LONGEST_RUN) end_run();
   }
   void end_run() {
-    for (int64_t which = 0; which < number; which++) {
-      float* sum = run + which * padded;
-      double* total = totals + which * channels;
+    for (int i = 0; i < N; i++) {
+      float* sum = run + i * padded;
+      double* total = totals + i * channels;
       for (int64_t c = 0; c < channels; c++) total[c] += double(sum[c]), sum[c] = 0;
     }
     length = 0;
   }
 
  private:
-  int64_t number, channels, padded, length = 0;
+  int64_t channels, padded, length = 0;
   float* run;
   double* totals;
 };
 
 // --- mean and variance -----------------------------------------------------------------------------------------------
 
-// The sum of some values, and the sum of their squared distances from their mean.
+// The sum of n values, and the sum of their squared distances from their mean.
 struct Moments {
   double sum, squares;
 };
 
-// Of `n` values and `m` others together (Chan, Golub and LeVeque 1983).
+// Of n values and m others together (Chan, Golub and LeVeque 1983).
 static inline Moments together(Moments a, double n, Moments b, double m) {
-  const double apart = b.sum / m - a.sum / n;
+  const double apart = b.sum * (1 / m) - a.sum * (1 / n);
   return {a.sum + b.sum, a.squares + b.squares + apart * apart * (n * m / (n + m))};
 }
 
-// Distances are taken from the run's own mean, so nothing cancels where a mean is far larger than the deviation. A run
-// stays in the cache for that second look at it.
+// Sums of y - shift and of its square over a run of pixels.
+static inline void add_run(const rf_pass& s, Range run, const float* shift, float* first, float* second) {
+  each_group(run, [&](int64_t pixel, auto group) {
+    each_vector(s.c, [&](int64_t c, int count) {
+      const vec from = load(shift + c);
+      vec one = load(first + c), two = load(second + c);
+      for (int j = 0; j < group.SIZE; j++) {
+        const vec apart = load_some<Float32>(s.x + (pixel + j) * s.c + c, count) - from;
+        one += apart, two += apart * apart;
+      }
+      store(first + c, one), store(second + c, two);
+    });
+  });
+}
+
+// Distances are taken from the mean of the chunk's pixels so far (for the first run, from its own, by a look ahead): however
+// far that is off, so far apart are the values themselves, and nothing cancels that matters.
 static void statistics(const rf_pass s, double* partials, Team team) {
-  constexpr int64_t CACHED = 64 << 10;  // bytes
   const int64_t channels = s.c, padded = round_up(channels, VL);
-  const int64_t longest = larger<int64_t>(4, smaller<int64_t>(LONGEST_RUN, CACHED / 4 / channels));
-  float *mean = scratch(ROWS, 3 * padded), *first = mean + padded, *second = first + padded;
+  float *shift = scratch(ROWS, 3 * padded), *first = shift + padded, *second = first + padded;
   each_chunk(s, partials, team, [&](Range chunk, double* partial) {
+    double *sum = partial, *squares = partial + channels;
+    for (int64_t i = 0; i < padded; i++) shift[i] = 0;
+    // An infinite mean would turn later sums to NaN.
+    auto move_shift = [&](int64_t c, float mean) { shift[c] = mean - mean == 0 ? mean : shift[c]; };
     for (int64_t begin = chunk.begin, end; begin < chunk.end; begin = end) {
-      end = smaller(chunk.end, begin + longest);
-      for (int64_t i = 0; i < 3 * padded; i++) mean[i] = 0;
-      for (int64_t pixel = begin; pixel < end; pixel++)
-        each_vector(channels, [&](int64_t c, int count) {
-          store(mean + c, load(mean + c) + load_some<Float32>(s.x + pixel * channels + c, count));
-        });
-      for (int64_t c = 0; c < channels; c++) mean[c] /= float(end - begin);
-      for (int64_t pixel = begin; pixel < end; pixel++)
-        each_vector(channels, [&](int64_t c, int count) {
-          const vec apart = load_some<Float32>(s.x + pixel * channels + c, count) - load(mean + c);
-          store(first + c, load(first + c) + apart);
-          store(second + c, load(second + c) + apart * apart);
-        });
+      end = smaller(chunk.end, begin + LONGEST_RUN);
       const double n = double(begin - chunk.begin), m = double(end - begin);
+      for (int64_t i = 0; i < 2 * padded; i++) first[i] = 0;
+      if (n == 0) {
+        add_run(s, {begin, end}, shift, first, second);
+        for (int64_t c = 0; c < channels; c++) move_shift(c, first[c] * float(1 / m));
+        for (int64_t i = 0; i < 2 * padded; i++) first[i] = 0;
+      }
+      add_run(s, {begin, end}, shift, first, second);
       for (int64_t c = 0; c < channels; c++) {
-        // What rounding the mean left over. It is NaN, and the mean right, where the mean is infinite.
-        const double left = first[c] == first[c] ? double(first[c]) : 0;
-        const Moments run = {mean[c] * m + left, second[c] - left * left / m};
-        const Moments all = n ? together({partial[c], partial[channels + c]}, n, run, m) : run;
-        partial[c] = all.sum, partial[channels + c] = all.squares;
+        const double apart = first[c];
+        const Moments run = {shift[c] * m + apart, second[c] - apart * apart * (1 / m)};
+        const Moments all = n == 0 ? run : together({sum[c], squares[c]}, n, run, m);
+        sum[c] = all.sum, squares[c] = all.squares;
+        move_shift(c, float(all.sum * (1 / (n + m))));
       }
     }
   });
