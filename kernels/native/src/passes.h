@@ -62,25 +62,23 @@ template <int N> static void gate(const rf_pass s, double* partials, Team team) 
   const int64_t channels = s.c;
   each_chunk(s, partials, team, [&](Range chunk, double* partial) {
     Sums<N> total(channels, partial);
-    each_group(chunk, [&](int64_t pixel, auto group) {
+    for (int64_t pixel = chunk.begin; pixel < chunk.end; pixel++) {
       each_vector(channels, [&](int64_t c, int count) {
-        vec values[N ? N : 1] = {};
-        for (int j = 0; j < group.SIZE; j++) {
-          const int64_t i = (pixel + j) * channels + c;
-          vec g = load_some<Float32>(s.x + i, count);
-          if (s.residual) g += load_some<Float32>(s.residual + i, count);
-          if (s.gate) {
-            vec a = load_some<Float32>(s.gate + i, count);
-            if (s.scale) a = affine(a, s.scale, s.shift, c, count);
-            g = a <= vec{} ? vec{} : g;  // NaN lets through
-          }
-          if (s.result) store_some<Float32>(s.result + i, g, count);
-          add_products<N>(s, g, i, c, count, values);
+        const int64_t i = pixel * channels + c;
+        vec g = load_some<Float32>(s.x + i, count);
+        if (s.residual) g += load_some<Float32>(s.residual + i, count);
+        if (s.gate) {
+          vec a = load_some<Float32>(s.gate + i, count);
+          if (s.scale) a = affine(a, s.scale, s.shift, c, count);
+          g = a <= vec{} ? vec{} : g;  // NaN lets through
         }
+        if (s.result) store_some<Float32>(s.result + i, g, count);
+        vec values[N ? N : 1] = {};
+        add_products<N>(s, g, i, c, count, values);
         total.add(c, values);
       });
-      total.end_group(group.SIZE);
-    });
+      total.end_pixels(1);
+    }
     total.end_run();
   });
 }
@@ -170,7 +168,7 @@ template <int N> static void tail_pool_backward(const rf_pass s, double* partial
           if (two_rows && two_columns) put((s.w + 1) * channels, won(0, 8) + won(1, 6) + won(2, 2) + won(3, 0));
           total.add(c, values);
         });
-        total.end_group(4);
+        total.end_pixels(4);
       }
     }
     total.end_run();

@@ -11,7 +11,7 @@
 namespace RF_VARIANT {
 
 constexpr int64_t LONGEST_RUN = 64;   // pixels
-constexpr int64_t MOST_CHUNKS = 240;  // many numbers of threads divide it
+constexpr int64_t MOST_CHUNKS = 60;  // many numbers of threads divide it
 
 static inline int64_t pooled(int64_t size) { return (size - 1) / 2 + 1; }  // by a 3x3/2 pool with padding 1
 static inline int64_t pixels(const rf_pass& s) { return int64_t(s.n) * s.h * s.w; }
@@ -36,18 +36,7 @@ template <class Use> static inline void each_chunk(const rf_pass& s, double* par
   for (int64_t i = mine.begin; i < mine.end; i++) use(share(units(s), i, count), partials + i * size);
 }
 
-// each(pixel, group) for groups of consecutive pixels, whose number is a constant: what they add to a sum is added up in
-// registers first.
-template <int N> struct Group {
-  static constexpr int SIZE = N;
-};
-template <class Each> static inline void each_group(Range pixels, Each each) {
-  int64_t pixel = pixels.begin;
-  for (; pixel + 4 <= pixels.end; pixel += 4) each(pixel, Group<4>());
-  for (; pixel < pixels.end; pixel++) each(pixel, Group<1>());
-}
-
-// N sums for every channel of one chunk, made of vectors that come a group of pixels at a time.
+// N sums for every channel of one chunk, made of vectors that come pixel by pixel.
 template <int N> class Sums {
  public:
   Sums(int64_t channels, double* totals)
@@ -58,20 +47,20 @@ template <int N> class Sums {
   void add(int64_t c, const vec (&values)[N ? N : 1]) {
     for (int i = 0; i < N; i++) store(run + i * padded + c, load(run + i * padded + c) + values[i]);
   }
-  void end_group(int pixels) {
-    length += pixels;
+  void end_pixels(int64_t number) {
+    length += number;
     if (length >= LONGEST_RUN) end_run();
   }
   void end_run() {
-    for (int i = 0; i < N; i++) {
-      float* sum = run + i * padded;
-      double* total = totals + i * channels;
-      for (int64_t c = 0; c < channels; c++) total[c] += double(sum[c]), sum[c] = 0;
-    }
+    for (int i = 0; i < N; i++) widen(run + i * padded, totals + i * channels);
     length = 0;
   }
 
  private:
+  void widen(float* __restrict sum, double* __restrict total) {
+    for (int64_t c = 0; c < channels; c++) total[c] += double(sum[c]), sum[c] = 0;
+  }
+
   int64_t channels, padded, length = 0;
   float* run;
   double* totals;
@@ -84,54 +73,59 @@ struct Moments {
   double sum, squares;
 };
 
-// Of n values and m others together (Chan, Golub and LeVeque 1983).
+// Of n values, maybe none, and m others together (Chan, Golub and LeVeque 1983).
 static inline Moments together(Moments a, double n, Moments b, double m) {
-  const double apart = b.sum * (1 / m) - a.sum * (1 / n);
+  const double apart = b.sum * (1 / m) - a.sum * (1 / larger(n, 1.0));
   return {a.sum + b.sum, a.squares + b.squares + apart * apart * (n * m / (n + m))};
 }
 
-// Sums of y - shift and of its square over a run of pixels.
-static inline void add_run(const rf_pass& s, Range run, const float* shift, float* first, float* second) {
-  each_group(run, [&](int64_t pixel, auto group) {
-    each_vector(s.c, [&](int64_t c, int count) {
-      const vec from = load(shift + c);
-      vec one = load(first + c), two = load(second + c);
-      for (int j = 0; j < group.SIZE; j++) {
-        const vec apart = load_some<Float32>(s.x + (pixel + j) * s.c + c, count) - from;
-        one += apart, two += apart * apart;
-      }
-      store(first + c, one), store(second + c, two);
-    });
-  });
+// A run of pixels: sums of the values' distances from `shift`, and of their squares.
+struct Run {
+  float *shift, *first, *second;  // [channels]
+
+  void sum(const rf_pass& s, int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < s.c; c++) first[c] = second[c] = 0;
+    for (int64_t pixel = begin; pixel < end; pixel++)
+      each_vector(s.c, [&](int64_t c, int count) {
+        const vec apart = load_some<Float32>(s.x + pixel * s.c + c, count) - load(shift + c);
+        store(first + c, load(first + c) + apart);
+        store(second + c, load(second + c) + apart * apart);
+      });
+  }
+};
+
+// An infinite mean would make later sums NaN.
+static inline float finite_or(float value, float other) { return value - value == 0 ? value : other; }
+
+// Adds a run of m pixels to n before it, and moves its shift to the mean of all.
+static void add_run(Run run, double m, double n, int64_t channels, double* __restrict sum, double* __restrict squares) {
+  float *__restrict shift = run.shift, *__restrict first = run.first, *__restrict second = run.second;
+  for (int64_t c = 0; c < channels; c++) {
+    const double apart = first[c];
+    const Moments added = {shift[c] * m + apart, second[c] - apart * apart * (1 / m)};
+    const Moments all = together({sum[c], squares[c]}, n, added, m);
+    sum[c] = all.sum, squares[c] = all.squares;
+    shift[c] = finite_or(float(all.sum * (1 / (n + m))), shift[c]);
+  }
 }
 
-// Distances are taken from the mean of the chunk's pixels so far (for the first run, from its own, by a look ahead): however
-// far that is off, so far apart are the values themselves, and nothing cancels that matters.
+// Distances are taken from the mean of the chunk's pixels so far, in the first run from that of its first few. However far
+// that is off, about as far apart are the values themselves, so what cancels is small beside what stays.
 static void statistics(const rf_pass s, double* partials, Team team) {
+  constexpr int64_t FEW = 8;
   const int64_t channels = s.c, padded = round_up(channels, VL);
-  float *shift = scratch(ROWS, 3 * padded), *first = shift + padded, *second = first + padded;
+  float* memory = scratch(ROWS, 3 * padded);
+  Run run = {memory, memory + padded, memory + 2 * padded};
   each_chunk(s, partials, team, [&](Range chunk, double* partial) {
-    double *sum = partial, *squares = partial + channels;
-    for (int64_t i = 0; i < padded; i++) shift[i] = 0;
-    // An infinite mean would turn later sums to NaN.
-    auto move_shift = [&](int64_t c, float mean) { shift[c] = mean - mean == 0 ? mean : shift[c]; };
+    for (int64_t i = 0; i < 3 * padded; i++) memory[i] = 0;
+    for (int64_t i = 0; i < 2 * channels; i++) partial[i] = 0;
+    const int64_t few = smaller(chunk.end, chunk.begin + FEW);
+    run.sum(s, chunk.begin, few);
+    for (int64_t c = 0; c < channels; c++) run.shift[c] = finite_or(run.first[c] / float(few - chunk.begin), 0);
     for (int64_t begin = chunk.begin, end; begin < chunk.end; begin = end) {
       end = smaller(chunk.end, begin + LONGEST_RUN);
-      const double n = double(begin - chunk.begin), m = double(end - begin);
-      for (int64_t i = 0; i < 2 * padded; i++) first[i] = 0;
-      if (n == 0) {
-        add_run(s, {begin, end}, shift, first, second);
-        for (int64_t c = 0; c < channels; c++) move_shift(c, first[c] * float(1 / m));
-        for (int64_t i = 0; i < 2 * padded; i++) first[i] = 0;
-      }
-      add_run(s, {begin, end}, shift, first, second);
-      for (int64_t c = 0; c < channels; c++) {
-        const double apart = first[c];
-        const Moments run = {shift[c] * m + apart, second[c] - apart * apart * (1 / m)};
-        const Moments all = n == 0 ? run : together({sum[c], squares[c]}, n, run, m);
-        sum[c] = all.sum, squares[c] = all.squares;
-        move_shift(c, float(all.sum * (1 / (n + m))));
-      }
+      run.sum(s, begin, end);
+      add_run(run, double(end - begin), double(begin - chunk.begin), channels, partial, partial + channels);
     }
   });
 }
