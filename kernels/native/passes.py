@@ -5,6 +5,7 @@ Images are read in ``torch.channels_last`` (others are copied), and a fixed orde
 bits at every call and for every number of threads.
 """
 
+from collections.abc import Sequence
 from ctypes import c_void_p
 from typing import Optional
 
@@ -52,7 +53,7 @@ def tail(
 ) -> Tensor:
     """See ``reference_training.tail``."""
     y, residual = _nhwc(y), None if residual is None else _nhwc(residual)
-    result = torch.empty_like(y)
+    result = _image(*y.shape)
     scale, shift = affine
     own_scale, own_shift = residual_affine or (None, None)
     operands = {"scale": scale, "shift": shift, "residual_scale": own_scale, "residual_shift": own_shift}
@@ -64,8 +65,7 @@ def tail_pool(y: Tensor, affine: Affine) -> Tensor:
     """See ``reference_training.tail_pool``."""
     y = _nhwc(y)
     n, c, h, w = y.shape
-    size = (n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
-    result = torch.empty(size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    result = _image(n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
     _run(library.TAIL_POOL, y, x=y, result=result, scale=affine.scale, shift=affine.shift)
     return result
 
@@ -101,7 +101,7 @@ def tail_backward(
 ) -> tuple[Gradient, Optional[Tensor]]:
     """See ``reference_training.tail_backward``. Without ``out``, ``g`` is ``grad`` itself."""
     grad = _nhwc(grad)
-    result = grad if out is None else torch.empty_like(grad)
+    result = grad if out is None else _image(*grad.shape)
     # Products are with y and then the residual; where only the residual has one, it takes the first place.
     factors = [(_nhwc(raw), of) for raw, of in ((y, mean), (residual, residual_mean)) if raw is not None]
     (first, first_mean), (second, second_mean) = (*factors, (None, None), (None, None))[:2]
@@ -116,7 +116,7 @@ def tail_backward(
 def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[Tensor]) -> Gradient:
     """See ``reference_training.tail_pool_backward``. Where the maximum is is found again, not stored."""
     grad, y = _nhwc(grad), _nhwc(y)
-    g = torch.empty_like(y)
+    g = _image(*y.shape)
     sums = _sums(y, 1 if mean is None else 2)
     operands = {"scale": affine.scale, "shift": affine.shift, "mean": mean}
     _run(library.TAIL_POOL_BACKWARD, y, sums=sums, x=grad, y=y, result=g, **operands)
@@ -137,11 +137,17 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _image(*size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
 def _sums(image: Tensor, count: int) -> list[Tensor]:
     return [torch.empty(image.shape[1], dtype=torch.float32, device="cpu") for _ in range(count)]
 
 
-def _run(kind: int, image: Tensor, relu: bool = False, sums: "list[Tensor]" = [], **operands: Optional[Tensor]) -> None:
+def _run(
+    kind: int, image: Tensor, relu: bool = False, sums: Sequence[Tensor] = (), **operands: Optional[Tensor]
+) -> None:
     """``image`` gives the sizes; operands by their names in ``rf_pass``. Vectors must be float32 and contiguous."""
     n, c, h, w = image.shape
     pointers = {name: operand.data_ptr() for name, operand in operands.items() if operand is not None}

@@ -109,19 +109,18 @@ static void add_run(Run run, double m, double n, int64_t channels, double* __res
   }
 }
 
-// Distances are taken from the mean of the chunk's pixels so far, in the first run from that of its first few. However far
-// that is off, about as far apart are the values themselves, so what cancels is small beside what stays.
+// Distances are taken from the mean of the chunk's pixels so far; in the first run from its own mean, for which it is read
+// twice. However far that is off, about as far apart are the values themselves: what cancels is small beside what stays.
 static void statistics(const rf_pass s, double* partials, Team team) {
-  constexpr int64_t FEW = 8;
   const int64_t channels = s.c, padded = round_up(channels, VL);
   float* memory = scratch(ROWS, 3 * padded);
   Run run = {memory, memory + padded, memory + 2 * padded};
   each_chunk(s, partials, team, [&](Range chunk, double* partial) {
     for (int64_t i = 0; i < 3 * padded; i++) memory[i] = 0;
     for (int64_t i = 0; i < 2 * channels; i++) partial[i] = 0;
-    const int64_t few = smaller(chunk.end, chunk.begin + FEW);
-    run.sum(s, chunk.begin, few);
-    for (int64_t c = 0; c < channels; c++) run.shift[c] = finite_or(run.first[c] / float(few - chunk.begin), 0);
+    const int64_t first_end = smaller(chunk.end, chunk.begin + LONGEST_RUN);
+    run.sum(s, chunk.begin, first_end);
+    for (int64_t c = 0; c < channels; c++) run.shift[c] = finite_or(run.first[c] / float(first_end - chunk.begin), 0);
     for (int64_t begin = chunk.begin, end; begin < chunk.end; begin = end) {
       end = smaller(chunk.end, begin + LONGEST_RUN);
       run.sum(s, begin, end);
