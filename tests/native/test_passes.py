@@ -109,7 +109,7 @@ def _check_close(actual: Tensor, exact: Tensor, allowed) -> None:
     finite = exact.isfinite()
     torch.testing.assert_close(actual[~finite].double(), exact[~finite], equal_nan=True)
     wrong = ~((actual - exact).abs() <= allowed)[finite]
-    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} values are off by up to {(actual - exact).abs().max()}"
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} are off by up to {(actual - exact).abs().max()}"
 
 
 def _check_gradient(actual: Gradient, args: tuple, definition, *factors: tuple[Tensor, Tensor]) -> None:
@@ -278,14 +278,15 @@ def test_nan_and_inf(value, variant):
     check([passes.tail(*forward)], lambda *args: [reference.tail(*args)], *forward)
     check([passes.tail_pool(y, affine)], lambda *args: [reference.tail_pool(*args)], y, affine)
     check(passes.statistics(y), _statistics, y)
-    check(passes.gate(data.grad.clone(), y, Gate(affine, mean), data.residual), _gate, data.grad, y, Gate(affine, mean),
-          data.residual)  # fmt: skip
+    through = (y, Gate(affine, mean), data.residual)
+    check(passes.gate(data.grad.clone(), *through), _gate, data.grad, *through)
     backward = (data.grad, data.out, y, mean, None, None)
     check(passes.tail_backward(*backward)[0], _first, *backward)
     pool = (data.pooled_grad, y, affine, mean)
     check(passes.tail_pool_backward(*pool), reference.tail_pool_backward, *pool)
     norm = (y, mean, affine.scale, data.slope, affine.shift)
-    check([passes.bn_backward(data.grad.clone(), *norm)], lambda *args: [reference.bn_backward(*args)], data.grad, *norm)
+    normed = passes.bn_backward(data.grad.clone(), *norm)
+    check([normed], lambda *args: [reference.bn_backward(*args)], data.grad, *norm)
 
 
 # --- what holds for all -----------------------------------------------------------------------------------------------
@@ -293,9 +294,7 @@ def test_nan_and_inf(value, variant):
 
 def _everything(data: Data) -> list[Tensor]:
     """Every result that there is."""
-    gradient, product = passes.tail_backward(
-        data.grad, data.out, data.y, data.mean, data.residual, data.residual_mean
-    )
+    gradient, product = passes.tail_backward(data.grad, data.out, data.y, data.mean, data.residual, data.residual_mean)
     return [
         passes.tail(data.y, data.affine, data.residual, data.residual_affine, True),
         passes.tail_pool(data.y, data.affine),
