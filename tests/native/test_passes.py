@@ -1,7 +1,6 @@
 """Training's passes over whole images on every instruction set, against their definition in float64."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -11,89 +10,14 @@ from resnet_fast.kernels import reference_training as reference
 from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.native import passes
 from resnet_fast.kernels.reference_training import Affine, Gate, Gradient
-from tests.native.harness import Poisoned, placed
+from tests.native.harness import Poisoned
+from tests.native.pass_cases import SHAPES, Data, Memory, each, everything, make
 
 EPS = torch.finfo(torch.float32).eps
 
-SHAPES = {
-    "round": (2, 64, 8, 8),
-    "odd sizes": (3, 20, 9, 11),
-    "even and odd": (1, 48, 6, 7),
-    "1 channel": (2, 1, 11, 10),
-    "17 channels, one pixel": (1, 17, 1, 1),
-    "one row": (2, 33, 1, 19),
-    "one column": (1, 16, 18, 1),
-    "two by three": (1, 3, 2, 3),
-    "three images of one pixel": (3, 40, 1, 1),
-    "2049 channels": (1, 2049, 5, 3),
-    "several runs": (2, 37, 21, 25),
-    "every chunk": (3, 9, 50, 53),
-}
-
-
-class Data(NamedTuple):
-    """Operands of one shape. ``y``, ``scale`` and ``shift`` are short binary fractions: ``y * scale + shift`` is exact,
-    often 0 or equal to its neighbour, and no rounding decides what a ReLU or a maximum lets through."""
-
-    y: Tensor
-    residual: Tensor
-    out: Tensor
-    grad: Tensor
-    pooled_grad: Tensor
-    affine: Affine
-    residual_affine: Affine
-    mean: Tensor
-    residual_mean: Tensor
-    slope: Tensor
-
-
-def _data(name: str) -> Data:
-    n, c, h, w = SHAPES[name]
-    torch.manual_seed(0)
-    y = torch.randint(-32, 33, (n, c, h, w)) / 8
-    affine = Affine(torch.tensor([-0.5, 0.5, 1, 2])[torch.randint(4, (c,))], torch.randint(-8, 9, (c,)) / 4)
-    pooled_grad = torch.randn(n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
-    residual, grad, vectors = torch.randn(n, c, h, w), torch.randn(n, c, h, w), torch.randn(5, c)
-    out = torch.randn(n, c, h, w).relu()
-    return Data(y, residual, out, grad, pooled_grad, affine, Affine(*vectors[:2]), *vectors[2:])
-
-
-class Memory(Poisoned):
-    """Copies of tensors between poisoned borders, in the kernels' layout; results go there too."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, misaligned: bool = False) -> None:
-        super().__init__(misaligned)
-        self._copies: list[tuple[Tensor, Tensor]] = []
-        monkeypatch.setattr(passes, "_image", lambda *size: self.copy(torch.full(size, torch.nan)))
-
-    def copy(self, operand):
-        """Of a tensor, or of every tensor of a tuple."""
-        return _each(self._copy, operand)
-
-    def _copy(self, tensor: Tensor) -> Tensor:
-        there = placed(tensor, self)
-        there = there.permute(0, 3, 1, 2) if tensor.dim() == 4 else there
-        self._copies.append((there, tensor))
-        return there
-
-    def unchanged(self, *operands) -> None:
-        """Nothing was written beside a result, nor to these."""
-        self.check()
-        for operand in operands:
-            for there, before in self._copies:
-                if there is operand:
-                    assert torch.equal(there, before), "an operand was written"
-
-
-def _each(function: Callable[[Tensor], Tensor], operand: Any) -> Any:
-    """``function`` of a tensor, or of every tensor of a tuple, which may be a named one."""
-    if isinstance(operand, tuple):
-        return getattr(operand, "_make", tuple)(_each(function, part) for part in operand)
-    return function(operand) if isinstance(operand, Tensor) else operand
-
 
 def _exact(operand: Any) -> Any:
-    return _each(Tensor.double, operand)
+    return each(Tensor.double, operand)
 
 
 def _check(actual: Tensor, args: tuple, definition, size) -> None:
@@ -130,7 +54,10 @@ def _channels(vector: Tensor) -> Tensor:
 
 @pytest.fixture(params=[False, True], ids=["aligned", "misaligned"])
 def memory(request, monkeypatch):
-    return Memory(monkeypatch, request.param)
+    memory = Memory(Poisoned(request.param))
+    monkeypatch.setattr(passes, "_image", memory.image)
+    yield memory
+    memory.place.check()
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -138,7 +65,7 @@ def memory(request, monkeypatch):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_tail(name, memory, variant):
-    data = memory.copy(_data(name))
+    data = memory.copy(make(name))
     y, residual, (own_scale, own_shift) = data.y, data.residual, map(_channels, data.residual_affine)
     size = (y * _channels(data.affine.scale)).abs() + _channels(data.affine.shift).abs()
     for added, own in ((None, None), (residual, None), (residual, data.residual_affine)):
@@ -153,7 +80,7 @@ def test_tail(name, memory, variant):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_tail_pool(name, memory, variant):
-    data = memory.copy(_data(name))
+    data = memory.copy(make(name))
     assert torch.equal(passes.tail_pool(data.y, data.affine), reference.tail_pool(data.y, data.affine))
     memory.unchanged(data.y)
 
@@ -166,7 +93,7 @@ def _statistics(y: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("offset", [0, 1, -100, 3000])
 @pytest.mark.parametrize("name", SHAPES)
 def test_statistics(name, offset, memory, variant):
-    y = memory.copy(_data(name).residual + offset)
+    y = memory.copy(make(name).residual + offset)
     mean, variance = passes.statistics(y)
     exact = _statistics(y.double())
     _check(mean, (y,), lambda y: _statistics(y)[0], y.abs().amax((0, 2, 3)))
@@ -191,7 +118,7 @@ def test_statistics_of_an_odd_start(outliers, variant):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_gate(name, memory, variant):
-    data = _data(name)
+    data = make(name)
     for gate in (None, Gate(), Gate(data.affine), Gate(data.affine, data.mean)):
         for residual in (None, data.residual):
             dx, x, added = memory.copy((data.grad, data.y, residual))
@@ -209,7 +136,7 @@ def _gate(dx, x, gate, residual):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_tail_backward(name, memory, variant):
-    data = memory.copy(_data(name))
+    data = memory.copy(make(name))
     y, residual = (data.y, data.mean), (data.residual, data.residual_mean)
     none = (None, None)
     for out in (None, data.out):
@@ -232,7 +159,7 @@ def _first(*args):
 @pytest.mark.parametrize("name", SHAPES)
 def test_tail_pool_backward(name, memory, variant):
     """The first of equal values gets the gradient: most windows here have some."""
-    data = memory.copy(_data(name))
+    data = memory.copy(make(name))
     for mean in (None, data.mean):
         args = (data.pooled_grad, data.y, data.affine, mean)
         actual = passes.tail_pool_backward(*args)
@@ -246,7 +173,7 @@ def test_tail_pool_backward(name, memory, variant):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_bn_backward(name, memory, variant):
-    data = _data(name)
+    data = make(name)
     copies = memory.copy(data)
     vectors = (data.mean, data.affine.scale, data.slope, data.affine.shift)
     args = (data.grad, data.y, *vectors)
@@ -264,7 +191,7 @@ def test_bn_backward(name, memory, variant):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_nan_and_inf(value, variant):
     """They come out where they come out of the definition: of the ReLU as NaN, of the maximum as the last one."""
-    data = _data("several runs")
+    data = make("several runs")
     for image in (data.y, data.residual, data.out, data.grad, data.pooled_grad):
         image[0, 3, 2:4, 4], image[1, 36, 0, 0], image[1, 7, -1, -1] = value, value, value
     y, affine, mean = data.y, data.affine, data.mean
@@ -292,37 +219,35 @@ def test_nan_and_inf(value, variant):
 # --- what holds for all -----------------------------------------------------------------------------------------------
 
 
-def _everything(data: Data) -> list[Tensor]:
-    """Every result that there is."""
-    gradient, product = passes.tail_backward(data.grad, data.out, data.y, data.mean, data.residual, data.residual_mean)
-    return [
-        passes.tail(data.y, data.affine, data.residual, data.residual_affine, True),
-        passes.tail_pool(data.y, data.affine),
-        *passes.statistics(data.residual),
-        *passes.gate(data.grad.clone(), data.y, Gate(data.affine, data.mean), data.residual),
-        *gradient,
-        product,
-        *passes.tail_pool_backward(data.pooled_grad, data.y, data.affine, data.mean),
-        passes.bn_backward(data.grad.clone(), data.y, data.mean, data.affine.scale, data.slope, data.affine.shift),
-    ]
-
-
 @pytest.mark.parametrize("name", ["odd sizes", "several runs", "every chunk"])
 def test_the_same_bits_whatever_the_threads(name, variant):
     """And at every call."""
-    data = _data(name)
-    first = _everything(data)
+    data = make(name)
+    first = everything(data)
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        for before, after in zip(first, _everything(data)):
+        for before, after in zip(first, everything(data)):
             assert torch.equal(before, after)
+
+
+def test_large_results(variant):
+    """Written past the caches where they are aligned, as they are not if channels do not fill a vector."""
+    torch.manual_seed(0)
+    for c, h, w in ((64, 270, 256), (63, 270, 256)):
+        y, grad = torch.randint(-8, 9, (1, c, h, w)).float(), torch.randint(-8, 9, (1, c, h, w)).float()
+        affine, mean = Affine(torch.ones(c), torch.full((c,), -2.0)), torch.zeros(c)
+        out = passes.activate(y, affine)
+        assert torch.equal(out, reference.activate(y, affine))
+        assert torch.equal(passes.tail_backward(grad, out, y, mean, None, None)[0].g, grad * (out > 0))
+        args = (grad[:, :, : h // 2, : w // 2], y, affine, mean)
+        assert torch.equal(passes.tail_pool_backward(*args).g, reference.tail_pool_backward(*args).g)
 
 
 def test_layouts(variant):
     """The same from NCHW images, from parts of larger ones, and from gradients that are one number expanded."""
-    data = _data("odd sizes")
+    data = make("odd sizes")
     larger = Data(*(torch.stack([t, t], -1)[..., 0] if isinstance(t, Tensor) and t.dim() == 4 else t for t in data))
-    for before, after in zip(_everything(data), _everything(larger)):
+    for before, after in zip(everything(data), everything(larger)):
         assert torch.equal(before, after)
     one = torch.ones(()).expand(data.y.shape)
     args = (one, data.out, data.y, data.mean, None, None)
