@@ -61,7 +61,7 @@ def each(function: Callable[[Tensor], Tensor], operand: Any) -> Any:
 
 
 class Memory:
-    """Copies of tensors where ``place`` puts them, in the kernels' layout; ``image`` is to replace ``passes._image``."""
+    """Copies of tensors where ``place`` puts them, NHWC if images; ``image`` is to replace ``passes._image``."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -89,14 +89,18 @@ class Memory:
 
 def everything(data: Data) -> list[Tensor]:
     """Every result that there is."""
+
+    def grad() -> Tensor:  # to be overwritten
+        return passes._image(*data.grad.shape).copy_(data.grad)
+
     gradient, product = passes.tail_backward(data.grad, data.out, data.y, data.mean, data.residual, data.residual_mean)
     return [
         passes.tail(data.y, data.affine, data.residual, data.residual_affine, True),
         passes.tail_pool(data.y, data.affine),
         *passes.statistics(data.residual),
-        *passes.gate(data.grad.clone(), data.y, Gate(data.affine, data.mean), data.residual),
+        *passes.gate(grad(), data.y, Gate(data.affine, data.mean), data.residual),
         *gradient,
         product,
         *passes.tail_pool_backward(data.pooled_grad, data.y, data.affine, data.mean),
-        passes.bn_backward(data.grad.clone(), data.y, data.mean, data.affine.scale, data.slope, data.affine.shift),
+        passes.bn_backward(grad(), data.y, data.mean, data.affine.scale, data.slope, data.affine.shift),
     ]

@@ -10,7 +10,7 @@
 
 namespace RF_VARIANT {
 
-constexpr int64_t LONGEST_RUN = 64;   // pixels
+constexpr int64_t LONGEST_RUN = 64;  // pixels
 constexpr int64_t MOST_CHUNKS = 60;  // many numbers of threads divide it
 
 static inline int64_t pooled(int64_t size) { return (size - 1) / 2 + 1; }  // by a 3x3/2 pool with padding 1
