@@ -80,16 +80,16 @@ NOWHERE = Ref(-1, 0, 0)
 
 TAIL, TAIL_POOL, STATISTICS, GATE, TAIL_POOL_BACKWARD, BN_BACKWARD = range(6)
 MOST_SUMS = 3
-_IMAGES = "x residual gate y residual_y"
-_VECTORS = "scale shift residual_scale residual_shift mean residual_mean slope"
+_PASS_SIZES = "kind n h w c relu"
+_OPERANDS = "x residual gate y residual_y scale shift residual_scale residual_shift mean residual_mean slope result"
 
 
 class Pass(ctypes.Structure):
     """``rf_pass``."""
 
     _fields_ = [
-        *((name, _int) for name in ["kind", "n", "h", "w", "c", "relu"]),
-        *((name, ctypes.c_void_p) for name in f"{_IMAGES} {_VECTORS} result".split()),
+        *((name, _int) for name in _PASS_SIZES.split()),
+        *((name, ctypes.c_void_p) for name in _OPERANDS.split()),
         ("sums", ctypes.c_void_p * MOST_SUMS),
     ]
 
