@@ -94,7 +94,6 @@ def conv_kernel(
     first_column = (tile % COLUMN_TILES) * BN
     x_ptr += group * C
     w_ptr += group * (K * R * S * BLOCKS * BK)
-    y_ptr += group * K
     if PROLOGUE:
         prologue_scale_ptr += group * C
         prologue_shift_ptr += group * C
@@ -104,6 +103,7 @@ def conv_kernel(
         scale_ptr += group * K
         shift_ptr += group * K
         residual_ptr += group * K
+    y_ptr += group * K
 
     rows = first_row + tl.arange(0, BM)
     columns = first_column + tl.arange(0, BN)

@@ -15,7 +15,6 @@ from resnet_fast.kernels.reference_training import Affine, Geometry, Pair
 from resnet_fast.kernels.triton import launch, tiles
 from resnet_fast.kernels.triton.gram import covariance_kernel, gram_kernel
 from resnet_fast.kernels.triton.launch import Plan
-from resnet_fast.kernels.triton.pool import max_pool_kernel
 from resnet_fast.kernels.triton.statistics import combine_kernel
 from resnet_fast.kernels.triton.tail import tail_kernel
 
