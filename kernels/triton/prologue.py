@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def load_affine(scale_ptr, shift_ptr, channels, C: tl.constexpr, MASK: tl.constexpr):
-    """scale, shift [len(channels)] float32; with MASK both are 0 for channels from C on, which ``activate`` then makes 0."""
+    """scale, shift float32, of the block ``channels``. With MASK both are 0 from C on, so that ``activate`` gives 0."""
     if MASK:
         mask = channels < C
         return tl.load(scale_ptr + channels, mask=mask, other=0.0), tl.load(shift_ptr + channels, mask=mask, other=0.0)

@@ -72,21 +72,21 @@ def pick(architecture: str, precision: str, rows: int, columns: int, reduction: 
     """
     data = load(architecture)
     smallest_rows, smallest_columns, smallest_reduction = data["smallest"]
-    widest = max(_power_of_two(columns), smallest_columns)
+    widest = max(power_of_two(columns), smallest_columns)
     for tile in data[precision]:
         bm, bn, bk, warps, stages, split = tile
         if bn <= widest and groups * -(-rows // bm) * -(-columns // bn) >= data["multiprocessors"]:
             break
-    bm = max(min(bm, _power_of_two(rows)), smallest_rows)
+    bm = max(min(bm, power_of_two(rows)), smallest_rows)
     split = bool(split) and bn <= widest
     bn = min(bn, widest)
     # Rather more steps than a last step that is mostly padding.
-    shortest = max(smallest_reduction, min(32, _power_of_two(reduction)))
+    shortest = max(smallest_reduction, min(32, power_of_two(reduction)))
     while bk > shortest and -(-reduction // (bk // 2)) * (bk // 2) < -(-reduction // bk) * bk:
         bk //= 2
     return Tile(bm, bn, bk, min(warps, max(4, bm * bn // 2048)), stages, split)
 
 
-def _power_of_two(value: int) -> int:
+def power_of_two(value: int) -> int:
     """The next power of two from ``value`` on."""
     return 1 << (value - 1).bit_length()

@@ -31,12 +31,15 @@ class Guards:
         def registered(function):
             return lambda *args: self.operand(function(*args))
 
+        def poisoned(function):
+            return lambda *args: function(*args).fill_(torch.nan)
+
         for name in ("_nhwc", "_vector"):
             monkeypatch.setattr(launch, name, registered(getattr(launch, name)))
         for name in ("weight", "row_weight", "pixels"):
             monkeypatch.setattr(pack, name, registered(getattr(pack, name)))
-        allocate = launch.allocate
-        monkeypatch.setattr(launch, "allocate", lambda *args: self.operand(allocate(*args).fill_(torch.nan)))
+        for name in ("allocate", "allocate_floats"):
+            monkeypatch.setattr(launch, name, registered(poisoned(getattr(launch, name))))
 
         for name in ("create_masked_load", "create_masked_store"):
             monkeypatch.setattr(InterpreterBuilder, name, self._checked(getattr(InterpreterBuilder, name), name))

@@ -1,0 +1,32 @@
+"""Training's primitives (``reference_training.py``) as Triton kernels.
+
+    training_forward.py, training_backward.py    from tensors to launches
+    prologue.py, statistics.py, gram.py, tail.py    what the forward pass adds to conv.py, gemm.py and pool.py
+
+Importing this module imports neither Triton nor a kernel; the first call of a primitive does.
+"""
+
+from typing import Any, Optional
+
+from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.triton import support
+
+_FORWARD = ("conv_statistics", "gram", "conv_affine", "tail", "tail_pool")
+
+__all__ = [*_FORWARD, "supports"]
+
+
+def supports(case: Case) -> Optional[str]:
+    """None if the kernels cover the case, else the reason why not. Asks a driver only about a case on a GPU."""
+    if case.op not in _FORWARD:
+        return f"no kernel for {case.op}"
+    return support.supports(case)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FORWARD:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from resnet_fast.kernels.triton import training_forward
+
+    globals().update({op: getattr(training_forward, op) for op in _FORWARD})
+    return globals()[name]
