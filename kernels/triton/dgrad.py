@@ -90,8 +90,7 @@ def dgrad_kernel(
     tile = tl.program_id(0)
     stride_class = tl.program_id(1)
     group = tl.program_id(2)
-    first_column = (tile % COLUMN_TILES) * BN
-    columns = first_column + tl.arange(0, BN)
+    columns = (tile % COLUMN_TILES) * BN + tl.arange(0, BN)
     channels = tl.arange(0, BK)
     dy_ptr += group * K
     w_ptr += group * (C * R * S * BLOCKS * BK)
@@ -184,11 +183,11 @@ def dgrad_kernel(
         acc = acc * w_factor
     row_tiles = tl.num_programs(0) // COLUMN_TILES
     total_ptr = sums_ptr + (stride_class * row_tiles + tile // COLUMN_TILES) * (GROUPS * C)
-    product_ptr = total_ptr + STRIDE_H * STRIDE_W * row_tiles * (GROUPS * C)
     finish_gradient(
-        acc, g_ptr + group * C, residual_ptr + group * C, x_ptr + group * C, gate_scale_ptr + group * C,
-        gate_shift_ptr + group * C, mean_ptr + group * C, total_ptr + group * C, product_ptr + group * C,
-        row_offsets, row_mask, columns, C, C % BN != 0, HAS_RESIDUAL, GATE, AFFINE, PRODUCT,
+        acc, g_ptr, residual_ptr, x_ptr, gate_scale_ptr, gate_shift_ptr, mean_ptr,
+        total_ptr, total_ptr + STRIDE_H * STRIDE_W * row_tiles * (GROUPS * C),
+        row_offsets, row_mask, group * C + columns, columns < C,
+        GROUPS * C, C % BN != 0, HAS_RESIDUAL, GATE, AFFINE, PRODUCT,
     )  # fmt: skip
 
 

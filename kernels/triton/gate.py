@@ -47,6 +47,7 @@ def finish_gradient(
     row_offsets,
     row_mask,
     columns,
+    column_mask,
     C: tl.constexpr,
     MASK_COLUMNS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -56,13 +57,13 @@ def finish_gradient(
 ):
     """``g = acc + residual`` for one tile, with GATE where ReLU passed x, and the tile's sums of g and g * (x - mean).
 
-    acc [BM, BN] float32. row_offsets [BM]: where each row starts in g, residual and x. columns [BN], out of C.
-    total_ptr, product_ptr: the tile's row of the workspace. All pointers are those of the tile's group of columns.
+    acc [BM, BN] float32. row_offsets [BM]: where each row starts in g, residual and x. columns [BN], out of C; with
+    MASK_COLUMNS only those of column_mask. total_ptr, product_ptr: the tile's row of the workspace.
     """
     offsets = row_offsets[:, None] + columns[None, :]
     mask = row_mask[:, None]
     if MASK_COLUMNS:
-        mask = mask & (columns < C)[None, :]
+        mask = mask & column_mask[None, :]
     if HAS_RESIDUAL:
         acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if GATE:
@@ -72,7 +73,6 @@ def finish_gradient(
     if GATE:
         tl.debug_barrier()  # other threads of this program wrote what this one reads
         g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        column_mask = columns < C
         tl.store(total_ptr + columns, tl.sum(g, axis=0), mask=column_mask)
         if PRODUCT:
             x = tl.load(x_ptr + offsets, mask=mask, other=0.0)

@@ -106,7 +106,8 @@ def wgrad(dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geo
     """See ``reference_training.wgrad``."""
     if dy.numel() == 0 or x.numel() == 0:
         return reference.wgrad(dy, x, prologue, weight, geometry)
-    return plan_wgrad(dy, x, prologue, weight.shape, geometry, launch.architecture(x.device)).run()
+    dw = plan_wgrad(dy, x, prologue, weight.shape, geometry, launch.architecture(x.device)).run()
+    return _diagonal(dw, weight.shape)
 
 
 def plan_tail_backward(
@@ -123,13 +124,13 @@ def plan_tail_backward(
     n, c, h, w = grad.shape
     grid, share, constants = _shares(target, n * h * w, c)
     quantities = 1 + (y is not None) + (residual is not None)
-    sums = workspace(grad, (quantities, grid[0], c))
+    sums = launch.allocate_floats(grad, (quantities, grid[0], c))
     plan = Plan(
         tail_backward_kernel,
         grid,
         (
-            grad, _nhwc_or(out, grad), _nhwc_or(y, grad), _vector_or(mean, sums),
-            _nhwc_or(residual, grad), _vector_or(residual_mean, sums), g, sums, n * h * w, share,
+            grad, _nhwc(out), _nhwc(y), _vector(mean), _nhwc(residual), _vector(residual_mean),
+            g, sums, n * h * w, share,
         ),
         {
             "C": c,
@@ -153,7 +154,7 @@ def plan_tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optio
     n, c, h, w = y.shape
     p, q = grad.shape[2:]
     g = launch.allocate(y, (n, c, h, w))
-    winner = workspace(y, (n, p, q, c), torch.uint8)
+    winner = allocate_bytes(y, (n, p, q, c))
     bm, bn, warps = tiles.load(target)["max_pool"]
     find = Plan(
         pool_winner_kernel,
@@ -163,11 +164,11 @@ def plan_tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optio
         winner,
     )
     grid, share, constants = _shares(target, n * h * w, c)
-    sums = workspace(y, (1 if mean is None else 2, grid[0], c))
+    sums = launch.allocate_floats(y, (1 if mean is None else 2, grid[0], c))
     gather = Plan(
         pool_backward_kernel,
         grid,
-        (grad, winner, y, scale, shift, _vector_or(mean, sums), g, sums, n, h, w, p, q, share),
+        (grad, winner, y, scale, shift, _vector(mean), g, sums, n, h, w, p, q, share),
         {"C": c, "PRODUCT": mean is not None, "INDEX64": launch._index64(y, y), **constants},
         g,
     )
@@ -259,17 +260,15 @@ def _plan_dgrad(
     prologue = None if second is None else second.prologue
     affine = None if gate is None else gate.affine
     mean = None if gate is None else gate.mean
-    sums = g if gate is None else workspace(x, (1 if mean is None else 2, classes * row_tiles, c))
-    unused = packed
+    # A kernel does not read what is None, but without a gate it still computes where its row of sums would be.
+    sums = g if gate is None else launch.allocate_floats(x, (1 if mean is None else 2, classes * row_tiles, c))
     plan = Plan(
         dgrad_kernel,
         (row_tiles * launch._ceil_div(c // groups, tile.columns), classes, groups),
         (
-            dy, packed, x, _nhwc_or(residual, g), g,
-            *((unused, unused) if prologue is None else map(launch._vector, prologue)),
-            *((unused,) * 4 if second is None else second[1:]),
-            *((unused, unused) if affine is None else map(launch._vector, affine)),
-            _vector_or(mean, unused), sums, n, h, w, p, q,
+            dy, packed, x, _nhwc(residual), g, *_vectors(prologue),
+            *((None,) * 4 if second is None else second[1:]),
+            *_vectors(affine), _vector(mean), sums, n, h, w, p, q,
         ),
         {
             "C": c // groups,
@@ -301,7 +300,7 @@ def _plan_dgrad(
 def plan_wgrad(
     dy: Tensor, x: Tensor, prologue: Optional[Affine], shape: tuple[int, ...], geometry: Geometry, target: str
 ) -> Steps:
-    """``shape`` is the weight's."""
+    """Leaves ``[groups, K, R, S, C]``, for ``_diagonal``. ``shape`` is the weight's."""
     stride, padding, dilation, groups = geometry
     k, channels, r, s = shape
     dy = launch._nhwc(dy)
@@ -328,14 +327,11 @@ def plan_wgrad(
     programs = launch._ceil_div(k, tile.rows) * launch._ceil_div(c, tile.columns) * r * taps_w
     part = _part_size(pixels, programs * groups, tile.reduction, target)
     parts = launch._ceil_div(pixels, part)
-    sums = workspace(x, (1, parts, groups * k * r * taps_w * c))
+    sums = launch.allocate_floats(x, (1, parts, groups * k * r * taps_w * c))
     plan = Plan(
         wgrad_kernel,
         (programs, parts, groups),
-        (
-            dy, x, *((x, x) if prologue is None else map(launch._vector, prologue)), sums,
-            n, h, w, row // row_unit, p, q, part,
-        ),
+        (dy, x, *_vectors(prologue), sums, n, h, w, row // row_unit, p, q, part),
         {
             "C": c,
             "K": k,
@@ -356,19 +352,23 @@ def plan_wgrad(
     if parts > 1:
         total = _plan_sum_rows(sums, target)
         plans, dw = (plan, total), total.output
-    if rows:
-        dw = dw.view(k, r, s, pixel)[..., :channels]
-    elif merge > 1:
-        dw = dw.view(groups, merge, k // merge, r, s, merge, channels).diagonal(dim1=1, dim2=5).movedim(-1, 1)
-    return Steps(plans, dw.reshape(shape[0], r, s, channels).permute(0, 3, 1, 2))
+    return Steps(plans, dw.view(groups, k, r, s, -1)[..., : channels * merge])
+
+
+def _diagonal(dw: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``[groups, K, R, S, C]`` with ``groups`` that may be several merged ones -> the weight's shape."""
+    k, channels, r, s = shape
+    merge = dw.shape[-1] // channels
+    parts = dw.unflatten(1, (merge, -1)).unflatten(-1, (merge, channels)).diagonal(dim1=1, dim2=5).movedim(-1, 1)
+    return parts.reshape(k, r, s, channels).permute(0, 3, 1, 2)
 
 
 def _plan_sum_rows(x: Tensor, target: str) -> Plan:
     """float32 ``[L, rows, C]`` -> ``[L, C]``."""
     layers, rows, c = x.shape
-    y = workspace(x, (layers, c))
+    y = launch.allocate_floats(x, (layers, c))
     bm, elements, warps = tiles.load(target)["sum_rows"]
-    bm = min(bm, 1 << (rows - 1).bit_length())
+    bm = min(bm, tiles.power_of_two(rows))
     bn = elements // bm
     return Plan(
         sum_rows_kernel,
@@ -379,9 +379,9 @@ def _plan_sum_rows(x: Tensor, target: str) -> Plan:
     )
 
 
-def workspace(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uninitialised, on the device of ``x``."""
-    return torch.empty(shape, dtype=dtype, device=x.device)
+def allocate_bytes(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A workspace of a launch over ``x``, uint8."""
+    return torch.empty(shape, dtype=torch.uint8, device=x.device)
 
 
 def _shares(target: str, pixels: int, channels: int) -> tuple[tuple[int, int], int, dict[str, int]]:
@@ -425,7 +425,7 @@ def _scaled(matrix: Tensor, dtype: torch.dtype, block: int) -> tuple[Tensor, Ten
     factor = largest / torch.frexp(largest).mantissa
     factor = torch.where(factor.isfinite(), factor, 1.0).reshape(1)
     packed = (matrix / factor).to(dtype).t()
-    return F.pad(packed, (0, -packed.shape[1] % block)).contiguous(), factor
+    return launch._vector(F.pad(packed, (0, -packed.shape[1] % block))), launch._vector(factor)
 
 
 def _geometry(stride: Pair, padding: Pair, dilation: Pair) -> dict[str, int]:
@@ -453,10 +453,13 @@ def _dot_precision(x: Tensor, target: str) -> str:
     return "tf32" if launch._precision(x.dtype, target) == "tf32" else "ieee"
 
 
-def _nhwc_or(x: Optional[Tensor], unused: Tensor) -> Tensor:
-    """``x`` in NHWC, or what the kernel gets in its place and does not read."""
-    return unused if x is None else launch._nhwc(x)
+def _nhwc(x: Optional[Tensor]) -> Optional[Tensor]:
+    return None if x is None else launch._nhwc(x)
 
 
-def _vector_or(v: Optional[Tensor], unused: Tensor) -> Tensor:
-    return unused if v is None else launch._vector(v)
+def _vector(v: Optional[Tensor]) -> Optional[Tensor]:
+    return None if v is None else launch._vector(v)
+
+
+def _vectors(affine: Optional[Affine]) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    return (None, None) if affine is None else (launch._vector(affine.scale), launch._vector(affine.shift))
