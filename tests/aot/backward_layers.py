@@ -1,4 +1,4 @@
-"""Every launch of the backward pass of ResNet-18 and ResNet-50 at batch 128, planned on the meta device.
+"""Every launch of the backward pass of the ResNets at batch 128, planned on the meta device.
 
 Each primitive is planned with everything that it can be asked to do besides (residual, gate, prologue): that needs the
 most registers.
@@ -10,10 +10,9 @@ import torch
 
 from resnet_fast.kernels.reference_training import Affine, Gate, Geometry
 from resnet_fast.kernels.triton import training_backward as training
-from tests.aot.layers import DTYPES, Launch, Layer, image, model_layers, precision_of
+from tests.aot.layers import DTYPES, Launch, Layer, float32_precision, image, model_layers
 
 BATCH = 128
-MODELS = ("resnet18", "resnet50")
 
 
 def launches(architecture: str, precision: str) -> Iterator[Launch]:
@@ -44,9 +43,10 @@ def one_per_tile(all_launches: Iterable[Launch]) -> list[Launch]:
 
 def _steps(architecture: str, precision: str) -> Iterator[tuple[str, training.Steps]]:
     dtype = DTYPES[precision]
-    with precision_of(precision):
-        for layer in model_layers(MODELS):
-            yield from _conv(layer, dtype, architecture)
+    with float32_precision(precision):
+        for layer in model_layers():
+            if layer.groups == 1:
+                yield from _conv(layer, dtype, architecture)
         for channels, size in ((64, 56), (2048, 7)):
             y = image(BATCH, channels, size, size, dtype)
             v = _vector(channels)
@@ -59,7 +59,7 @@ def _steps(architecture: str, precision: str) -> Iterator[tuple[str, training.St
 
 def _conv(layer: Layer, dtype: torch.dtype, architecture: str) -> Iterator[tuple[str, training.Steps]]:
     geometry = Geometry(layer.stride, layer.padding)
-    name = f"{layer.kernel[0]}x{layer.kernel[1]}/{layer.stride[0]} {layer.c}->{layer.k} {layer.h}x{layer.w}"
+    name = layer.name()
     x = image(BATCH, layer.c, layer.h, layer.w, dtype)
     y = image(BATCH, layer.k, layer.h // layer.stride[0], layer.w // layer.stride[1], dtype)
     weight = torch.empty(layer.k, layer.c, *layer.kernel, device="meta")
