@@ -14,7 +14,7 @@ from resnet_fast.kernels.triton import training_backward as kernels
 from tests.interpreter.checking import assert_as_good_as_pytorch, assert_within, sum_tolerance
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SMALL = tiles.Tile(rows=32, columns=16, reduction=16, warps=4, stages=1, split=False)
+SMALL = tiles.Tile(rows=64, columns=16, reduction=32, warps=4, stages=1, split=False)
 
 pytestmark = pytest.mark.usefixtures("guarded")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -86,7 +86,7 @@ CONVS = {
     "2 groups": Conv(1, 48, 6, 7, 64, groups=2),
     "32 groups of 4, ResNeXt": Conv(1, 128, 6, 5, 128, stride=(2, 2), groups=32),
     "3 groups, more outputs than inputs": Conv(2, 15, 7, 6, 30, groups=3),
-    "depthwise, prime": Conv(1, 37, 4, 3, 74, stride=(2, 2), groups=37),
+    "depthwise, prime": Conv(1, 11, 4, 3, 22, stride=(2, 2), groups=11),
 }
 each_conv = pytest.mark.parametrize("name", CONVS)
 GATES = ["none", "of a result", "of a raw one", "without mean"]
@@ -111,15 +111,14 @@ def test_dgrad(name, dtype, tile):
 @each_dtype
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("kind", GATES)
-@pytest.mark.parametrize("name", ["stride 2", "1x1, odd channels", "2 groups"])
-def test_dgrad_gates(name, kind, residual, dtype, monkeypatch):
+def test_dgrad_gates(kind, residual, dtype, monkeypatch):
     use_small_tiles(monkeypatch)
-    check_dgrad(CONVS[name], dtype, kind, residual)
+    check_dgrad(CONVS["1x1, odd channels"], dtype, kind, residual)
 
 
 @each_dtype
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", ["round", "stride 2", "1x1/2", "2 groups"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["stride 2", "1x1/2", "2 groups"])
 def test_dgrad_of_nan_and_inf(name, value, dtype, monkeypatch):
     """They reach the pixels of their window and the sums of these channels, and no others. NaN passes a gate."""
     use_small_tiles(monkeypatch)
@@ -144,8 +143,6 @@ def check_dgrad(conv: Conv, dtype, kind: str, residual: bool, x=None, weight=Non
     check_gradient(actual, exact, terms, magnitude.g, x, one)
     if all(t.isfinite().all() for t in (dy, x)):
         assert_as_good_as_pytorch(actual.g, reference.dgrad(*arguments).g, exact.g)
-    again = kernels.dgrad(*arguments)
-    assert _same(again, actual)
 
 
 def check_gradient(actual: Gradient, exact: Gradient, terms: int, magnitude: Tensor, x: Tensor, one: Optional[Gate]):
@@ -167,6 +164,206 @@ def check_sum(actual: Optional[Tensor], summands: Optional[Tensor]) -> None:
         exact, magnitude = summands.sum((0, 2, 3)), summands.abs().sum((0, 2, 3))
         assert actual.dtype == torch.float32
         assert_within(actual, exact, sum_tolerance(exact, actual.dtype, summands[:, 0].numel() + 3, magnitude))
+
+
+@each_dtype
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize("factor", [1.0, 2e-5])
+def test_dgrad_expand(factor, stride, dtype, tile):
+    """Also where the matrices are so small that float16 would hold few digits of them."""
+    at = stride[0] + stride[1] + (factor < 1)
+    check_dgrad_expand(2, 20, 7, 9, 33, stride, dtype, GATES[-1 - at % 4], factor)
+
+
+@each_dtype
+@pytest.mark.parametrize(("n", "c", "h", "w", "k"), [(2, 32, 4, 8, 64), (3, 16, 1, 1, 48), (1, 17, 5, 3, 5)])
+def test_dgrad_expand_shapes(n, c, h, w, k, dtype, tile):
+    check_dgrad_expand(n, c, h, w, k, (1, 1), dtype, "of a raw one", 1.0)
+
+
+@each_dtype
+def test_dgrad_expand_of_nan_and_of_zero_matrices(dtype):
+    check_dgrad_expand(2, 20, 5, 4, 33, (1, 1), dtype, "of a raw one", 0.0)
+    check_dgrad_expand(2, 20, 5, 4, 33, (2, 2), dtype, "of a raw one", 1.0, value=torch.nan)
+    check_dgrad_expand(2, 20, 5, 4, 33, (1, 1), dtype, "of a raw one", 1.0, value=torch.inf)
+
+
+def check_dgrad_expand(n, c, h, w, k, stride, dtype, kind: str, factor: float, value: Optional[float] = None) -> None:
+    one = gate(kind, c)
+    prologue = None if one is None else one.affine
+    conv = Conv(n, c, h, w, k, (1, 1), stride, (0, 0))
+    x, g = conv.x(dtype), conv.dy(dtype)
+    weight = torch.randn(k, c) * (factor / k**0.5)
+    q = torch.randn(c, c) * (0.01 * factor / c**0.5)
+    shift = torch.randn(c) * factor
+    residual = None if kind == "of a result" else _nhwc((torch.randn(x.shape) * factor).to(dtype))
+    if value is not None:
+        g[0, 1, 0, 0] = value
+    arguments = g, weight, q, shift, stride, x, prologue, one, residual
+    actual = kernels.dgrad_expand(*arguments)
+    # The activation rounded as the kernel has it.
+    a = reference.activate(x, prologue).double()
+    inputs = g.double(), weight.double(), q.double(), shift.double(), stride
+    exact = reference.dgrad_expand(*inputs, a, None, None, _double(residual))
+    closed = _closed(x, one)
+    exact = Gradient(torch.where(closed, 0.0, exact.g))
+    absolute = (v.abs() for v in (inputs[0], inputs[1], -inputs[2], -inputs[3]))
+    magnitude = torch.where(closed, 0.0, _expand_magnitude(*absolute, stride, a.abs()))
+    # Each matrix was rounded too, by half an ulp.
+    magnitude *= 1 + torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / (k + c + 2) ** 0.5 / 2
+    check_gradient(actual, exact, k + c + 2, magnitude, x, one)
+
+
+def _expand_magnitude(g: Tensor, weight: Tensor, q: Tensor, c: Tensor, stride, a: Tensor) -> Tensor:
+    """The sum of the magnitudes of the terms of ``dgrad_expand``."""
+    return reference.dgrad_expand(g, weight, -q, -c, stride, a, None, None, None).g
+
+
+def _closed(x: Tensor, one: Optional[Gate]) -> Tensor:
+    """Where the gate lets nothing through."""
+    return torch.zeros_like(x, dtype=torch.bool) if one is None else reference.activate(x, one.affine) <= 0
+
+
+@each_dtype
+@each_conv
+def test_wgrad(name, dtype, tile):
+    check_wgrad(CONVS[name], dtype, prologue=list(CONVS).index(name) % 2 == 0)
+
+
+@each_dtype
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("name", ["stride 2", "1x1", "7x7/2, 3 channels", "32 groups of 4, ResNeXt"])
+def test_wgrad_prologue(name, prologue, dtype, monkeypatch):
+    use_small_tiles(monkeypatch)
+    check_wgrad(CONVS[name], dtype, prologue)
+
+
+@each_dtype
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["1x1/2", "pixels that no window covers"])
+def test_wgrad_of_nan_and_inf(name, value, dtype, monkeypatch):
+    """In a pixel of the input that every tap of some window sees."""
+    use_small_tiles(monkeypatch)
+    conv = CONVS[name]
+    x = conv.x(dtype)
+    x[0, 3, 2, 2] = value
+    check_wgrad(conv, dtype, True, x)
+
+
+def check_wgrad(conv: Conv, dtype, prologue: bool, x: Optional[Tensor] = None) -> None:
+    x, dy, weight = conv.x(dtype) if x is None else x, conv.dy(dtype), conv.weight(dtype)
+    affine = _affine(conv.c) if prologue else None
+    arguments = dy, x, affine, weight, conv.geometry()
+    actual = kernels.wgrad(*arguments)
+    a = reference.activate(x, affine).double()
+    exact = reference.wgrad(dy.double(), a, None, weight.double(), conv.geometry())
+    magnitude = reference.wgrad(dy.double().abs(), a.abs(), None, weight.double(), conv.geometry())
+    terms = dy[:, 0].numel()
+    assert actual.dtype == torch.float32
+    assert_within(actual, exact, sum_tolerance(exact, torch.float32, terms, magnitude))
+
+
+@each_dtype
+@pytest.mark.parametrize(("n", "c", "h", "w"), [(2, 64, 4, 8), (1, 17, 5, 7), (3, 40, 1, 1)])
+@pytest.mark.parametrize("norms", [0, 1, 2])
+@pytest.mark.parametrize("relu", [False, True])
+def test_tail_backward(relu, norms, n, c, h, w, dtype, tile):
+    grad, out, y, residual = (_nhwc(torch.randn(n, c, h, w).to(dtype)) for _ in range(4))
+    out[0, 0, 0, 0] = torch.nan  # which lets the gradient through, as in PyTorch
+    out[0, 1, 0, 0] = 0.0
+    grad[-1, 2, 0, 0] = torch.inf
+    mean = torch.randn(c)
+    arguments = [grad, out if relu else None, *((y, mean) if norms else (None, None))]
+    arguments += (residual, mean) if norms == 2 else (None, None)
+    actual, product = kernels.tail_backward(*arguments)
+    expected, _ = reference.tail_backward(*arguments)
+    assert torch.equal(actual.g, expected.g)
+    assert actual.g.is_contiguous(memory_format=torch.channels_last)
+    stored, centre = actual.g.double(), mean.double().view(1, -1, 1, 1)
+    check_sum(actual.total, stored)
+    check_sum(actual.product, stored * (y.double() - centre) if norms else None)
+    check_sum(product, stored * (residual.double() - centre) if norms == 2 else None)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("n", "c", "h", "w"), [(2, 64, 8, 8), (1, 17, 7, 9), (1, 40, 9, 6), (3, 20, 1, 1), (1, 16, 2, 1)]
+)
+@pytest.mark.parametrize("with_mean", [False, True])
+def test_tail_pool_backward(with_mean, n, c, h, w, dtype, tile):
+    """Few values, which all dtypes hold: so there are many equals in a window, and the first of them counts."""
+    y = _nhwc((torch.randint(-3, 4, (n, c, h, w)) / 4).to(dtype))
+    y[0, 1, 0, 0] = torch.nan
+    y[-1, 2, -1, -1] = torch.inf
+    affine = Affine(torch.tensor([1.0, 0.5, 2.0, 0.0] * c)[:c], torch.tensor([0.25, -0.25, 0.0] * c)[:c])
+    mean = torch.linspace(-1, 1, c) if with_mean else None
+    grad = _nhwc(torch.randn(n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1).to(dtype))
+    actual = kernels.tail_pool_backward(grad, y, affine, mean)
+    exact = reference.tail_pool_backward(*_double((grad, y, affine, mean)))
+    magnitude = reference.tail_pool_backward(*_double((grad.abs(), y, affine, mean)))
+    check_gradient(actual, exact, 4, magnitude.g, y, Gate(affine, mean))
+
+
+@each_dtype
+@pytest.mark.parametrize(("n", "c", "h", "w"), [(2, 64, 4, 8), (1, 17, 5, 7), (3, 40, 1, 1)])
+def test_bn_backward(n, c, h, w, dtype, tile):
+    g, y = (_nhwc(torch.randn(n, c, h, w).to(dtype)) for _ in range(2))
+    g[0, 1, 0, 0] = torch.nan
+    vectors = list(torch.randn(4, c))
+    exact = reference.bn_backward(*_double((g, y, *vectors)))
+    theirs = reference.bn_backward(g, y, *vectors)
+    _, a, b, c_ = (v.double().abs().view(1, -1, 1, 1) for v in vectors)
+    magnitude = a * g.double().abs() + b * (y.double() - vectors[0].double().view(1, -1, 1, 1)).abs() + c_
+    actual = kernels.bn_backward(g.clone(), y, *vectors)
+    assert actual.dtype == dtype
+    assert_within(actual, exact, sum_tolerance(exact, dtype, 4, magnitude))
+    assert torch.equal(actual.isnan(), theirs.isnan())
+
+
+@each_dtype
+def test_repeats_are_bit_equal(dtype, monkeypatch):
+    use_small_tiles(monkeypatch)
+    conv = CONVS["stride 2"]
+    x, dy, weight, one = conv.x(dtype), conv.dy(dtype), conv.weight(dtype), gate("of a raw one", conv.c)
+    for call in (
+        lambda: kernels.dgrad(dy, weight, conv.geometry(), x, one, x),
+        lambda: kernels.wgrad(dy, x, one.affine, weight, conv.geometry()),
+        lambda: kernels.tail_backward(x, x, x, one.mean, x, one.mean),
+        lambda: kernels.tail_pool_backward(_nhwc(x[:, :, ::2, ::2]), x, one.affine, one.mean),
+    ):
+        assert _same(call(), call())
+
+
+def test_any_strides():
+    """NCHW, a slice of a wider image, and a weight in either layout: float32, beside narrower images too."""
+    conv = CONVS["odd sizes and channels"]
+    for dtype in (torch.float32, torch.float16):
+        x, dy = conv.x(dtype).contiguous(), conv.dy(dtype).contiguous()
+        wide = torch.cat([dy, dy], dim=3)[:, :, :, 1 : dy.shape[3] + 1]
+        for one in (dy, wide):
+            for weight in (conv.weight(torch.float32), _nhwc(conv.weight(torch.float32))):
+                check_dgrad(conv, dtype, "of a raw one", True, x, weight, one)
+        check_wgrad(conv, dtype, True, x)
+
+
+def test_offsets_of_64_bits(monkeypatch, tile):
+    """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
+    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    for name in ("stride 2", "2 groups", "7x7/2, 3 channels"):
+        check_dgrad(CONVS[name], torch.float32, "of a raw one", True)
+        check_wgrad(CONVS[name], torch.float32, False)
+    test_tail_backward(True, 2, 1, 17, 5, 7, torch.float32, None)
+    test_tail_pool_backward(True, 1, 17, 7, 9, torch.float32, None)
+    test_bn_backward(1, 17, 5, 7, torch.float32, None)
+
+
+def test_empty_tensors_get_the_definition():
+    x, dy, weight = torch.empty(0, 4, 5, 5), torch.empty(0, 8, 5, 5), torch.ones(8, 4, 1, 1)
+    v = torch.ones(4)
+    assert kernels.dgrad(dy, weight, Geometry(), x, Gate(Affine(v, v), v), None).g.shape == x.shape
+    assert torch.equal(kernels.wgrad(dy, x, None, weight, Geometry()), torch.zeros(8, 4, 1, 1))
+    assert kernels.tail_backward(x, x, x, v, None, None)[0].total.shape == (4,)
+    assert kernels.bn_backward(x, x, v, v, v, v).shape == x.shape
 
 
 def _affine(channels: int) -> Affine:
