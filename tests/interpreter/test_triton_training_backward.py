@@ -86,7 +86,7 @@ CONVS = {
     "2 groups": Conv(1, 48, 6, 7, 64, groups=2),
     "32 groups of 4, ResNeXt": Conv(1, 128, 6, 5, 128, stride=(2, 2), groups=32),
     "3 groups, more outputs than inputs": Conv(2, 15, 7, 6, 30, groups=3),
-    "depthwise, prime": Conv(1, 11, 4, 3, 22, stride=(2, 2), groups=11),
+    "depthwise, prime": Conv(1, 17, 4, 3, 34, stride=(2, 2), groups=17),
 }
 each_conv = pytest.mark.parametrize("name", CONVS)
 GATES = ["none", "of a result", "of a raw one", "without mean"]
