@@ -20,8 +20,8 @@ tap of every window is inside, and nothing is checked.
 
 Groups: each is a convolution of its own, on the second axis of the grid.
 
-Training's convolutions differ at the two ends. With ``PROLOGUE`` the image is a raw result, which gets its batch norm and
-ReLU as it is loaded (prologue.py). With ``STATISTICS`` the sums are stored as they are, and the statistics for the
+Training's convolutions differ at the two ends. With ``PROLOGUE`` the image is a raw result, which gets its batch norm
+and ReLU as it is loaded (prologue.py). With ``STATISTICS`` the sums are stored as they are, and the statistics for the
 next batch norm are left in ``partials`` (statistics.py).
 
 Images with very few channels (a ResNet's first layer) come as ``pack.pixels`` lays them out: padded in space and to 4
@@ -94,7 +94,6 @@ def conv_kernel(
     first_column = (tile % COLUMN_TILES) * BN
     x_ptr += group * C
     w_ptr += group * (K * R * S * BLOCKS * BK)
-    y_ptr += group * K
     if PROLOGUE:
         prologue_scale_ptr += group * C
         prologue_shift_ptr += group * C
@@ -104,6 +103,7 @@ def conv_kernel(
         scale_ptr += group * K
         shift_ptr += group * K
         residual_ptr += group * K
+    y_ptr += group * K
 
     rows = first_row + tl.arange(0, BM)
     columns = first_column + tl.arange(0, BN)

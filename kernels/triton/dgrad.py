@@ -70,7 +70,7 @@ def dgrad_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """``g = gate(conv_transposed(dy, w) + residual)``, or with EXPAND ``g = gate(dy w - prologue(x) q - c + residual)``.
+    """``g = gate(conv^T(dy, w) + residual)``, or with EXPAND ``g = gate(dy w - prologue(x) q - c + residual)``.
 
     C and K count the channels of one group. dy [N, P, Q, GROUPS * K]; w [GROUPS * C, R, S, ceil(K / BK) * BK] and
     q [C, ceil(C / BK) * BK], zero beyond K and C, to be multiplied by w_factor and q_factor [1]; x, residual, g

@@ -3,9 +3,9 @@
 In training a convolution writes its result before batch norm, whose statistics are not known until all of it is there.
 Whoever reads it next computes ``relu(x * scale + shift)`` in registers, so that no kernel does that alone.
 
-Padding is zero *after* the ReLU, and ``relu(0 * scale + shift)`` is not. So what was not loaded is made zero again: the
-upper limit of the clamp is 0 there and infinite elsewhere. That costs one instruction, two numbers at a time in
-float16, where a select costs several.
+Padding is zero *after* the ReLU, and ``relu(0 * scale + shift)`` is not. So what was not loaded is made zero again, by
+a minimum: with 0 there, and elsewhere with NaN, which this kind of minimum takes for "no number", returning the other
+one. That costs one instruction, two numbers at a time in float16, where a select costs several.
 """
 
 import triton
@@ -34,6 +34,6 @@ def activate(x, scale, shift, inside, CHECK: tl.constexpr):
         z = z.to(tl.float16)
     z = tl.maximum(z, tl.zeros((1, 1), z.dtype), propagate_nan=tl.PropagateNan.ALL)
     if CHECK:
-        limit = tl.where(inside, float("inf"), 0.0).to(z.dtype)
-        z = tl.minimum(z, limit[:, None], propagate_nan=tl.PropagateNan.ALL)
+        limit = tl.where(inside, float("nan"), 0.0).to(z.dtype)
+        z = tl.minimum(z, limit[:, None], propagate_nan=tl.PropagateNan.NONE)
     return z.to(x.dtype)

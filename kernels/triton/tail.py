@@ -28,7 +28,7 @@ def tail_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """``out = relu(y * scale + shift + residual)``, with RESIDUAL_AFFINE ``residual * residual_scale + residual_shift``.
+    """``out = relu(y * scale + shift + residual)``, the residual with RESIDUAL_AFFINE through its own scale and shift.
 
     y, residual, out [M, C]; the vectors [C] float32. Pointers that the flags leave unused are None.
     """

@@ -15,7 +15,6 @@ from resnet_fast.kernels.reference_training import Affine, Geometry, Pair
 from resnet_fast.kernels.triton import launch, tiles
 from resnet_fast.kernels.triton.gram import covariance_kernel, gram_kernel
 from resnet_fast.kernels.triton.launch import Plan
-from resnet_fast.kernels.triton.pool import max_pool_kernel
 from resnet_fast.kernels.triton.statistics import combine_kernel
 from resnet_fast.kernels.triton.tail import tail_kernel
 
@@ -118,13 +117,14 @@ def plan_gram(x: Tensor, prologue: Optional[Affine], stride: Pair, target: str) 
     scale, shift = (None, None) if prologue is None else map(launch._vector, prologue)
     products = launch.allocate_floats(x, (chunks, c, c))
     sums = launch.allocate_floats(x, (chunks, c))
+    pivot = launch.allocate_floats(x, (c,)) if x.dtype == torch.float32 else None
     statistics = launch.allocate_floats(x, (1 + c, c))
     bm, columns, reduce_warps = data["covariance"]
     return [
         Plan(
             gram_kernel,
             (blocks**2, chunks),
-            (x, scale, shift, products, sums, rows, chunk, h, w, p, q),
+            (x, scale, shift, products, sums, pivot, rows, chunk, h, w, p, q),
             {
                 "C": c,
                 "STRIDE_H": stride[0],
@@ -142,8 +142,8 @@ def plan_gram(x: Tensor, prologue: Optional[Affine], stride: Pair, target: str) 
         Plan(
             covariance_kernel,
             (launch._ceil_div(c, bm), launch._ceil_div(c, columns)),
-            (products, sums, statistics, rows, chunks),
-            {"C": c, "BM": bm, "BN": columns, "num_warps": reduce_warps},
+            (products, sums, pivot, statistics, rows, chunks),
+            {"C": c, "PIVOT": pivot is not None, "BM": bm, "BN": columns, "num_warps": reduce_warps},
             statistics,
         ),
     ]

@@ -32,12 +32,12 @@ def distinct(all_launches: Iterable[Launch]) -> list[Launch]:
 
 
 def one_per_tile(all_launches: Iterable[Launch]) -> list[Launch]:
-    """One launch for each kernel and tile: the one with the most taps."""
+    """One launch for each kernel and tile: the one with the most taps. Of kernels that only move data, the first."""
     chosen: dict[tuple, Launch] = {}
-    for one in sorted(all_launches, key=lambda one: one.plan.constants.get("R", 1)):
+    for one in sorted(all_launches, key=lambda one: -one.plan.constants.get("R", 1)):
         constants = one.plan.constants
-        names = ("BM", "BN", "BK", "num_warps", "num_stages", "EXPAND")
-        chosen[one.plan.kernel.__name__, *(constants.get(name) for name in names)] = one
+        tile = ("BM", "BN", "BK", "num_warps", "num_stages", "EXPAND") if "BK" in constants else ()
+        chosen.setdefault((one.plan.kernel.__name__, *map(constants.get, tile)), one)
     return list(chosen.values())
 
 

@@ -161,8 +161,10 @@ def representative(all_launches: Iterable[Launch]) -> list[Launch]:
 
 
 def one_per_tile(all_launches: Iterable[Launch]) -> list[Launch]:
-    """One launch per kernel, tile and kernel height, with and without a residual: the last, so one with a long loop."""
-    names = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT", "HAS_RESIDUAL", "R")
+    """One launch per kernel, tile, kernel height, and set of flags: the last, so one with a long loop."""
+    tile = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT")
+    flags = ("HAS_RESIDUAL", "RESIDUAL_AFFINE", "PROLOGUE", "STATISTICS")
+    names = (*tile, *flags, "R")
     chosen = {}
     for one in all_launches:
         key = (one.plan.kernel.__name__, tuple(one.plan.constants.get(name) for name in names))

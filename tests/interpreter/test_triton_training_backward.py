@@ -11,13 +11,12 @@ from resnet_fast.kernels import reference_training as reference
 from resnet_fast.kernels.reference_training import Affine, Gate, Geometry, Gradient
 from resnet_fast.kernels.triton import launch, tiles
 from resnet_fast.kernels.triton import training_backward as kernels
+from tests.interpreter.cases import each_dtype, nhwc
 from tests.interpreter.checking import assert_as_good_as_pytorch, assert_within, sum_tolerance
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = tiles.Tile(rows=64, columns=16, reduction=32, warps=4, stages=1, split=False)
 
 pytestmark = pytest.mark.usefixtures("guarded")
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 @pytest.fixture(params=["default", "small"])
@@ -51,7 +50,7 @@ class Conv(NamedTuple):
         return Geometry(self.stride, self.padding, self.dilation, self.groups)
 
     def x(self, dtype: torch.dtype) -> Tensor:
-        return _away_from_zero(_nhwc(torch.randn(self.n, self.c, self.h, self.w)), _affine(self.c)).to(dtype)
+        return _away_from_zero(nhwc(torch.randn(self.n, self.c, self.h, self.w)), _affine(self.c)).to(dtype)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         terms = self.k // self.groups * self.kernel[0] * self.kernel[1]
@@ -59,7 +58,7 @@ class Conv(NamedTuple):
 
     def dy(self, dtype: torch.dtype) -> Tensor:
         y = F.conv2d(torch.empty(self.n, self.c, self.h, self.w), self.weight(torch.float32), None, *self.geometry())
-        return _nhwc(torch.randn(y.shape).to(dtype))
+        return nhwc(torch.randn(y.shape).to(dtype))
 
 
 CONVS = {
@@ -133,7 +132,7 @@ def check_dgrad(conv: Conv, dtype, kind: str, residual: bool, x=None, weight=Non
     x = conv.x(dtype) if x is None else x
     weight = conv.weight(dtype) if weight is None else weight
     dy = conv.dy(dtype) if dy is None else dy
-    rest = _nhwc(torch.randn(x.shape).to(dtype)) if residual else None
+    rest = nhwc(torch.randn(x.shape).to(dtype)) if residual else None
     one = gate(kind, conv.c)
     arguments = dy, weight, conv.geometry(), x, one, rest
     actual = kernels.dgrad(*arguments)
@@ -196,7 +195,7 @@ def check_dgrad_expand(n, c, h, w, k, stride, dtype, kind: str, factor: float, v
     weight = torch.randn(k, c) * (factor / k**0.5)
     q = torch.randn(c, c) * (0.01 * factor / c**0.5)
     shift = torch.randn(c) * factor
-    residual = None if kind == "of a result" else _nhwc((torch.randn(x.shape) * factor).to(dtype))
+    residual = None if kind == "of a result" else nhwc((torch.randn(x.shape) * factor).to(dtype))
     if value is not None:
         g[0, 1, 0, 0] = value
     arguments = g, weight, q, shift, stride, x, prologue, one, residual
@@ -268,7 +267,7 @@ def check_wgrad(conv: Conv, dtype, prologue: bool, x: Optional[Tensor] = None) -
 @pytest.mark.parametrize("norms", [0, 1, 2])
 @pytest.mark.parametrize("relu", [False, True])
 def test_tail_backward(relu, norms, n, c, h, w, dtype, tile):
-    grad, out, y, residual = (_nhwc(torch.randn(n, c, h, w).to(dtype)) for _ in range(4))
+    grad, out, y, residual = (nhwc(torch.randn(n, c, h, w).to(dtype)) for _ in range(4))
     out[0, 0, 0, 0] = torch.nan  # which lets the gradient through, as in PyTorch
     out[0, 1, 0, 0] = 0.0
     grad[-1, 2, 0, 0] = torch.inf
@@ -292,12 +291,12 @@ def test_tail_backward(relu, norms, n, c, h, w, dtype, tile):
 @pytest.mark.parametrize("with_mean", [False, True])
 def test_tail_pool_backward(with_mean, n, c, h, w, dtype, tile):
     """Few values, which all dtypes hold: so there are many equals in a window, and the first of them counts."""
-    y = _nhwc((torch.randint(-3, 4, (n, c, h, w)) / 4).to(dtype))
+    y = nhwc((torch.randint(-3, 4, (n, c, h, w)) / 4).to(dtype))
     y[0, 1, 0, 0] = torch.nan
     y[-1, 2, -1, -1] = torch.inf
     affine = Affine(torch.tensor([1.0, 0.5, 2.0, 0.0] * c)[:c], torch.tensor([0.25, -0.25, 0.0] * c)[:c])
     mean = torch.linspace(-1, 1, c) if with_mean else None
-    grad = _nhwc(torch.randn(n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1).to(dtype))
+    grad = nhwc(torch.randn(n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1).to(dtype))
     actual = kernels.tail_pool_backward(grad, y, affine, mean)
     exact = reference.tail_pool_backward(*_double((grad, y, affine, mean)))
     magnitude = reference.tail_pool_backward(*_double((grad.abs(), y, affine, mean)))
@@ -307,7 +306,7 @@ def test_tail_pool_backward(with_mean, n, c, h, w, dtype, tile):
 @each_dtype
 @pytest.mark.parametrize(("n", "c", "h", "w"), [(2, 64, 4, 8), (1, 17, 5, 7), (3, 40, 1, 1)])
 def test_bn_backward(n, c, h, w, dtype, tile):
-    g, y = (_nhwc(torch.randn(n, c, h, w).to(dtype)) for _ in range(2))
+    g, y = (nhwc(torch.randn(n, c, h, w).to(dtype)) for _ in range(2))
     g[0, 1, 0, 0] = torch.nan
     vectors = list(torch.randn(4, c))
     exact = reference.bn_backward(*_double((g, y, *vectors)))
@@ -329,7 +328,7 @@ def test_repeats_are_bit_equal(dtype, monkeypatch):
         lambda: kernels.dgrad(dy, weight, conv.geometry(), x, one, x),
         lambda: kernels.wgrad(dy, x, one.affine, weight, conv.geometry()),
         lambda: kernels.tail_backward(x, x, x, one.mean, x, one.mean),
-        lambda: kernels.tail_pool_backward(_nhwc(x[:, :, ::2, ::2]), x, one.affine, one.mean),
+        lambda: kernels.tail_pool_backward(nhwc(x[:, :, ::2, ::2]), x, one.affine, one.mean),
     ):
         assert _same(call(), call())
 
@@ -341,7 +340,7 @@ def test_any_strides():
         x, dy = conv.x(dtype).contiguous(), conv.dy(dtype).contiguous()
         wide = torch.cat([dy, dy], dim=3)[:, :, :, 1 : dy.shape[3] + 1]
         for one in (dy, wide):
-            for weight in (conv.weight(torch.float32), _nhwc(conv.weight(torch.float32))):
+            for weight in (conv.weight(torch.float32), nhwc(conv.weight(torch.float32))):
                 check_dgrad(conv, dtype, "of a raw one", True, x, weight, one)
         check_wgrad(conv, dtype, True, x)
 
@@ -395,7 +394,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return a.dtype == b.dtype and torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0))
     return a is b is None or (len(a) == len(b) and all(map(_same, a, b)))
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
