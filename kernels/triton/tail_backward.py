@@ -90,7 +90,8 @@ def pool_winner_kernel(
 ):
     """Which of the 3x3 taps won the max-pool (stride 2, padding 1) of relu(y * scale + shift).
 
-    y [N, H, W, C]; scale, shift [C]; winner [N, P, Q, C] uint8, 3 * r + s of tap (r, s). The first of equals in reading order; a NaN wins over all before it. Both as in PyTorch.
+    y [N, H, W, C]; scale, shift [C]; winner [N, P, Q, C] uint8, 3 * r + s of tap (r, s). The first of
+    equals in reading order; a NaN wins over all before it. Both as in PyTorch.
     """
     pixels = tl.program_id(0) * BM + tl.arange(0, BM)
     channels = tl.program_id(1) * BN + tl.arange(0, BN)

@@ -1,4 +1,4 @@
-"""Every launch of the backward pass of the ResNets at batch 128, planned on the meta device.
+"""Every launch of the backward pass of the ResNets, planned on the meta device, for large and small batches.
 
 Each primitive is planned with everything that it can be asked to do besides (residual, gate, prologue): that needs the
 most registers.
@@ -12,7 +12,7 @@ from resnet_fast.kernels.reference_training import Affine, Gate, Geometry
 from resnet_fast.kernels.triton import training_backward as training
 from tests.aot.layers import DTYPES, Launch, Layer, float32_precision, image, model_layers
 
-BATCH = 128
+BATCHES = (8, 128)
 
 
 def launches(architecture: str, precision: str) -> Iterator[Launch]:
@@ -45,23 +45,24 @@ def _steps(architecture: str, precision: str) -> Iterator[tuple[str, training.St
     dtype = DTYPES[precision]
     with float32_precision(precision):
         for layer in model_layers():
-            if layer.groups == 1:
-                yield from _conv(layer, dtype, architecture)
+            for batch in BATCHES:
+                if layer.groups == 1:
+                    yield from _conv(layer, batch, dtype, architecture)
         for channels, size in ((64, 56), (2048, 7)):
-            y = image(BATCH, channels, size, size, dtype)
+            y = image(BATCHES[-1], channels, size, size, dtype)
             v = _vector(channels)
             name = f"{channels} {size}x{size}"
             yield f"tail {name}", training.plan_tail_backward(y, y, y, v, y, v, architecture)
             yield f"batch norm {name}", training.plan_bn_backward(y, y, v, v, v, v, architecture)
-        y, pooled, v = image(BATCH, 64, 112, 112, dtype), image(BATCH, 64, 56, 56, dtype), _vector(64)
+        y, pooled, v = image(BATCHES[-1], 64, 112, 112, dtype), image(BATCHES[-1], 64, 56, 56, dtype), _vector(64)
         yield "max-pool", training.plan_tail_pool_backward(pooled, y, Affine(v, v), v, architecture)
 
 
-def _conv(layer: Layer, dtype: torch.dtype, architecture: str) -> Iterator[tuple[str, training.Steps]]:
+def _conv(layer: Layer, batch: int, dtype: torch.dtype, architecture: str) -> Iterator[tuple[str, training.Steps]]:
     geometry = Geometry(layer.stride, layer.padding)
-    name = layer.name()
-    x = image(BATCH, layer.c, layer.h, layer.w, dtype)
-    y = image(BATCH, layer.k, layer.h // layer.stride[0], layer.w // layer.stride[1], dtype)
+    name = f"{layer.name()} batch {batch}"
+    x = image(batch, layer.c, layer.h, layer.w, dtype)
+    y = image(batch, layer.k, layer.h // layer.stride[0], layer.w // layer.stride[1], dtype)
     weight = torch.empty(layer.k, layer.c, *layer.kernel, device="meta")
     v = _vector(layer.c)
     affine, gate = Affine(v, v), Gate(Affine(v, v), v)

@@ -20,7 +20,7 @@ def conv_exact(x, weight, scale, shift, residual, *geometry) -> torch.Tensor:
 
 
 def conv_tolerance(exact, x, weight, scale, shift, residual, *geometry) -> torch.Tensor:
-    """How far each element of a right result may be from ``exact``: it sums taps * channels products, and three terms."""
+    """How far each element of a right result may be from ``exact``: a sum over taps and channels, and three terms."""
     *geometry, _ = geometry
     terms = weight[0].numel() + 3
     magnitude = reference.conv_bn_act(
