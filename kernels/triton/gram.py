@@ -198,16 +198,18 @@ def covariance_kernel(
     """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    if tl.program_id(0) * BM >= tl.program_id(1) * BN + BN:
+        return  # all of it is below the diagonal
     row_mask = rows < C
     column_mask = columns < C
-    upper = row_mask[:, None] & column_mask[None, :] & (rows[:, None] <= columns[None, :])
+    mask = row_mask[:, None] & column_mask[None, :]
     products = tl.zeros((BM, BN), tl.float64)
     row_sums = tl.zeros((BM,), tl.float64)
     column_sums = tl.zeros((BN,), tl.float64)
     at = products_ptr + rows[:, None] * C + columns[None, :]
     # The loads of several chunks are under way at once.
     for _ in tl.range(0, CHUNKS, loop_unroll_factor=8):
-        products += tl.load(at, mask=upper, other=0.0).to(tl.float64)
+        products += tl.load(at, mask=mask, other=0.0).to(tl.float64)
         row_sums += tl.load(sums_ptr + rows, mask=row_mask, other=0.0).to(tl.float64)
         column_sums += tl.load(sums_ptr + columns, mask=column_mask, other=0.0).to(tl.float64)
         at += C * C
@@ -220,5 +222,6 @@ def covariance_kernel(
         tl.store(out_ptr + columns, column_mean.to(tl.float32), mask=column_mask)
     out_ptr += C
     covariance = covariance.to(tl.float32)
+    upper = mask & (rows[:, None] <= columns[None, :])
     tl.store(out_ptr + rows[:, None] * C + columns[None, :], covariance, mask=upper)
     tl.store(out_ptr + columns[None, :] * C + rows[:, None], covariance, mask=upper)
