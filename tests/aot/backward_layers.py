@@ -15,20 +15,10 @@ from tests.aot.layers import DTYPES, Launch, Layer, float32_precision, image, mo
 BATCHES = (8, 128)
 
 
-def launches(architecture: str, precision: str) -> Iterator[Launch]:
+def backward_launches(architecture: str, precision: str) -> Iterator[Launch]:
     for name, steps in _steps(architecture, precision):
         for plan in steps.plans:
             yield Launch(name, architecture, precision, plan)
-
-
-def distinct(all_launches: Iterable[Launch]) -> list[Launch]:
-    """One launch for each set of instructions, as far as one knows beforehand: numbers of channels make no other."""
-    unimportant = ("C", "K", "PIXEL", "ROW_UNIT")
-    chosen = {}
-    for one in all_launches:
-        constants = {name: value for name, value in one.plan.constants.items() if name not in unimportant}
-        chosen[one.plan.kernel.__name__, tuple(constants.items())] = one
-    return list(chosen.values())
 
 
 def one_per_tile(all_launches: Iterable[Launch]) -> list[Launch]:
