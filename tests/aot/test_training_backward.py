@@ -12,13 +12,18 @@ from resnet_fast.kernels.reference_training import Gate, Geometry
 from resnet_fast.kernels.triton import tiles, training_backward
 from tests.aot.backward_layers import backward_launches, one_per_tile
 from tests.aot.checks import Compiler, Result, narrow, offenders, spills, too_large, wrong_units
-from tests.aot.layers import ARCHITECTURES, image
+from tests.aot.layers import ARCHITECTURES, Launch, image
 
 # bfloat16's kernels are float16's but for the conversions: one architecture shows that they compile as well.
 TARGETS = [(a, p) for a in ARCHITECTURES for p in ("fp16", "tf32", "ieee") if not (a.startswith("gfx") and p == "tf32")]
 TARGETS.append(("sm_90", "bf16"))
 
 each_target = pytest.mark.parametrize(("architecture", "precision"), TARGETS)
+
+
+@functools.cache
+def all_launches(architecture: str, precision: str) -> list[Launch]:
+    return list(backward_launches(architecture, precision))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,7 @@ def results():
 
         @functools.cache
         def all_of(architecture: str, precision: str) -> list[Result]:
-            return compiler.results(one_per_tile(backward_launches(architecture, precision)))
+            return compiler.results(one_per_tile(all_launches(architecture, precision)))
 
         yield all_of
 
@@ -73,10 +78,8 @@ def test_every_tile_is_in_use(architecture, precision, kind):
     """The data holds no tile that no layer of the models gets."""
     name = f"{kind}_{'half' if precision in ('fp16', 'bf16') else precision}"
     shipped = {tuple(tile[:2]) for tile in tiles.load(architecture)[name]}
-    found = [
-        one.plan for one in backward_launches(architecture, precision) if one.plan.kernel.__name__ == f"{kind}_kernel"
-    ]
-    assert shipped <= {(plan.constants["BM"], plan.constants["BN"]) for plan in found}
+    plans = [one.plan for one in all_launches(architecture, precision) if one.plan.kernel.__name__ == f"{kind}_kernel"]
+    assert shipped <= {(plan.constants["BM"], plan.constants["BN"]) for plan in plans}
 
 
 def test_offsets_of_64_bits_beyond_2_gib():
