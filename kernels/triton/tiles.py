@@ -10,6 +10,9 @@ tested ahead of time (tests/aot).
     smallest          [BM, BN, BK] below which a tile is not cut down to fit a small problem
     half, tf32, ieee  [BM, BN, BK, warps, stages, split]; split: finish the tile in two halves (see epilogue.py)
     max_pool, average_pool  [BM, BN, warps]
+    dgrad_half, wgrad_half, ..._ieee  like half, for the gradients; never split
+    pointwise         [BM, BN, warps] of the backward passes that only move data
+    sum_rows          [BM, elements of the tile, warps]
 """
 
 import functools

@@ -20,13 +20,7 @@ def conv_exact(x, weight, scale, shift, residual, *geometry) -> torch.Tensor:
 
 
 def conv_tolerance(exact, x, weight, scale, shift, residual, *geometry) -> torch.Tensor:
-    """How far each element of a right result may be from ``exact``.
-
-    The result is rounded once to its dtype: half an ulp, eps / 2 of its value. Before, n = taps * channels products
-    and the epilogue's few terms are summed in float32. Each addition errs by up to eps32 / 2 of a partial sum, and no
-    partial sum exceeds the sum of the terms' magnitudes. Rounding errors of mixed sign add up like a random walk, to
-    sqrt(n) of one (Higham and Mary, 2019, whose bound holds with a constant of about 2 at these sizes).
-    """
+    """How far each element of a right result may be from ``exact``: a sum over taps and channels, and three terms."""
     *geometry, _ = geometry
     terms = weight[0].numel() + 3
     magnitude = reference.conv_bn_act(
@@ -34,7 +28,18 @@ def conv_tolerance(exact, x, weight, scale, shift, residual, *geometry) -> torch
         *geometry,
         False,
     )
-    return rounding(exact, x.dtype) + 2 * (_FLOAT32 / 2) * terms**0.5 * magnitude
+    return sum_tolerance(exact, x.dtype, terms, magnitude)
+
+
+def sum_tolerance(exact: torch.Tensor, dtype: torch.dtype, terms: int, magnitude: torch.Tensor) -> torch.Tensor:
+    """How far a sum in float32 may be from ``exact``, once it is rounded to ``dtype``.
+
+    The result is rounded once to its dtype: half an ulp, eps / 2 of its value. Before, n ``terms`` are summed in
+    float32. Each addition errs by up to eps32 / 2 of a partial sum, and no partial sum exceeds the sum of the terms'
+    magnitudes, ``magnitude``. Rounding errors of mixed sign add up like a random walk, to sqrt(n) of one (Higham and
+    Mary, 2019, whose bound holds with a constant of about 2 at these sizes).
+    """
+    return rounding(exact, dtype) + 2 * (_FLOAT32 / 2) * terms**0.5 * magnitude
 
 
 def rounding(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
