@@ -111,7 +111,9 @@ bool check(const Conv& conv, int algorithm) {
   const int64_t count = int64_t(s.n) * high * wide * s.k;
   std::unique_ptr<float[]> y(new float[count]);
   std::unique_ptr<char[]> packed(new char[rf_packed_bytes(&s, algorithm)]);
-  rf_pack(&s, algorithm, conv.weight.get(), packed.get());
+  const int64_t taps = s.r * s.s, one = s.c / s.groups * taps;
+  const rf_weight weight{conv.weight.get(), nullptr, s.k / s.groups * one, one, taps, s.s, 1, 1, 0};
+  rf_pack(&s, algorithm, &weight, packed.get(), 2);
   rf_op op{};
   op.kind = RF_CONV, op.algorithm = algorithm, op.shape = s, op.packed = packed.get(), op.shift = conv.shift.get();
   run(op, conv.x.get(), conv.residual.get(), y.get());

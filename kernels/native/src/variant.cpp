@@ -3,6 +3,7 @@
 
 #include "gemm.h"
 #include "grouped.h"
+#include "passes.h"
 #include "pool.h"
 #include "stem.h"
 #include "winograd.h"
@@ -55,18 +56,20 @@ static int64_t packed_bytes(const rf_shape* s, int algorithm) {
   return 0;
 }
 
-static void pack(const rf_shape* s, int algorithm, const double* weight, void* packed) {
+static void pack(const rf_shape* s, int algorithm, const rf_weight* weight, void* packed, int thread, int threads) {
+  const WeightSource from{*s, *weight};
+  const Team team{thread, threads};
 #if defined(__AVX512BF16__)
-  if (s->dtype == RF_BFLOAT16) return gemm_pack<BFloat16>(*s, weight, packed);
+  if (s->dtype == RF_BFLOAT16) return gemm_pack<BFloat16>(from, packed, team);
 #endif
   float* to = (float*)packed;
   switch (algorithm) {
     case RF_GEMM:
-    case RF_DIRECT: return gemm_pack<Float32>(*s, weight, to);
+    case RF_DIRECT: return gemm_pack<Float32>(from, to, team);
     case RF_WINOGRAD2:
-    case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { w.pack(*s, weight, to); });
-    case RF_GROUPED: return grouped_pack(*s, weight, to);
-    case RF_WINOGRAD_STEM: return WinogradStem::pack(*s, weight, to);
+    case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { w.pack(from, to, team); });
+    case RF_GROUPED: return grouped_pack(from, to, team);
+    case RF_WINOGRAD_STEM: return WinogradStem::pack(from, to, team);
   }
 }
 
@@ -125,6 +128,8 @@ static double multiply_adds(int64_t rounds) {
 #define RF_NAME_OF(variant) #variant
 #define RF_NAME(variant) RF_NAME_OF(variant)
 
-extern const Variant variant = {RF_NAME(RF_VARIANT), supports, products, packed_bytes, pack, multiply_adds, run};
+extern const Variant variant = {
+    RF_NAME(RF_VARIANT), supports, products, packed_bytes, pack, multiply_adds, run, pass, pass_partials, finish_pass,
+};
 
 }  // namespace RF_VARIANT
