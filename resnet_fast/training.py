@@ -228,7 +228,9 @@ def _backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple:
         return None, None, [None] * n, [None] * n, [None] * n, *rest
     if torch.is_grad_enabled():
         given = [x, residual, *weights, *scales, *shifts]
-        grads = _differentiable_gradients(chain_of(weights, scales, shifts, *ctx.plain), grad, x, residual, given, needs)
+        grads = _differentiable_gradients(
+            chain_of(weights, scales, shifts, *ctx.plain), grad, x, residual, given, needs
+        )
     else:
         need_weights, need_scales, need_shifts = needs[2 : 2 + n], needs[2 + n : 2 + 2 * n], needs[2 + 2 * n :]
         wanted = [need_x, need_residual, *need_weights, *(a or b for a, b in zip(need_scales, need_shifts))]

@@ -109,6 +109,31 @@ def _load_tensors(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def settle_relus(model: nn.Module) -> None:
+    """Shift what batch norms give, by six deviations up and down in turn, so that rounding flips no ReLU after them.
+
+    Else gradients could not be compared: one flip is no error and changes them by more than an error would. Every
+    other channel of the residual stream is then zero, the others are above it, in all blocks the same.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+                module.bias.copy_(6 * module.weight)
+                module.bias[1::2].neg_()
+
+
+def freeze_batch_norm(model: nn.Module, images: Tensor) -> None:
+    """Have every batch norm use running statistics, those of ``images``, while the model is in training mode."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    with torch.no_grad():
+        model(images)
+    for norm, momentum in zip(norms, momenta):
+        norm.eval().momentum = momentum
+
+
 def randomise_batch_norm(model: nn.Module, seed: int) -> None:
     """Give every batch norm statistics and parameters that no special case fits (fresh ones are 0 and 1).
 
