@@ -57,10 +57,8 @@ def main(name: str, threads: str) -> None:
             run = None
             folder, start = Path(value), time.perf_counter()
             run = provider["train"](folder, int(threads))
-            results = run.first()
-            seconds = time.perf_counter() - start
-            np.savez(folder / f"{name}.npz", **results)
-            answer(seconds=seconds, saved_bytes=run.saved_bytes())
+            np.savez(folder / f"{name}.npz", **run.first())
+            answer(seconds=time.perf_counter() - start, saved_bytes=run.saved_bytes())
         else:
             answer(times=timed_round(run, float(value)), peak_bytes=peak_bytes())
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from resnet_fast.cli import bench, doctor, explain, export, verify
+from resnet_fast.cli import bench, doctor, explain, export, traffic, verify
 from resnet_fast.cli.demo import command as demo
 
 OK, ERROR, USAGE, VERIFICATION_FAILED, MISSING, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo.demo, doctor.doctor, explain.explain, verify.verify, bench.bench, export.export):
+for command in (demo.demo, doctor.doctor, explain.explain, verify.verify, bench.bench, traffic.traffic, export.export):
     app.command()(command)
 
 

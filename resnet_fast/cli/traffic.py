@@ -1,0 +1,83 @@
+"""``resnet-fast traffic``: the bytes that a forward pass in training moves, stock and fused."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from resnet_fast.cli import options
+from resnet_fast.cli.output import console, table, write_json
+
+if TYPE_CHECKING:
+    from resnet_fast.bench.traffic import Move
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def traffic(
+    model: options.Model,
+    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 128,
+    size: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 224,
+    dtype: Annotated[str, typer.Option(help=f"Of images and weights: {', '.join(DTYPES)}.")] = "float16",
+    frozen_bn: options.FrozenBatchNorm = False,
+    seed: options.Seed = 0,
+    json: options.Json = None,
+    debug: options.Debug = False,
+) -> None:
+    """Count the bytes that a model's forward pass in training moves, stock and accelerated, without running it.
+
+    Each operation reads its operands once and writes its results once, a convolution reads the pixels that it needs,
+    batch norm by batch statistics reads twice. What kernels keep in workspaces is not counted.
+    """
+    import torch
+
+    from resnet_fast import accelerate
+    from resnet_fast.bench.traffic import blocks, count
+    from resnet_fast.cli.models import build, freeze_batch_norm
+
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r}, expected one of {', '.join(DTYPES)}", param_hint="--dtype")
+
+    def moves_of(fast: bool) -> "list[Move]":
+        built = build(model, seed=seed).train()
+        if frozen_bn:
+            freeze_batch_norm(built)
+        return count(accelerate(built) if fast else built, (batch, 3, size, size), getattr(torch, dtype))
+
+    moves = {"stock": moves_of(fast=False), "ours": moves_of(fast=True)}
+    by_block = {name: blocks(found) for name, found in moves.items()}
+    total = {name: sum(found.values()) for name, found in by_block.items()}
+    rows = [(block, by_block["stock"][block], by_block["ours"].get(block, 0)) for block in by_block["stock"]]
+    rows.append(("all blocks", total["stock"], total["ours"]))
+    columns = ("stock GB", "ours GB", "of stock")
+    title = f"{model}, forward in training, batch {batch}, {size}x{size}, {dtype}: images read and written, by block"
+    cells = [(block, *_gigabytes(stock, ours), f"{ours / stock:.1%}") for block, stock, ours in rows]
+    out = console()
+    out.print(table(title, ("", *columns), cells, columns))
+    for name, found in moves.items():
+        columns = ("calls", "read GB", "written GB", "other GB")
+        out.print(table(f"{name}, all blocks by operation", ("", *columns), _by_operation(found), columns))
+    setting = {"model": model, "batch": batch, "size": size, "dtype": dtype, "frozen_bn": frozen_bn}
+    data = {name: {"total": total[name], "blocks": by_block[name], "moves": moves[name]} for name in moves}
+    write_json({**setting, **_plain(data)}, json)
+
+
+def _by_operation(moves: "list[Move]") -> list[tuple[Any, ...]]:
+    """What moves images in the blocks: operation, calls, and bytes read, written and other; most bytes first."""
+    calls, read, written, other = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    for move in moves:
+        if move.block and move.images:
+            calls[move.op] += 1
+            read[move.op] += move.read
+            written[move.op] += move.written
+            other[move.op] += move.other
+    ops = sorted(calls, key=lambda op: -read[op] - written[op])
+    return [(op, calls[op], *_gigabytes(read[op], written[op], other[op])) for op in ops]
+
+
+def _gigabytes(*sizes: int) -> tuple[str, ...]:
+    return tuple(f"{size / 1e9:.3f}" for size in sizes)
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: {**found, "moves": [move.__dict__ for move in found["moves"]]} for name, found in data.items()}
