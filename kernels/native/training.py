@@ -49,7 +49,7 @@ def conv_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``reference_training.conv_statistics``."""
     shape = conv_shape(x.shape, weight.shape, *geometry, False, False)
-    y = _convolve(shape, passes.activate(x, prologue), weight)
+    y = _convolve(shape, x, weight, prologue=prologue)
     return y, *passes.statistics(y)
 
 
@@ -64,7 +64,7 @@ def conv_affine(
 ) -> Tensor:
     """As ``reference_training.conv_affine``. The scale is multiplied into the weight."""
     shape = conv_shape(x.shape, weight.shape, *geometry, relu, False)
-    return _convolve(shape, passes.activate(x, prologue), weight, affine.scale, affine.shift, residual)
+    return _convolve(shape, x, weight, affine.scale, affine.shift, residual, prologue=prologue)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -78,9 +78,10 @@ def dgrad(
     if geometry.stride == (1, 1):
         (part,) = parts
         return passes.gate(_convolve(part.shape, dy, weight, residual=residual, backward=True), x, gate, None)
-    dx = torch.zeros_like(x, memory_format=torch.channels_last)
+    everywhere = sum(part.shape.p * part.shape.q for part in parts) == x.shape[2] * x.shape[3]
+    dx = (torch.empty_like if everywhere else torch.zeros_like)(x, memory_format=torch.channels_last)
     for part in parts:
-        dx[part.pixels] = _convolve(part.shape, dy, weight[part.taps], backward=True)
+        _convolve(part.shape, dy, weight[part.taps], out=dx, pixels=part.pixels, backward=True)
     return passes.gate(dx, x, gate, residual)
 
 
@@ -97,12 +98,12 @@ def dgrad_expand(
 ) -> Gradient:
     """As ``reference_training.dgrad_expand``: two products, the second one added to the first in its place."""
     dense, (k, channels) = stride == (1, 1), weight.shape
-    a = passes.activate(x if dense else x[:, :, :: stride[0], :: stride[1]], prologue)
-    minus_q, weight = -q.view(channels, channels, 1, 1), weight.view(k, channels, 1, 1)
-    shape = _parts(a.shape, minus_q.shape, Geometry(), a.shape)[0].shape
-    rows = _convolve(shape, a, minus_q, shift=-c, residual=residual if dense else None, backward=True)
-    shape = _parts(g.shape, weight.shape, Geometry(), a.shape)[0].shape
-    _convolve(shape, g, weight, residual=rows, out=rows, backward=True)
+    shape = conv_shape(x.shape, (channels, channels, 1, 1), stride, (0, 0), (1, 1), 1, False, False)
+    minus_q = -q.t().unsqueeze(2).unsqueeze(3)
+    rows = _convolve(shape, x, minus_q, shift=-c, residual=residual if dense else None, prologue=prologue)
+    weight = weight.view(k, channels, 1, 1)
+    (part,) = _parts(g.shape, weight.shape, Geometry(), rows.shape)
+    _convolve(part.shape, g, weight, residual=rows, out=rows, backward=True)
     if dense:
         return passes.gate(rows, x, gate, None)
     dx = torch.zeros_like(x, memory_format=torch.channels_last)
@@ -113,7 +114,7 @@ def dgrad_expand(
 class _Part(NamedTuple):
     """Some pixels of a convolution's input, and the convolution that makes their gradient of the result's."""
 
-    pixels: tuple[slice, ...]  # of the input
+    pixels: tuple[slice, slice]
     taps: tuple[slice, ...]  # of the weight
     shape: Shape
 
@@ -125,9 +126,9 @@ def _parts(dy: torch.Size, weight: torch.Size, geometry: Geometry, x: torch.Size
     high, wide = (_phases(*axis) for axis in axes)
     parts = []
     for i, j in itertools.product(high, wide):
-        sizes = (n, p, q, k, i.count, j.count, c, i.window, j.window, 1, 1, i.padding, j.padding, *dilation)
+        sizes = (n, p, q, k, i.size, j.size, c, i.window, j.window, 1, 1, i.padding, j.padding, *dilation)
         shape = Shape(library.FLOAT32, *sizes, geometry.groups, 0, 0)
-        parts.append(_Part((every, every, i.pixels, j.pixels), (every, every, i.taps, j.taps), shape))
+        parts.append(_Part((i.pixels, j.pixels), (every, every, i.taps, j.taps), shape))
     return parts
 
 
@@ -136,7 +137,7 @@ class _Phase(NamedTuple):
 
     pixels: slice
     taps: slice
-    count: int  # of pixels
+    size: int  # pixels
     window: int  # taps
     padding: int  # before the first result
 
@@ -179,29 +180,47 @@ def _convolve(
     scale: Optional[Tensor] = None,
     shift: Optional[Tensor] = None,
     residual: Optional[Tensor] = None,
+    *,
+    prologue: Optional[Affine] = None,
     out: Optional[Tensor] = None,
+    pixels: Optional[tuple[slice, slice]] = None,
     backward: bool = False,
 ) -> Tensor:
-    """The convolution that ``shape`` describes; with ``backward``, of a gradient. ``out`` may be the residual."""
-    x, threads = _nhwc(x), torch.get_num_threads()
-    y = out
-    if y is None:
-        y = torch.empty((shape.n, shape.k, shape.p, shape.q), dtype=x.dtype, memory_format=torch.channels_last)
-    if shift is None:
-        shift = torch.zeros(shape.k)
+    """The convolution that ``shape`` describes; with ``backward``, of a gradient.
+
+    ``out`` is what is returned: it may be the residual, and where ``pixels`` are named, the result is these pixels of
+    it, and there is no residual.
+    """
+    threads = torch.get_num_threads()
     algorithm = planner.choose_native(shape, threads)
+    if prologue is not None and algorithm not in library.ACTIVATING:
+        x, prologue = passes.activate(x, prologue), None
+    if out is not None and pixels is not None and algorithm not in library.SPREADING:
+        out[(..., *pixels)] = _convolve(shape, x, weight, scale, shift, prologue=prologue, backward=backward)
+        return out
+    x = _nhwc(x)
+    if out is None:
+        size = (shape.n, shape.k, shape.p, shape.q)
+        out = torch.empty(size, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     packed = library.pack(shape, algorithm, weight.to(x.dtype), scale, backward, threads, _memory.packed)
     _memory.packed = packed
-    shift = shift.to(x.dtype).contiguous()
-    op = Op(library.CONV, ALGORITHMS.index(algorithm), shape, 0, packed.data_ptr(), shift.data_ptr())
-    op.x, op.y, op.residual = Ref(0, 0, 0), Ref(1, 0, 0), NOWHERE
-    buffers = [x.data_ptr(), y.data_ptr()]
+    op = Op(library.CONV, ALGORITHMS.index(algorithm), shape, 0, packed.data_ptr())
+    shift = torch.zeros(shape.k, device="cpu") if shift is None else shift.to(x.dtype).contiguous()
+    op.shift, op.x, op.y, op.residual = shift.data_ptr(), Ref(0, 0, 0), Ref(1, 0, 0), NOWHERE
+    buffers = [x.data_ptr(), out.data_ptr()]
     if residual is not None:
-        residual = _nhwc(residual)
-        op.residual = Ref(2, 0, 0)
+        residual, op.residual = _nhwc(residual), Ref(2, 0, 0)
         buffers.append(residual.data_ptr())
+    if prologue is not None:
+        prologue = Affine(*(vector.to(x.dtype).contiguous() for vector in prologue))
+        op.x_scale, op.x_offset = prologue.scale.data_ptr(), prologue.shift.data_ptr()
+    if pixels is not None:
+        rows, columns = pixels
+        _, _, op.y_h, op.y_w = out.shape
+        op.step_h, op.step_w = rows.step, columns.step
+        op.y.offset = (rows.start * op.y_w + columns.start) * shape.k * out.element_size()
     library.run((Op * 1)(op), 1, (c_void_p * len(buffers))(*buffers), threads)
-    return y
+    return out
 
 
 def _nhwc(x: Tensor) -> Tensor:

@@ -7,11 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels import native
 from resnet_fast.kernels import reference_training as reference
 from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.native import library, planner, training
-from resnet_fast.kernels.native.library import ALGORITHMS
 from resnet_fast.kernels.reference_training import Affine, Gate, Geometry
 from tests.cpu.cases import WEIRD, Conv, Poison, assert_channels_last, network_convs, nhwc
 from tests.native.harness import TRICKY, Poisoned, algorithms_for, shape_of
@@ -99,7 +97,13 @@ def _weight(conv: Conv, randn, backward: bool = False) -> Tensor:
 # --- packing ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["one more than a tile", "1x1", "groups of 4, dilated, strided", "RGB", "depthwise", "groups of 3 to 5", "5x3, asymmetric"])  # fmt: skip
+PACKED = (
+    *("one more than a tile", "1x1", "5x3, asymmetric", "RGB"),
+    *("depthwise", "groups of 4, dilated, strided", "groups of 3 to 5"),
+)
+
+
+@pytest.mark.parametrize("name", PACKED)
 def test_packs_do_not_depend_on_the_layout(name, variant):
     """Contiguous, channels last or a slice with gaps; in float32 or float64; on one thread or three: the same bytes."""
     conv, randn = TRICKY[name], _generator()
@@ -287,7 +291,10 @@ def test_nan_and_inf_propagate(name, value):
     assert not dx[~exact.isfinite()].isfinite().any()
 
 
-@pytest.mark.parametrize("name", ["round", "1x1/2", "17 channels", "32 groups of 4", "RGB", "three and two left of a tile, stride 2, eight images"])  # fmt: skip
+SHARED = ("round", "1x1/2", "17 channels", "32 groups of 4", "three and two left of a tile, stride 2, eight images")
+
+
+@pytest.mark.parametrize("name", SHARED)
 @pytest.mark.parametrize("forced", ["gemm", "winograd4"])
 def test_threads_give_the_same_bits(name, forced):
     """Of one algorithm: the planner's choice depends on their number."""

@@ -70,6 +70,12 @@ struct rf_op {
   const void* packed;  // weights from rf_pack
   const float* shift;  // [k]; never null for a convolution
   rf_ref x, residual, y;
+  // Of convolutions by RF_GEMM, RF_WINOGRAD2 and RF_WINOGRAD4 in float32: x is read as relu(x * scale + offset), padding
+  // is zero after that. [c] each; null: x as it is.
+  const float *x_scale, *x_offset;
+  // Of convolutions by RF_GEMM without residual and ReLU: pixel (p, q) of the result is (p * step_h, q * step_w) of an
+  // image `y_h` high and `y_w` wide. 0: y is dense.
+  int32_t y_h, y_w, step_h, step_w;
 };
 
 int rf_abi(void);
@@ -121,5 +127,14 @@ struct rf_pass {
 };
 
 void rf_run_pass(const rf_pass* pass, int threads);
+
+// Training, float32. `scale` and `shift`, [c] each, are what x is read through, relu(x * scale + shift); null: nothing.
+int rf_wgrad_supports(const rf_shape* shape, int algorithm, int prologue);
+// The gradient of a convolution's weight, dw: [k, r, s, c / groups], from dy, the gradient of its output.
+void rf_wgrad(const rf_shape* shape, int algorithm, const float* dy, const float* x, const float* scale,
+              const float* shift, float* dw, int threads);
+// Mean, [c], and biased covariance, [c, c], of x at the output pixels of a 1x1 convolution without padding.
+void rf_gram(const rf_shape* shape, const float* x, const float* scale, const float* shift, float* mean,
+             float* covariance, int threads);
 }
 #pragma GCC visibility pop

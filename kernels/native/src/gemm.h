@@ -56,13 +56,14 @@ template <class E> static void gemm_part(const ConvTask<E>& task, Range groups, 
   const rf_shape& s = task.shape;
   const GemmWeights<E> weights(s);
   const int64_t group_count = groups.end - groups.begin;
-  const Patches<E> patches{s, task.x, int(groups.begin), int(group_count)};
+  const Patches<E> patches{s, task.x, int(groups.begin), int(group_count), task.prologue};
   const Tiles tiles{rows.end - rows.begin};
   // As many tiles at a time as half the cache holds, and at least four: each pass reads all the weights.
   const int64_t pitch = MR * patches.lines() * VL, tile_pitch = pitch * group_count;
   const int64_t fitting = rf_cache_bytes() / 2 / (tile_pitch * int64_t(sizeof(float)));
   const int64_t chunk = smaller(tiles.count(), larger<int64_t>(fitting, group_count > 1 ? 1 : 4));
   float* panels = scratch(PANELS, chunk * tile_pitch + pitch);
+  alignas(sizeof(vec)) typename E::Element apart[MR * NR];  // a tile whose pixels are not side by side in the image
   float* staging = panels + chunk * tile_pitch;
   for (int64_t first = 0; first < tiles.count(); first += chunk) {
     const int64_t last = smaller(first + chunk, tiles.count());
@@ -86,10 +87,13 @@ template <class E> static void gemm_part(const ConvTask<E>& task, Range groups, 
           const auto* next_residual = t + 1 < last ? residual(t + 1, channel)
                                       : more     ? residual(first, channel + NR)
                                                  : nullptr;
-          multiply(Tile<E>{panel(left, height, weights.depth), right, task.y + (row - task.y_row) * s.k + channel, s.k,
+          auto* y = task.y + (row - task.y_row) * s.k + channel;
+          multiply(Tile<E>{panel(left, height, weights.depth), right, task.spread.h ? apart : y, task.spread.h ? NR : s.k,
                            task.shift + channel, residual(t, channel), s.relu != 0, channels,
                            Ahead::share(next, t - first, last - first), next_residual},
                    height);
+          for (int i = 0; task.spread.h && i < height; i++)
+            copy(task.y + task.spread.pixel(s, row + i) * s.k + channel, apart + i * NR, channels);
         }
       }
   }

@@ -121,25 +121,33 @@ template <class FP, class FQ> struct Winograd {
     for (int64_t line = 0; line < task.lines; line++, v += line_step) {
       const int channels = int(smaller<int64_t>(VL, task.pixel - line * VL));
       const float* corner = image + (int64_t(y0) * s.w + x0) * task.pixel + line * VL;
+      const Prologue prologue = task.prologue.from(line * VL);
+      const vec scale = prologue ? load_some<Float32>(prologue.scale, channels) : vec{};
+      const vec offset = prologue ? load_some<Float32>(prologue.offset, channels) : vec{};
       vec half[FP::IN][FQ::IN];
-      auto transform_columns = [&](auto pixel) __attribute__((always_inline)) {
+      auto transform_columns = [&](auto pixel, bool activate) __attribute__((always_inline)) {
 #pragma GCC unroll 9
         for (int j = 0; j < FQ::IN; j++) {
           vec d[FP::IN], column[FP::IN];
 #pragma GCC unroll 9
           for (int i = 0; i < FP::IN; i++) d[i] = pixel(i, j, corner + (int64_t(i) * s.w + j) * task.pixel);
+          if (activate)
+#pragma GCC unroll 9
+            for (int i = 0; i < FP::IN; i++) d[i] = activated(d[i], scale, offset);
           FP::input(d, column);
 #pragma GCC unroll 9
           for (int i = 0; i < FP::IN; i++) half[i][j] = column[i];
         }
       };
       if (inside && channels == VL)
-        transform_columns([](int, int, const float* at) { return load(at); });
+        transform_columns([](int, int, const float* at) { return load(at); }, bool(prologue));
       else
         transform_columns([&](int i, int j, const float* at) {
           const bool there = y0 + i >= 0 && y0 + i < s.h && x0 + j >= 0 && x0 + j < s.w;
-          return there ? load_some<Float32>(at, channels) : vec{};
-        });
+          if (!there) return vec{};
+          const vec x = load_some<Float32>(at, channels);
+          return prologue ? activated(x, scale, offset) : x;
+        }, false);
 #pragma GCC unroll 9
       for (int i = 0; i < FP::IN; i++) {
         vec row[FQ::IN];

@@ -99,7 +99,7 @@ struct WinogradStem {
       fold(s, task.x + number * s.h * s.w * 3, int(p), half, image);
       const float* residual = task.residual ? task.residual + row * s.q * s.k : nullptr;
       float* y = task.y + (row * s.q - task.y_row) * s.k;
-      WinogradTask band({half, image, task.packed, task.shift, residual, y, 0});
+      WinogradTask band({half, image, task.packed, task.shift, residual, y, 0, {}, {}});
       band.pixel = PIXEL;
       Winograd<FourTaps, FourTaps>::conv(band, {0, 1});
       row += count;
