@@ -6,6 +6,7 @@ batch norm by batch statistics reads its input twice, for the statistics and to 
 primitives that ``chain.forward`` asks for, so the count follows that code.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from resnet_fast import accelerate
 from resnet_fast import chain as chains
 from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.reference_training import Affine, Geometry, Pair, wide
@@ -45,15 +47,21 @@ class Move:
         return self.read + self.written
 
 
-def traffic(model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[Move]:
-    """What ``model(images)`` moves, operation by operation.
+def compare(model: nn.Module, shape: Any, dtype: torch.dtype) -> dict[str, list[Move]]:
+    """What ``model(images)`` moves, operation by operation: "stock", and accelerated, "ours".
 
     Args:
-        model: stock or accelerated, in the mode that it is to be counted in. It is moved to the meta device, so its
-            weights are lost.
+        model: a stock one, in the mode that it is to be counted in.
         shape: of the images, ``[N, C, H, W]``.
         dtype: of images, weights and vectors alike.
     """
+    return {
+        "stock": _count(copy.deepcopy(model), shape, dtype),
+        "ours": _count(accelerate(model, inplace=False), shape, dtype),
+    }
+
+
+def _count(model: nn.Module, shape: Any, dtype: torch.dtype) -> list[Move]:
     model = model.to("meta", dtype)
     images = torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
     with torch.no_grad(), _Counter(model) as counter:
@@ -62,7 +70,10 @@ def traffic(model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dty
 
 
 def blocks(moves: list[Move]) -> dict[str, int]:
-    """Bytes of images by block, in order; what the model's own forward does (stem, classifier) is left out."""
+    """Bytes of images by block, in order; the stem is left out, and with it what else has parameters outside blocks.
+
+    The pooling at the end has none, and counts with the last block.
+    """
     found: dict[str, int] = {}
     for move in moves:
         if move.block:
@@ -101,7 +112,8 @@ class _Counter(TorchDispatchMode):
         read = sum(size for tensor, size in sizes if tensor.dim() == 4 and id(tensor) not in self._owners)
         written = sum(tensor.nbytes for tensor in made if tensor.dim() == 4)
         every = sum(size for _, size in sizes) + sum(tensor.nbytes for tensor in made)
-        self.moves.append(Move(self._block, func.overloadpacket.__name__, read, written, every - read - written))
+        if every:
+            self.moves.append(Move(self._block, func.overloadpacket.__name__, read, written, every - read - written))
 
     def _count_chain(self, chain: chains.Chain, x: Tensor, residual: Optional[Tensor]) -> None:
         def real(tensor: Tensor) -> Tensor:

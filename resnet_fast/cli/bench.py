@@ -26,9 +26,7 @@ def bench(
     training: Annotated[
         bool, typer.Option("--training", help="Time a training step: forward, backward, SGD with momentum.")
     ] = False,
-    frozen_bn: Annotated[
-        bool, typer.Option("--frozen-bn", help="In training, batch norms keep to their running statistics.")
-    ] = False,
+    frozen_bn: options.FrozenBatchNorm = False,
     provider: Annotated[
         Optional[str], typer.Option("--providers", help="Some of them, with commas: ours,onnxruntime.")
     ] = None,
@@ -53,6 +51,7 @@ def bench(
     from resnet_fast.bench import measure
     from resnet_fast.bench.machine import available_cores, describe, load
     from resnet_fast.bench.providers import NAMES, TRAINING, provider_names
+    from resnet_fast.bench.traffic import blocks, compare
     from resnet_fast.cli.models import build, freeze_batch_norm, randomise_batch_norm, settle_relus
     from resnet_fast.export import VerificationError
     from resnet_fast.export.metadata import channels_of
@@ -97,6 +96,12 @@ def bench(
             out.print(measurements_table(title, results, images_a_call))
             setting = {"model": name, "batch": images_a_call, "size": size, "dtype": "float32", "threads": threads}
             setting |= {"training": training, "frozen_bn": frozen_bn}
+            if training:
+                counted = compare(stock, shape, images.dtype)
+                moved = {name: sum(blocks(moves).values()) for name, moves in counted.items()}
+                sizes = " and ".join(f"{name} {size / 1e9:.2f} GB" for name, size in moved.items())
+                out.print(f"the blocks' forward pass reads and writes, counted: {sizes}")
+                setting["traffic_bytes"] = moved
             workloads.append({**setting, "providers": as_dicts(results)})
     run = {"rounds": rounds, "seconds": seconds, "seed": seed, "load_before": busy, "load_after": load()}
     write_json({"machine": describe(), **run, "workloads": workloads}, json)

@@ -20,7 +20,6 @@ def traffic(
     size: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 224,
     dtype: Annotated[str, typer.Option(help=f"Of images and weights: {', '.join(DTYPES)}.")] = "float16",
     frozen_bn: options.FrozenBatchNorm = False,
-    seed: options.Seed = 0,
     json: options.Json = None,
     debug: options.Debug = False,
 ) -> None:
@@ -31,27 +30,23 @@ def traffic(
     """
     import torch
 
-    from resnet_fast import accelerate
-    from resnet_fast.bench.traffic import blocks, count
-    from resnet_fast.cli.models import build, freeze_batch_norm
+    from resnet_fast.bench.traffic import blocks, compare
+    from resnet_fast.cli.models import build, norms_of
+    from resnet_fast.export.metadata import channels_of
 
     if dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r}, expected one of {', '.join(DTYPES)}", param_hint="--dtype")
-
-    def moves_of(fast: bool) -> "list[Move]":
-        built = build(model, seed=seed).train()
-        if frozen_bn:
-            freeze_batch_norm(built)
-        return count(accelerate(built) if fast else built, (batch, 3, size, size), getattr(torch, dtype))
-
-    moves = {"stock": moves_of(fast=False), "ours": moves_of(fast=True)}
+    stock = build(model).train()
+    for norm in norms_of(stock):
+        norm.train(not frozen_bn)
+    moves = compare(stock, (batch, channels_of(stock) or 3, size, size), getattr(torch, dtype))
     by_block = {name: blocks(found) for name, found in moves.items()}
     total = {name: sum(found.values()) for name, found in by_block.items()}
-    rows = [(block, by_block["stock"][block], by_block["ours"].get(block, 0)) for block in by_block["stock"]]
+    rows = [(block, by_block["stock"][block], by_block["ours"][block]) for block in by_block["stock"]]
     rows.append(("all blocks", total["stock"], total["ours"]))
-    columns = ("stock GB", "ours GB", "of stock")
+    columns: tuple[str, ...] = ("stock GB", "ours GB", "of stock")
     title = f"{model}, forward in training, batch {batch}, {size}x{size}, {dtype}: images read and written, by block"
-    cells = [(block, *_gigabytes(stock, ours), f"{ours / stock:.1%}") for block, stock, ours in rows]
+    cells = [(block, *_gigabytes(theirs, ours), f"{ours / theirs:.1%}") for block, theirs, ours in rows]
     out = console()
     out.print(table(title, ("", *columns), cells, columns))
     for name, found in moves.items():
