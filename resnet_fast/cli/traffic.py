@@ -1,6 +1,7 @@
 """``resnet-fast traffic``: the bytes that a forward pass in training moves, stock and fused."""
 
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -52,9 +53,10 @@ def traffic(
     for name, found in moves.items():
         columns = ("calls", "read GB", "written GB", "other GB")
         out.print(table(f"{name}, all blocks by operation", ("", *columns), _by_operation(found), columns))
-    setting = {"model": model, "batch": batch, "size": size, "dtype": dtype, "frozen_bn": frozen_bn}
-    data = {name: {"total": total[name], "blocks": by_block[name], "moves": moves[name]} for name in moves}
-    write_json({**setting, **_plain(data)}, json)
+    setting: dict[str, Any] = {"model": model, "batch": batch, "size": size, "dtype": dtype, "frozen_bn": frozen_bn}
+    for name, found in moves.items():
+        setting[name] = {"total": total[name], "blocks": by_block[name], "moves": [asdict(move) for move in found]}
+    write_json(setting, json)
 
 
 def _by_operation(moves: "list[Move]") -> list[tuple[Any, ...]]:
@@ -72,7 +74,3 @@ def _by_operation(moves: "list[Move]") -> list[tuple[Any, ...]]:
 
 def _gigabytes(*sizes: int) -> tuple[str, ...]:
     return tuple(f"{size / 1e9:.3f}" for size in sizes)
-
-
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    return {name: {**found, "moves": [move.__dict__ for move in found["moves"]]} for name, found in data.items()}
