@@ -125,11 +125,12 @@ def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[T
     return Gradient(g, *sums)
 
 
-def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """See ``reference_training.bn_backward``; in place over ``g``."""
+def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool) -> Tensor:
+    """See ``reference_training.bn_backward``."""
     g, y = _nhwc(g), _nhwc(y)
-    _run(library.BN_BACKWARD, g, {"x": g, "y": y, "result": g, "mean": mean, "scale": a, "slope": b, "shift": c})
-    return g
+    result = g if overwrite else _image(*g.shape)
+    _run(library.BN_BACKWARD, g, {"x": g, "y": y, "result": result, "mean": mean, "scale": a, "slope": b, "shift": c})
+    return result
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
