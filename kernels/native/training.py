@@ -2,7 +2,8 @@
 
 The gradient of a convolution's input is a convolution of the result's gradient, with the weight's channels exchanged
 and its taps from the last to the first. With a stride, pixels that are congruent to each other see the same taps, every
-``stride``-th one, and are a small convolution of their own (``_parts``): nothing is multiplied by a zero.
+``stride``-th one, and are a small convolution of their own (``_parts``): nothing is multiplied by a zero. Or Winograd's
+algorithm makes all of them at once (``_upsampling``).
 
 A step reads every weight once forward and once back, and then changes it: packs are made anew for every call, in memory
 that is kept.
@@ -75,6 +76,9 @@ def dgrad(
 ) -> Gradient:
     """As ``reference_training.dgrad``."""
     parts = _parts(dy.shape, weight.shape, geometry, x.shape)
+    whole = _upsampling(dy.shape, weight.shape, geometry, x.shape)
+    if whole is not None and _seconds(whole) < sum(_seconds(part.shape) for part in parts):
+        return passes.gate(_convolve(whole, dy, weight, residual=residual, backward=True), x, gate, None)
     if geometry.stride == (1, 1):
         (part,) = parts
         return passes.gate(_convolve(part.shape, dy, weight, residual=residual, backward=True), x, gate, None)
@@ -109,6 +113,21 @@ def dgrad_expand(
     dx = torch.zeros_like(x, memory_format=torch.channels_last)
     dx[:, :, :: stride[0], :: stride[1]] = rows
     return passes.gate(dx, x, gate, residual)
+
+
+def _upsampling(dy: torch.Size, weight: torch.Size, geometry: Geometry, x: torch.Size) -> Optional[Shape]:
+    """The gradient as one convolution, where Winograd's algorithm goes back through a stride of 2."""
+    if geometry.stride != (2, 2) or geometry.padding != (1, 1):
+        return None
+    (n, k, p, q), (_, c, h, w) = dy, x
+    sizes = (n, p, q, k, h, w, c, *weight[2:], -2, -2, 0, 0, *geometry.dilation)
+    shape = Shape(library.FLOAT32, *sizes, geometry.groups, 0, 0)
+    return shape if library.supports(shape, "winograd4") else None
+
+
+def _seconds(shape: Shape) -> float:
+    threads = torch.get_num_threads()
+    return planner.estimate(shape, planner.choose_native(shape, threads), threads)
 
 
 class _Part(NamedTuple):

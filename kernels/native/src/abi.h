@@ -39,7 +39,8 @@ struct rf_shape {
   int32_t n, h, w, c;  // input
   int32_t p, q, k;     // output of the convolution or pool: height, width, channels
   int32_t r, s;        // window: height, width
-  int32_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int32_t stride_h, stride_w;  // -2: the gradient of an input that was read with stride 2 and padding 1, from the output's
+  int32_t pad_h, pad_w, dilation_h, dilation_w;
   int32_t groups;
   int32_t relu;
   int32_t pool;  // convolutions: a 3x3/2 max-pool follows; y is [n, (p - 1) / 2 + 1, (q - 1) / 2 + 1, k]
