@@ -80,16 +80,16 @@ NOWHERE = Ref(-1, 0, 0)
 
 TAIL, TAIL_POOL, STATISTICS, GATE, TAIL_POOL_BACKWARD, BN_BACKWARD = range(6)
 MOST_SUMS = 3
-_IMAGES = "x residual gate y residual_y"
-_VECTORS = "scale shift residual_scale residual_shift mean residual_mean slope"
+_PASS_SIZES = "kind n h w c relu"
+_OPERANDS = "x residual gate y residual_y scale shift residual_scale residual_shift mean residual_mean slope result"
 
 
 class Pass(ctypes.Structure):
     """``rf_pass``."""
 
     _fields_ = [
-        *((name, _int) for name in ["kind", "n", "h", "w", "c", "relu"]),
-        *((name, ctypes.c_void_p) for name in f"{_IMAGES} {_VECTORS} result".split()),
+        *((name, _int) for name in _PASS_SIZES.split()),
+        *((name, ctypes.c_void_p) for name in _OPERANDS.split()),
         ("sums", ctypes.c_void_p * MOST_SUMS),
     ]
 
@@ -144,6 +144,12 @@ def _declare(library: ctypes.CDLL) -> None:
     library.rf_same.argtypes = [pointers, ctypes.POINTER(_int), ctypes.c_int, ctypes.c_void_p]
     library.rf_peak.argtypes = [ctypes.c_int]
     library.rf_peak.restype = ctypes.c_double
+    pointer = ctypes.c_void_p
+    library.rf_wgrad_supports.argtypes = [shape, ctypes.c_int, ctypes.c_int]
+    library.rf_wgrad.argtypes = [shape, ctypes.c_int, *[pointer] * 5, ctypes.c_int]
+    library.rf_wgrad.restype = None
+    library.rf_gram.argtypes = [shape, *[pointer] * 5, ctypes.c_int]
+    library.rf_gram.restype = None
 
 
 def _select(library: ctypes.CDLL, wanted: str, complaint: str) -> None:
@@ -244,6 +250,34 @@ def weight_view(weight: torch.Tensor, groups: int, backward: bool = False) -> We
 def peak(threads: int) -> float:
     """Floating-point operations per second of multiply-adds on registers: what no kernel can exceed. Takes 0.1 s."""
     return _loaded().rf_peak(threads)
+
+
+Vectors = Optional[tuple[torch.Tensor, torch.Tensor]]  # a prologue's scale and shift, or none
+
+
+def wgrad_supports(shape: Shape, algorithm: str, prologue: bool) -> bool:
+    """Whether ``wgrad`` does; with ``prologue``, reading ``x`` through one."""
+    return bool(_loaded().rf_wgrad_supports(shape, ALGORITHMS.index(algorithm), prologue))
+
+
+def wgrad(
+    shape: Shape, algorithm: str, dy: torch.Tensor, x: torch.Tensor, prologue: Vectors, dw: torch.Tensor, threads: int
+) -> None:
+    """Write the gradient of a convolution's weight to ``dw``. All are float32, and NHWC or KRSC in memory."""
+    pointers = (dy.data_ptr(), x.data_ptr(), *_addresses(prologue), dw.data_ptr())
+    _loaded().rf_wgrad(shape, ALGORITHMS.index(algorithm), *pointers, threads)
+
+
+def gram(
+    shape: Shape, x: torch.Tensor, prologue: Vectors, mean: torch.Tensor, covariance: torch.Tensor, threads: int
+) -> None:
+    """Write the mean and covariance of the input pixels that a 1x1 convolution reads. All are float32, ``x`` NHWC."""
+    pointers = (x.data_ptr(), *_addresses(prologue), mean.data_ptr(), covariance.data_ptr())
+    _loaded().rf_gram(shape, *pointers, threads)
+
+
+def _addresses(vectors: Vectors) -> tuple[Optional[int], Optional[int]]:
+    return (None, None) if vectors is None else (vectors[0].data_ptr(), vectors[1].data_ptr())
 
 
 class Probes:

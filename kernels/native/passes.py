@@ -5,6 +5,7 @@ Images are read in ``torch.channels_last`` (others are copied), and a fixed orde
 bits at every call and for every number of threads.
 """
 
+from collections.abc import Mapping, Sequence
 from ctypes import c_void_p
 from typing import Optional
 
@@ -43,7 +44,7 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     """``mean [C]`` and ``variance [C]`` (biased) of the channels of ``y [N, C, H, W]``."""
     y = _nhwc(y)
     mean, variance = _sums(y, 2)
-    _run(library.STATISTICS, y, sums=[mean, variance], x=y)
+    _run(library.STATISTICS, y, {"x": y}, [mean, variance])
     return mean, variance
 
 
@@ -52,11 +53,11 @@ def tail(
 ) -> Tensor:
     """See ``reference_training.tail``."""
     y, residual = _nhwc(y), None if residual is None else _nhwc(residual)
-    result = torch.empty_like(y)
+    result = _image(*y.shape)
     scale, shift = affine
     own_scale, own_shift = residual_affine or (None, None)
-    operands = {"scale": scale, "shift": shift, "residual_scale": own_scale, "residual_shift": own_shift}
-    _run(library.TAIL, y, relu, x=y, residual=residual, result=result, **operands)
+    vectors = {"scale": scale, "shift": shift, "residual_scale": own_scale, "residual_shift": own_shift}
+    _run(library.TAIL, y, {"x": y, "residual": residual, "result": result, **vectors}, relu=relu)
     return result
 
 
@@ -64,9 +65,8 @@ def tail_pool(y: Tensor, affine: Affine) -> Tensor:
     """See ``reference_training.tail_pool``."""
     y = _nhwc(y)
     n, c, h, w = y.shape
-    size = (n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
-    result = torch.empty(size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-    _run(library.TAIL_POOL, y, x=y, result=result, scale=affine.scale, shift=affine.shift)
+    result = _image(n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
+    _run(library.TAIL_POOL, y, {"x": y, "result": result, "scale": affine.scale, "shift": affine.shift})
     return result
 
 
@@ -80,14 +80,15 @@ def gate(dx: Tensor, x: Tensor, gate: Optional[Gate], residual: Optional[Tensor]
     computed; with one whose mean is None, only ``total``.
     """
     dx, x, residual = _nhwc(dx), _nhwc(x), None if residual is None else _nhwc(residual)
+    operands = {"x": dx, "residual": residual, "result": dx}
     if gate is None:
         if residual is not None:
-            _run(library.GATE, dx, x=dx, residual=residual, result=dx)
+            _run(library.GATE, dx, operands)
         return Gradient(dx)
     scale, shift = gate.affine or (None, None)
     sums = _sums(dx, 1 if gate.mean is None else 2)
-    operands = {"gate": x, "scale": scale, "shift": shift, "y": x, "mean": gate.mean}
-    _run(library.GATE, dx, sums=sums, x=dx, residual=residual, result=dx, **operands)
+    operands |= {"gate": x, "scale": scale, "shift": shift, "y": x, "mean": gate.mean}
+    _run(library.GATE, dx, operands, sums)
     return Gradient(dx, *sums)
 
 
@@ -101,14 +102,15 @@ def tail_backward(
 ) -> tuple[Gradient, Optional[Tensor]]:
     """See ``reference_training.tail_backward``. Without ``out``, ``g`` is ``grad`` itself."""
     grad = _nhwc(grad)
-    result = grad if out is None else torch.empty_like(grad)
+    result = grad if out is None else _image(*grad.shape)
     # Products are with y and then the residual; where only the residual has one, it takes the first place.
     factors = [(_nhwc(raw), of) for raw, of in ((y, mean), (residual, residual_mean)) if raw is not None]
     (first, first_mean), (second, second_mean) = (*factors, (None, None), (None, None))[:2]
     total, *products = sums = _sums(grad, 1 + len(factors))
-    operands = {"y": first, "mean": first_mean, "residual_y": second, "residual_mean": second_mean}
-    gated = {} if out is None else {"gate": _nhwc(out), "result": result}
-    _run(library.GATE, grad, sums=sums, x=grad, **gated, **operands)
+    operands = {"x": grad, "y": first, "mean": first_mean, "residual_y": second, "residual_mean": second_mean}
+    if out is not None:
+        operands |= {"gate": _nhwc(out), "result": result}
+    _run(library.GATE, grad, operands, sums)
     product = None if y is None else products.pop(0)
     return Gradient(result, total, product), None if residual is None else products.pop(0)
 
@@ -116,18 +118,19 @@ def tail_backward(
 def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[Tensor]) -> Gradient:
     """See ``reference_training.tail_pool_backward``. Where the maximum is is found again, not stored."""
     grad, y = _nhwc(grad), _nhwc(y)
-    g = torch.empty_like(y)
+    g = _image(*y.shape)
     sums = _sums(y, 1 if mean is None else 2)
-    operands = {"scale": affine.scale, "shift": affine.shift, "mean": mean}
-    _run(library.TAIL_POOL_BACKWARD, y, sums=sums, x=grad, y=y, result=g, **operands)
+    operands = {"x": grad, "y": y, "result": g, "scale": affine.scale, "shift": affine.shift, "mean": mean}
+    _run(library.TAIL_POOL_BACKWARD, y, operands, sums)
     return Gradient(g, *sums)
 
 
-def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """See ``reference_training.bn_backward``; in place over ``g``."""
+def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool) -> Tensor:
+    """See ``reference_training.bn_backward``."""
     g, y = _nhwc(g), _nhwc(y)
-    _run(library.BN_BACKWARD, g, x=g, y=y, result=g, mean=mean, scale=a, slope=b, shift=c)
-    return g
+    result = g if overwrite else _image(*g.shape)
+    _run(library.BN_BACKWARD, g, {"x": g, "y": y, "result": result, "mean": mean, "scale": a, "slope": b, "shift": c})
+    return result
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
@@ -137,11 +140,17 @@ def _nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _image(*size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
 def _sums(image: Tensor, count: int) -> list[Tensor]:
     return [torch.empty(image.shape[1], dtype=torch.float32, device="cpu") for _ in range(count)]
 
 
-def _run(kind: int, image: Tensor, relu: bool = False, sums: "list[Tensor]" = [], **operands: Optional[Tensor]) -> None:
+def _run(
+    kind: int, image: Tensor, operands: Mapping[str, Optional[Tensor]], sums: Sequence[Tensor] = (), relu: bool = False
+) -> None:
     """``image`` gives the sizes; operands by their names in ``rf_pass``. Vectors must be float32 and contiguous."""
     n, c, h, w = image.shape
     pointers = {name: operand.data_ptr() for name, operand in operands.items() if operand is not None}

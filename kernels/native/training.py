@@ -20,16 +20,24 @@ from torch import Tensor
 from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.native import LARGEST, conv_shape, library, passes, planner
 from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
+from resnet_fast.kernels.native.passes import bn_backward, tail, tail_backward, tail_pool, tail_pool_backward
+from resnet_fast.kernels.native.wgrad import gram, wgrad
+from resnet_fast.kernels.native.wgrad import refusal as wgrad_refusal
 from resnet_fast.kernels.reference_training import Affine, Gate, Geometry, Gradient, Pair
 
 _FORWARD = ("conv_statistics", "conv_affine")
 _BACKWARD = ("dgrad", "dgrad_expand")
+_PASSES = (tail, tail_pool, tail_backward, tail_pool_backward, bn_backward)
+
+__all__ = [*_FORWARD, *_BACKWARD, "gram", "wgrad", *(function.__name__ for function in _PASSES), "supports"]
 
 
 def supports(case: Case) -> Optional[str]:
     """None if this implementation covers the case, else the reason why not."""
+    if case.op in ("wgrad", "gram"):
+        return wgrad_refusal(case)
     if case.op not in (*_FORWARD, *_BACKWARD):
-        return f"no {case.op}"
+        return passes.refusal(case)
     if case.device != "cpu":
         return f"runs on cpu, not on {case.device}"
     if case.dtype != torch.float32:

@@ -10,8 +10,8 @@
 
 namespace RF_VARIANT {
 
-constexpr int64_t LONGEST_RUN = 32;   // pixels
-constexpr int64_t MOST_CHUNKS = 240;  // many numbers of threads divide it
+constexpr int64_t LONGEST_RUN = 64;  // pixels
+constexpr int64_t MOST_CHUNKS = 60;  // many numbers of threads divide it
 
 static inline int64_t pooled(int64_t size) { return (size - 1) / 2 + 1; }  // by a 3x3/2 pool with padding 1
 static inline int64_t pixels(const rf_pass& s) { return int64_t(s.n) * s.h * s.w; }
@@ -36,80 +36,95 @@ template <class Use> static inline void each_chunk(const rf_pass& s, double* par
   for (int64_t i = mine.begin; i < mine.end; i++) use(share(units(s), i, count), partials + i * size);
 }
 
-// The sums of one chunk, of vectors that come pixel by pixel.
-class Sums {
+// N sums for every channel of one chunk, made of vectors that come pixel by pixel.
+template <int N> class Sums {
  public:
-  Sums(int64_t number, int64_t channels, double* totals)
-      : number(number), channels(channels), padded(round_up(channels, VL)), totals(totals) {
-    run = scratch(ROWS, number * padded);
-    for (int64_t i = 0; i < number * padded; i++) run[i] = 0;
-    for (int64_t i = 0; i < number * channels; i++) totals[i] = 0;
+  Sums(int64_t channels, double* totals)
+      : channels(channels), padded(round_up(channels, VL)), run(scratch(ROWS, N * padded)), totals(totals) {
+    for (int64_t i = 0; i < N * padded; i++) run[i] = 0;
+    for (int64_t i = 0; i < N * channels; i++) totals[i] = 0;
   }
-  void add(int64_t which, int64_t c, vec v) {
-    float* sum = run + which * padded + c;
-    store(sum, load(sum) + v);
+  void add(int64_t c, const vec (&values)[N ? N : 1]) {
+    for (int i = 0; i < N; i++) store(run + i * padded + c, load(run + i * padded + c) + values[i]);
   }
-  void end_pixel() {
-    if (++length == LONGEST_RUN) end_run();
+  void end_pixels(int64_t number) {
+    length += number;
+    if (length >= LONGEST_RUN) end_run();
   }
   void end_run() {
-    for (int64_t which = 0; which < number; which++) {
-      float* sum = run + which * padded;
-      double* total = totals + which * channels;
-      for (int64_t c = 0; c < channels; c++) total[c] += double(sum[c]), sum[c] = 0;
-    }
+    for (int i = 0; i < N; i++) widen(run + i * padded, totals + i * channels);
     length = 0;
   }
 
  private:
-  int64_t number, channels, padded, length = 0;
+  void widen(float* __restrict sum, double* __restrict total) {
+    for (int64_t c = 0; c < channels; c++) total[c] += double(sum[c]), sum[c] = 0;
+  }
+
+  int64_t channels, padded, length = 0;
   float* run;
   double* totals;
 };
 
 // --- mean and variance -----------------------------------------------------------------------------------------------
 
-// The sum of some values, and the sum of their squared distances from their mean.
+// The sum of n values, and the sum of their squared distances from their mean.
 struct Moments {
   double sum, squares;
 };
 
-// Of `n` values and `m` others together (Chan, Golub and LeVeque 1983).
+// Of n values, maybe none, and m others together (Chan, Golub and LeVeque 1983).
 static inline Moments together(Moments a, double n, Moments b, double m) {
-  const double apart = b.sum / m - a.sum / n;
+  const double apart = b.sum * (1 / m) - a.sum * (1 / larger(n, 1.0));
   return {a.sum + b.sum, a.squares + b.squares + apart * apart * (n * m / (n + m))};
 }
 
-// Distances are taken from the run's own mean, so nothing cancels where a mean is far larger than the deviation. A run
-// stays in the cache for that second look at it.
+// A run of pixels: sums of the values' distances from `shift`, and of their squares.
+struct Run {
+  float *shift, *first, *second;  // [channels]
+
+  void sum(const rf_pass& s, int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < s.c; c++) first[c] = second[c] = 0;
+    for (int64_t pixel = begin; pixel < end; pixel++)
+      each_vector(s.c, [&](int64_t c, int count) {
+        const vec apart = load_some<Float32>(s.x + pixel * s.c + c, count) - load(shift + c);
+        store(first + c, load(first + c) + apart);
+        store(second + c, load(second + c) + apart * apart);
+      });
+  }
+};
+
+// An infinite mean would make later sums NaN.
+static inline float finite_or(float value, float other) { return value - value == 0 ? value : other; }
+
+// Adds a run of m pixels to n before it, and moves its shift to the mean of all.
+static void add_run(Run run, double m, double n, int64_t channels, double* __restrict sum, double* __restrict squares) {
+  float *__restrict shift = run.shift, *__restrict first = run.first, *__restrict second = run.second;
+  for (int64_t c = 0; c < channels; c++) {
+    const double apart = first[c];
+    const Moments added = {shift[c] * m + apart, second[c] - apart * apart * (1 / m)};
+    const Moments all = together({sum[c], squares[c]}, n, added, m);
+    sum[c] = all.sum, squares[c] = all.squares;
+    shift[c] = finite_or(float(all.sum * (1 / (n + m))), shift[c]);
+  }
+}
+
+// Distances are taken from the mean of the chunk's pixels so far; in the first run from its own mean, for which it is read
+// twice. However far that is off, about as far apart are the values themselves: what cancels is small beside what stays.
 static void statistics(const rf_pass s, double* partials, Team team) {
-  constexpr int64_t CACHED = 64 << 10;  // bytes
   const int64_t channels = s.c, padded = round_up(channels, VL);
-  const int64_t longest = larger<int64_t>(4, smaller<int64_t>(LONGEST_RUN, CACHED / 4 / channels));
-  float *mean = scratch(ROWS, 3 * padded), *first = mean + padded, *second = first + padded;
+  float* memory = scratch(ROWS, 3 * padded);
+  Run run = {memory, memory + padded, memory + 2 * padded};
   each_chunk(s, partials, team, [&](Range chunk, double* partial) {
+    for (int64_t i = 0; i < 3 * padded; i++) memory[i] = 0;
+    for (int64_t i = 0; i < 2 * channels; i++) partial[i] = 0;
+    const int64_t first_end = smaller(chunk.end, chunk.begin + LONGEST_RUN);
+    run.sum(s, chunk.begin, first_end);
+    for (int64_t c = 0; c < channels; c++) run.shift[c] = finite_or(run.first[c] / float(first_end - chunk.begin), 0);
     for (int64_t begin = chunk.begin, end; begin < chunk.end; begin = end) {
-      end = smaller(chunk.end, begin + longest);
-      for (int64_t i = 0; i < 3 * padded; i++) mean[i] = 0;
-      for (int64_t pixel = begin; pixel < end; pixel++)
-        each_vector(channels, [&](int64_t c, int count) {
-          store(mean + c, load(mean + c) + load_some<Float32>(s.x + pixel * channels + c, count));
-        });
-      for (int64_t c = 0; c < channels; c++) mean[c] /= float(end - begin);
-      for (int64_t pixel = begin; pixel < end; pixel++)
-        each_vector(channels, [&](int64_t c, int count) {
-          const vec apart = load_some<Float32>(s.x + pixel * channels + c, count) - load(mean + c);
-          store(first + c, load(first + c) + apart);
-          store(second + c, load(second + c) + apart * apart);
-        });
-      const double n = double(begin - chunk.begin), m = double(end - begin);
-      for (int64_t c = 0; c < channels; c++) {
-        // What rounding the mean left over. It is NaN, and the mean right, where the mean is infinite.
-        const double left = first[c] == first[c] ? double(first[c]) : 0;
-        const Moments run = {mean[c] * m + left, second[c] - left * left / m};
-        const Moments all = n ? together({partial[c], partial[channels + c]}, n, run, m) : run;
-        partial[c] = all.sum, partial[channels + c] = all.squares;
-      }
+      end = smaller(chunk.end, begin + LONGEST_RUN);
+      run.sum(s, begin, end);
+      add_run(run, double(end - begin), double(begin - chunk.begin), channels, partial, partial + channels);
     }
   });
 }

@@ -2,11 +2,13 @@
 #include "variant.h"
 
 #include "gemm.h"
+#include "gram.h"
 #include "grouped.h"
 #include "passes.h"
 #include "pool.h"
 #include "stem.h"
 #include "winograd.h"
+#include "winograd_wgrad.h"
 
 namespace RF_VARIANT {
 
@@ -120,6 +122,48 @@ static void run(const rf_op* op, void* const* buffers, int thread, int threads) 
   run_as<Float32>(*op, buffers, {thread, threads});
 }
 
+static int wgrad_supports(const rf_shape* s, int algorithm, int prologue) {
+  if (s->dtype != RF_FLOAT32) return 0;
+  switch (algorithm) {
+    case RF_GEMM: return WgradGemm::supports(*s, prologue);
+    case RF_WINOGRAD2:
+    case RF_WINOGRAD4: return winograd_supports(*s) && s->stride_h == 1;
+  }
+  return 0;
+}
+
+// Calls use(wgrad) with the algorithm of a call.
+template <class Use> static auto with_wgrad(const WgradCall& c, void* workspace, Use use) {
+  const WgradTask task{c.shape, c.dy, c.x, {c.scale, c.shift}, c.dw, (float*)workspace};
+  switch (c.algorithm) {
+    case RF_WINOGRAD2: return use(WgradWinograd<Filter<2, 1>>(task));
+    case RF_WINOGRAD4: return use(WgradWinograd<Filter<4, 1>>(task));
+  }
+  return use(WgradGemm(task));
+}
+
+static size_t wgrad_bytes(const WgradCall& call) {
+  return with_wgrad(call, nullptr, [](const auto& wgrad) { return wgrad.floats() * sizeof(float); });
+}
+
+static void wgrad(const WgradCall& call, void* workspace, int thread, int threads, Barrier& barrier) {
+  with_wgrad(call, workspace, [&](const auto& wgrad) { wgrad.run({thread, threads}, barrier); });
+}
+
+static GramTask gram_task(const GramCall& c, void* workspace) {
+  return {c.shape, c.x, {c.scale, c.shift}, c.mean, c.covariance, (float*)workspace};
+}
+
+static size_t gram_bytes(const GramCall& call) {
+  const GramTask task = gram_task(call, nullptr);
+  return Gram(task).floats() * sizeof(float);
+}
+
+static void gram(const GramCall& call, void* workspace, int thread, int threads, Barrier& barrier) {
+  const GramTask task = gram_task(call, workspace);
+  Gram(task).run({thread, threads}, barrier);
+}
+
 static double multiply_adds(int64_t rounds) {
   constexpr int CHAINS = 12;  // enough to hide the latency
   vec sum[CHAINS];
@@ -137,7 +181,8 @@ static double multiply_adds(int64_t rounds) {
 #define RF_NAME(variant) RF_NAME_OF(variant)
 
 extern const Variant variant = {
-    RF_NAME(RF_VARIANT), supports, products, packed_bytes, pack, multiply_adds, run, pass, pass_partials, finish_pass,
+    RF_NAME(RF_VARIANT), supports, products,    packed_bytes,   pack,        multiply_adds, run,
+    pass,                pass_partials, finish_pass, wgrad_supports, wgrad_bytes, wgrad,         gram_bytes, gram,
 };
 
 }  // namespace RF_VARIANT

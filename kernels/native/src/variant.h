@@ -13,6 +13,21 @@ void* rf_scratch(Slot slot, size_t bytes);
 // Bytes of the second-level cache.
 int64_t rf_cache_bytes();
 
+// Arguments of rf_wgrad and rf_gram.
+struct WgradCall {
+  const rf_shape& shape;
+  int algorithm;
+  const float *dy, *x, *scale, *shift;
+  float* dw;
+};
+struct GramCall {
+  const rf_shape& shape;
+  const float *x, *scale, *shift;
+  float *mean, *covariance;
+};
+
+class Barrier;
+
 struct Variant {
   const char* name;
   int (*supports)(const rf_shape*, int algorithm);
@@ -28,4 +43,11 @@ struct Variant {
   void (*pass)(const rf_pass*, double* partials, int thread, int threads);
   int64_t (*pass_partials)(const rf_pass*);
   void (*finish_pass)(const rf_pass*, const double* partials, int thread, int threads);
+
+  // Weight gradients and covariances: the memory that the threads share, and one thread's part of the work.
+  int (*wgrad_supports)(const rf_shape*, int algorithm, int prologue);
+  size_t (*wgrad_bytes)(const WgradCall&);
+  void (*wgrad)(const WgradCall&, void* workspace, int thread, int threads, Barrier&);
+  size_t (*gram_bytes)(const GramCall&);
+  void (*gram)(const GramCall&, void* workspace, int thread, int threads, Barrier&);
 };
