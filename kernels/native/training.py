@@ -240,7 +240,7 @@ def _convolve(
         buffers.append(residual.data_ptr())
     if prologue is not None:
         prologue = Affine(*(vector.to(x.dtype).contiguous() for vector in prologue))
-        op.x_scale, op.x_offset = prologue.scale.data_ptr(), prologue.shift.data_ptr()
+        op.x_scale, op.x_shift = prologue.scale.data_ptr(), prologue.shift.data_ptr()
     if pixels is not None:
         rows, columns = pixels
         _, _, op.y_h, op.y_w = out.shape

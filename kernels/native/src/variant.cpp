@@ -103,7 +103,7 @@ template <class E> static void run_as(const rf_op& op, void* const* buffers, Tea
   const rf_shape& s = op.shape;
   switch (op.kind) {
     case RF_CONV: {
-      const Prologue prologue{op.x_scale, op.x_offset};
+      const Prologue prologue{op.x_scale, op.x_shift};
       const Spread spread{op.y_h, op.y_w, op.step_h, op.step_w};
       return convolve<E>(op, {s, x, (const float*)op.packed, op.shift, residual, y, 0, prologue, spread}, team);
     }

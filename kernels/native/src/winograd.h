@@ -94,7 +94,9 @@ template <class FP, class FQ> struct Winograd {
   static constexpr int POINTS = FP::POINTS * FQ::POINTS, WEIGHTS = FP::WEIGHTS;
 
   // Which of the transformed weights a point is multiplied by.
-  static int64_t weights_of(int point) { return FP::weight_of(point / FQ::POINTS) * WEIGHTS + FQ::weight_of(point % FQ::POINTS); }
+  static int64_t weights_of(int point) {
+    return FP::weight_of(point / FQ::POINTS) * WEIGHTS + FQ::weight_of(point % FQ::POINTS);
+  }
 
   struct Task : WinogradTask {
     int64_t tiles_high, tiles_wide, lines;  // lines: of VL input channels
@@ -128,7 +130,7 @@ template <class FP, class FQ> struct Winograd {
       const float* corner = image + (int64_t(y0) * s.w + x0) * task.pixel + line * VL;
       const Prologue prologue = task.prologue.from(line * VL);
       const vec scale = prologue ? load_some<Float32>(prologue.scale, channels) : vec{};
-      const vec offset = prologue ? load_some<Float32>(prologue.offset, channels) : vec{};
+      const vec shift = prologue ? load_some<Float32>(prologue.shift, channels) : vec{};
       vec half[FP::POINTS][FQ::IN];
       auto transform_columns = [&](auto pixel, bool activate) __attribute__((always_inline)) {
 #pragma GCC unroll 9
@@ -138,7 +140,7 @@ template <class FP, class FQ> struct Winograd {
           for (int i = 0; i < FP::IN; i++) d[i] = pixel(i, j, corner + (int64_t(i) * s.w + j) * task.pixel);
           if (activate)
 #pragma GCC unroll 9
-            for (int i = 0; i < FP::IN; i++) d[i] = activated(d[i], scale, offset);
+            for (int i = 0; i < FP::IN; i++) d[i] = activated(d[i], scale, shift);
           FP::input(d, column);
 #pragma GCC unroll 9
           for (int i = 0; i < FP::POINTS; i++) half[i][j] = column[i];
@@ -149,9 +151,7 @@ template <class FP, class FQ> struct Winograd {
       else
         transform_columns([&](int i, int j, const float* at) {
           const bool there = y0 + i >= 0 && y0 + i < s.h && x0 + j >= 0 && x0 + j < s.w;
-          if (!there) return vec{};
-          const vec x = load_some<Float32>(at, channels);
-          return prologue ? activated(x, scale, offset) : x;
+          return there ? prologue(at, 0, channels) : vec{};
         }, false);
 #pragma GCC unroll 9
       for (int i = 0; i < FP::POINTS; i++) {

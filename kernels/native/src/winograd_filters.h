@@ -5,8 +5,8 @@
 
 namespace RF_VARIANT {
 
-// OUT outputs, STRIDE inputs apart, of TAPS taps, from IN inputs through POINTS points, each multiplied by one of WEIGHTS
-// transformed weights. `input` and `output` work on anything that adds and multiplies.
+// OUT outputs, STRIDE inputs apart, of TAPS taps, from IN inputs through POINTS points, each multiplied by one of
+// WEIGHTS transformed weights. `input` and `output` work on anything that adds and multiplies.
 template <int OUT_, int STRIDE_, int TAPS_> struct FilterSize {
   static constexpr int OUT = OUT_, STRIDE = STRIDE_, TAPS = TAPS_;
   static constexpr int first_input(int output) { return output * STRIDE; }
