@@ -27,17 +27,20 @@ from resnet_fast.kernels.reference_training import Affine, Gate, Geometry, Gradi
 
 _FORWARD = ("conv_statistics", "conv_affine")
 _BACKWARD = ("dgrad", "dgrad_expand")
-_PASSES = (tail, tail_pool, tail_backward, tail_pool_backward, bn_backward)
+_WEIGHTS = ("gram", "wgrad")
+_PASSES = [function.__name__ for function in (tail, tail_pool, tail_backward, tail_pool_backward, bn_backward)]
 
-__all__ = [*_FORWARD, *_BACKWARD, "gram", "wgrad", *(function.__name__ for function in _PASSES), "supports"]
+__all__ = [*_FORWARD, *_BACKWARD, *_WEIGHTS, *_PASSES, "supports"]
 
 
 def supports(case: Case) -> Optional[str]:
     """None if this implementation covers the case, else the reason why not."""
-    if case.op in ("wgrad", "gram"):
+    if case.op in _WEIGHTS:
         return wgrad_refusal(case)
-    if case.op not in (*_FORWARD, *_BACKWARD):
+    if case.op in _PASSES:
         return passes.refusal(case)
+    if case.op not in (*_FORWARD, *_BACKWARD):
+        return f"no {case.op}"
     if case.device != "cpu":
         return f"runs on cpu, not on {case.device}"
     if case.dtype != torch.float32:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from resnet_fast.kernels import native
 from resnet_fast.kernels import reference_training as reference
 from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.native import library, planner, training
@@ -284,6 +285,24 @@ def test_dgrad_expand(name):
         args = (g, weight, q, c, conv.stride, x, prologue, gate, added)
         actual, exact, pytorch = _run("dgrad_expand", args, conv, None)
         _check_gradient(actual, exact, pytorch, x, gate, k + channels, False)
+
+
+@pytest.mark.parametrize("channels", [5, 17, 33, 64])
+@pytest.mark.parametrize("first", [0, 1])
+def test_results_apart_from_each_other(channels, first):
+    """Every third row and second column of an image is written, from the first or the second on, and nothing else."""
+    randn, poison = _generator(), Poisoned()
+    x, weight = nhwc(randn(2, 8, 3, 5)), randn(channels, 8, 1, 1)
+    image = torch.from_numpy(poison(2 * 8 * 10 * channels * 4)).view(torch.float32).view(2, 8, 10, channels).fill_(7)
+    out, pixels = image.permute(0, 3, 1, 2), (slice(first, None, 3), slice(first, None, 2))
+    shape = native.conv_shape(x.shape, weight.shape, *Geometry(), False, False)
+    with planner.forced("gemm"):
+        expected = training._convolve(shape, x, weight)
+        training._convolve(shape, x, weight, out=out, pixels=pixels)
+    poison.check()
+    assert torch.equal(out[(..., *pixels)][:, :, :3, :5], expected)
+    out[(..., *pixels)] = 7
+    assert (out == 7).all()
 
 
 # --- NaN, threads, refusals -------------------------------------------------------------------------------------------
