@@ -115,8 +115,8 @@ static int wgrad_supports(const rf_shape* s, int algorithm, int prologue) {
   if (s->dtype != RF_FLOAT32) return 0;
   switch (algorithm) {
     case RF_GEMM: return WgradGemm::supports(*s, prologue);
-    case RF_WINOGRAD2:
-    case RF_WINOGRAD4: return winograd_supports(*s) && s->stride_h == 1;
+    case RF_WINOGRAD2: return WgradWinograd<Filter<2, 1>>::supports(*s);
+    case RF_WINOGRAD4: return WgradWinograd<Filter<4, 1>>::supports(*s);
   }
   return 0;
 }

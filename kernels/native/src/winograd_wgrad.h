@@ -85,6 +85,11 @@ template <class F> struct WgradWinograd {
         lines(ceil_div(task.shape.c, VL)), right_step(odd_lines(longest * VL)), right_point(odd_lines(lines * right_step)),
         blocks(ceil_div(task.shape.k, BLOCK * MR)), panels(ceil_div(lines, NV)) {}
 
+  static bool supports(const rf_shape& s) {
+    return s.r == TAPS && s.s == TAPS && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 &&
+           s.groups == 1;
+  }
+
   float* left() const { return task.workspace; }
   float* right() const { return left() + POINTS * left_point; }
   int64_t floats() const { return POINTS * (left_point + right_point); }
