@@ -170,8 +170,8 @@ def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[T
     return _gated(g, y, Gate(affine, mean))
 
 
-def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """``a * g - b * (y - mean) - c``. An implementation may overwrite ``g`` and return it."""
+def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool) -> Tensor:
+    """``a * g - b * (y - mean) - c``, which may be written over ``g`` and be it if ``overwrite``."""
     centred = y.to(wide(y)) - _channels(mean)
     return (_channels(a) * g - _channels(b) * centred - _channels(c)).to(g.dtype)
 

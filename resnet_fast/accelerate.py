@@ -9,10 +9,12 @@ from torch import nn
 
 from resnet_fast import network, ops
 from resnet_fast.fused import accelerated_class
-from resnet_fast.fusion import Fused, Path, Program, Step, build, child_at
+from resnet_fast.fusion import Fused, Program, build
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.case import Case
+from resnet_fast.matching import Step
 from resnet_fast.programs import drop_program, program_of, rebuild
+from resnet_fast.refusals import Path, child_at
 
 M = TypeVar("M", bound=nn.Module)
 

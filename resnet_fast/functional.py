@@ -4,6 +4,7 @@ The modules' tensors are read at every call, so an optimiser step or ``load_stat
 derived from them is cached until they change. Results lie in ``torch.channels_last``. Every parameter gets gradients.
 """
 
+from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import torch
@@ -11,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from resnet_fast import ops
+from resnet_fast import ops, training
 from resnet_fast.kernels.packing import PackCache
+from resnet_fast.kernels.reference_training import Geometry
+from resnet_fast.refusals import is_stem_conv
 
-BatchNorm = Union[nn.BatchNorm2d, FrozenBatchNorm2d]
+BatchNorm = Union[nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d]
 
 _folds = PackCache()
 
@@ -49,11 +52,135 @@ def conv_bn_act(
     scale, shift = fold_batch_norm(bn, conv.bias)
     op = torch.ops.resnet_fast.conv_bn_act
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    if residual is None or _fits(residual, x, conv):
+    if residual is None or _fits(residual, x, [conv]):
         return op(x, conv.weight, scale, shift, residual, *geometry, relu)
     y = op(x, conv.weight, scale, shift, None, *geometry, False)
     y = y.add_(residual) if inplace_add else y + residual
     return F.relu(y) if relu else y
+
+
+def residual_block(
+    x: Tensor,
+    convs: Sequence[nn.Conv2d],
+    norms: Sequence[BatchNorm],
+    residual: Optional[Tensor] = None,
+    identity: bool = False,
+    projection: bool = False,
+    relu: bool = True,
+    pool: bool = False,
+    inplace_add: bool = False,
+) -> Tensor:
+    """Convolutions in a row, each with its batch norm and a ReLU; the last one's ReLU comes after a shortcut is added.
+
+    One op with a backward pass of its own, which keeps less than the modules would: see ``chain.py``. Each batch norm
+    normalises by what it is set to, batch statistics or running ones, and updates the latter as its own forward does.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        convs, norms: of the same number, in order; with ``projection`` the last are the shortcut's.
+        residual: what is added, or with ``projection`` the shortcut's input; None: ``x``, if ``identity`` or
+            ``projection`` is set, else nothing.
+        identity: ``x`` is added.
+        relu: whether there is a ReLU after the last convolution.
+        pool: a 3x3 max-pool of stride 2 comes last.
+        inplace_add: see ``conv_bn_act``.
+
+    Returns:
+        ``[N, K, P, Q]`` in channels_last.
+
+    Raises:
+        ValueError: batch statistics of a single value a channel, as batch norm does.
+        And as ``conv_bn_act`` does.
+    """
+    _check_input(x, convs[0])
+    batch = [_uses_batch_statistics(norm) for norm in norms]
+    groups = {_process_group(norm) for norm, uses in zip(norms, batch) if uses}
+    last = len(convs) - 1 - projection
+    if len(groups) > 1:
+        raise NotImplementedError("batch norms of one block synchronise over different process groups")
+    if pool and not batch[last]:
+        if last == 0 and is_stem_conv(convs[0]):
+            return stem(x, convs[0], norms[0])
+        return F.max_pool2d(residual_block(x, convs, norms, residual, identity, projection), 3, 2, 1)
+    if identity:
+        residual = x
+    if residual is not None and not projection and not _fits(residual, x, convs):
+        y = residual_block(x, convs, norms, relu=False)
+        y = y.add_(residual) if inplace_add else y + residual
+        return F.relu(y) if relu else y
+
+    vectors = [_vectors(conv, norm, uses) for conv, norm, uses in zip(convs, norms, batch)]
+    out, statistics, _ = torch.ops.resnet_fast.residual_block(
+        x,
+        None if identity else residual,
+        [conv.weight for conv in convs],
+        [scale for scale, _ in vectors],
+        [shift for _, shift in vectors],
+        [norm.eps for norm in norms],
+        [number for conv in convs for number in training.flat_geometry(geometry_of(conv))],
+        batch,
+        identity,
+        projection,
+        relu,
+        pool,
+        groups.pop() if groups else "",
+    )
+    normalised = [(conv, norm) for conv, norm, uses in zip(convs, norms, batch) if uses]
+    with torch.no_grad():
+        for (conv, norm), moments in zip(normalised, statistics):
+            _move_running_statistics(conv, norm, moments)
+    return out
+
+
+def _uses_batch_statistics(norm: BatchNorm) -> bool:
+    if isinstance(norm, FrozenBatchNorm2d):
+        return False
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def _process_group(norm: BatchNorm) -> str:
+    """Over which processes the norm takes its batch statistics, as SyncBatchNorm decides it; "": this one."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return ""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return ""
+    group: Any = norm.process_group or torch.distributed.group.WORLD
+    return group.group_name if torch.distributed.get_world_size(group) > 1 else ""
+
+
+def _vectors(conv: nn.Conv2d, norm: BatchNorm, batch_statistics: bool) -> tuple[Tensor, Tensor]:
+    """What the op takes as scale and shift: gamma and beta, or the running statistics folded in."""
+    if not batch_statistics:
+        return fold_batch_norm(norm, conv.bias)
+    wide = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
+    size, device = conv.out_channels, conv.weight.device
+    gamma = torch.ones(size, dtype=wide, device=device) if norm.weight is None else norm.weight.to(wide)
+    beta = torch.zeros(size, dtype=wide, device=device) if norm.bias is None else norm.bias.to(wide)
+    # Batch statistics take a convolution's bias out again: its gradient is 0, which is not the same as none.
+    return gamma, beta if conv.bias is None else beta + 0.0 * conv.bias
+
+
+def _move_running_statistics(conv: nn.Conv2d, norm: Any, moments: Tensor) -> None:
+    """What ``_BatchNorm.forward`` does to its buffers, given ``[2, K]``: the batch's mean and unbiased variance."""
+    if not (norm.training and norm.track_running_stats):
+        return
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    mean, variance = moments.unbind(0)
+    if conv.bias is not None:
+        mean = mean + conv.bias
+    for running, current in ((norm.running_mean, mean), (norm.running_var, variance)):
+        if running is not None:
+            running.lerp_(current.to(running.dtype), momentum)
+
+
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """Of a convolution with numeric padding."""
+    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+    return Geometry(stride, padding, dilation, conv.groups)  # type: ignore[arg-type]
 
 
 def stem(x: Tensor, conv: nn.Conv2d, bn: BatchNorm) -> Tensor:
@@ -114,11 +241,12 @@ def _autocast_enabled(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _fits(residual: Tensor, x: Tensor, conv: nn.Conv2d) -> bool:
+def _fits(residual: Tensor, x: Tensor, convs: Sequence[nn.Conv2d]) -> bool:
     """Whether the op can add the residual itself: the output's shape, and the dtype that the output will have."""
     dtype = x.dtype
     if _autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    geometry: Any = (conv.stride, conv.padding, conv.dilation)
-    shape = ops.conv_output(x, conv.weight, *geometry)
-    return residual.dtype == dtype and list(residual.shape) == shape
+    shape: Any = x.shape
+    for conv in convs:
+        shape = ops.conv_output(shape, conv.weight.shape, *geometry_of(conv)[:3])
+    return residual.dtype == dtype and list(residual.shape) == list(shape)

@@ -28,6 +28,8 @@ def fused(cls: Any) -> Any:
         if plan is not None:
             return plan.run(*args, *kwargs.values())
         program = program_of(self)
+        if self.training and program is not None:
+            program = program.in_training
         if program is not None and program.takes(args, kwargs) and not program.refusal(self):
             return program.function(self, *args, **kwargs)
         return stock.forward(self, *args, **kwargs)

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from resnet_fast import arena, functional, fusion
-from resnet_fast.fusion import Fused, Path, Program
+from resnet_fast import arena, functional, fusion, refusals
+from resnet_fast.fusion import Fused, Program
 from resnet_fast.kernels import native
 from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.native import library, planner
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.programs import program_of
+from resnet_fast.refusals import Path
 
 _packs = PackCache()
 # Leaf modules of these packages may be traced like containers: their forward does nothing that a trace would miss.
@@ -118,7 +119,7 @@ class Lowering:
     def _node(self, module: nn.Module, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Any:
         if node.op in ("get_attr", "call_module"):
             path = tuple(str(node.target).split("."))
-            child = fusion.child_at(module, path)
+            child = refusals.child_at(module, path)
             if child is None:
                 raise NotPlanned(f"{self._name()} uses {node.target}, which is no module")
             if node.op == "get_attr":
@@ -139,7 +140,7 @@ class Lowering:
     def _module(self, module: nn.Module, path: Path, args: tuple, kwargs: dict[str, Any]) -> Any:
         outside, self._at = self._at, path
         try:
-            reason = fusion.customised(module)
+            reason = refusals.customised(module)
             if reason:
                 raise NotPlanned(f"{self._name()} {reason}")
             lower = _MODULES.get(type(module))
@@ -292,10 +293,8 @@ class Lowering:
 
         def pack() -> Pack:
             scale, shift = (None, bias) if norm is None else functional.fold_batch_norm(norm, bias)
-            wide = weight.detach().to(torch.float64).reshape(weight.shape[0], -1, shape.r, shape.s)
-            if scale is not None:
-                wide *= scale.view(-1, 1, 1, 1)
-            packed = self._shelf.copy(library.pack(shape, algorithm, wide))
+            window = weight.detach().reshape(weight.shape[0], -1, shape.r, shape.s)
+            packed = self._shelf.copy(library.pack(shape, algorithm, window, scale, threads=self.threads))
             zero = torch.zeros(weight.shape[0], device="cpu")
             return Pack(packed, zero if shift is None else zero.copy_(shift.detach()))
 
@@ -552,7 +551,7 @@ _CALLS: dict[Any, Callable[..., Any]] = {
 
 
 def _plain_conv(low: Lowering, conv: nn.Module, x: Image) -> Image:
-    reason = fusion.conv_refusal(conv)
+    reason = refusals.conv_refusal(conv)
     if reason:
         raise NotPlanned(f"{low._name()} {reason}")
     return low.conv(x, conv, low._at)  # type: ignore[arg-type]

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels import native, onednn, reference, triton
+from resnet_fast.kernels import native, onednn, reference, reference_training, triton
 from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.native import training as native_training
 
 Pair = tuple[int, int]
 
@@ -34,24 +35,28 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
 }
 """By name, best first. Each has the functions of ``reference``; ``supports(case)`` gives None, or the reason."""
 
-# Triton's interpreter is a test instrument: it serves the CPU only on request.
-_CANDIDATES = {"cpu": [name for name in IMPLEMENTATIONS if name != "triton"]}
+TRAINING: dict[str, ModuleType] = {"native": native_training, "reference": reference_training}
+"""The same for training's primitives: each module has functions of ``reference_training``."""
 
-_library = torch.library.Library("resnet_fast", "DEF")
+# Triton's interpreter is a test instrument: it serves the CPU only on request.
+_NOT_ON = {"cpu": "triton"}
+
+library = torch.library.Library("resnet_fast", "DEF")
 
 
 # --- dispatch -------------------------------------------------------------------------------------------------------
 
 
-def implementation_for(case: Case) -> str:
+def implementation_for(case: Case, among: dict[str, ModuleType] = IMPLEMENTATIONS) -> str:
     """Name of the implementation that serves ``case`` in this process."""
     preferred = os.environ.get("RESNET_FAST_IMPLEMENTATION") or None
     if preferred is not None and preferred not in IMPLEMENTATIONS:
         raise ValueError(
             f"RESNET_FAST_IMPLEMENTATION is {preferred!r}, expected one of {', '.join(IMPLEMENTATIONS)} or nothing"
         )
-    names = (preferred, "reference") if preferred else _CANDIDATES.get(case.device, IMPLEMENTATIONS)
-    return next(name for name in names if IMPLEMENTATIONS[name].supports(case) is None)
+    excluded = _NOT_ON.get(case.device)
+    names = (preferred, "reference") if preferred else [name for name in among if name != excluded]
+    return next(name for name in names if name in among and among[name].supports(case) is None)
 
 
 def _implementation(case: Case, x: Tensor) -> ModuleType:
@@ -61,13 +66,13 @@ def _implementation(case: Case, x: Tensor) -> ModuleType:
 # --- what every op checks -------------------------------------------------------------------------------------------
 
 
-def _check_images(x: Tensor) -> None:
-    if x.dim() != 4:
-        raise RuntimeError(f"x has shape {list(x.shape)}, expected 4 dimensions: [N, C, H, W]")
+def _check_images(x: Any) -> None:
+    if len(x) != 4:
+        raise RuntimeError(f"x has shape {list(x)}, expected 4 dimensions: [N, C, H, W]")
 
 
-def conv_output(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> list[Any]:
-    """Shape of the convolution's result ``[N, K, P, Q]``; sizes may be symbolic.
+def conv_output(x: Any, weight: Any, stride: Pair, padding: Pair, dilation: Pair) -> list[Any]:
+    """Shape of the convolution's result ``[N, K, P, Q]`` for an image and a weight of these shapes; may be symbolic.
 
     Raises:
         RuntimeError: ``x`` or ``weight`` has not 4 dimensions, the image is smaller than the kernel, or the geometry
@@ -79,24 +84,24 @@ def conv_output(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation
             f"stride is {stride}, dilation is {dilation}, padding is {padding}, "
             "expected positive numbers, positive numbers, and numbers not below 0"
         )
-    if weight.dim() != 4:
-        raise RuntimeError(f"weight has shape {list(weight.shape)}, expected 4 dimensions: [K, C/groups, R, S]")
-    n, _, *image = x.shape
-    k, _, *kernel = weight.shape
+    if len(weight) != 4:
+        raise RuntimeError(f"weight has shape {list(weight)}, expected 4 dimensions: [K, C/groups, R, S]")
+    n, _, *image = x
+    k, _, *kernel = weight
     size = []
     for axis, name in enumerate(("height", "width")):
         extent = dilation[axis] * (kernel[axis] - 1) + 1
         padded = image[axis] + 2 * padding[axis]
         if padded < extent:
             raise RuntimeError(
-                f"x has shape {list(x.shape)}, expected {name} + 2 * {padding[axis]} (padding) of at least {extent} "
+                f"x has shape {list(x)}, expected {name} + 2 * {padding[axis]} (padding) of at least {extent} "
                 "(dilated kernel)"
             )
         size.append((padded - extent) // stride[axis] + 1)
     return [n, k, *size]
 
 
-def _check_conv(
+def check_conv(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor], groups: int, out: list[Any]
 ) -> None:
     """Raise RuntimeError unless the tensors fit; ``out`` is the shape of the result."""
@@ -124,17 +129,17 @@ def _check_conv(
             raise RuntimeError(f"{name} is on {tensor.device}, expected the device of x, {device}")
 
 
-def _pooled(size: int) -> int:
+def pooled(size: int) -> int:
     return (size + 2 - 3) // 2 + 1
 
 
-def _channels_last(x: Tensor, shape: list[Any]) -> Tensor:
+def empty_channels_last(x: Tensor, shape: list[Any]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 # --- conv_bn_act ----------------------------------------------------------------------------------------------------
 
-_library.define(
+library.define(
     "conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, int[2] stride, "
     "int[2] padding, int[2] dilation, int groups, bool relu) -> Tensor"
 )
@@ -157,8 +162,8 @@ def _conv_bn_act(
     relu: bool,
 ) -> Tensor:
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
-    out = conv_output(x, weight, stride, padding, dilation)
-    _check_conv(x, weight, scale, shift, residual, groups, out)
+    out = conv_output(x.shape, weight.shape, stride, padding, dilation)
+    check_conv(x, weight, scale, shift, residual, groups, out)
     kernel = (weight.shape[2], weight.shape[3])
     case = Case("conv_bn_act", x.device.type, x.dtype, x.shape[1], out[1], kernel, stride, padding, dilation, groups)
     return _implementation(case, x).conv_bn_act(
@@ -178,9 +183,9 @@ def _conv_bn_act_fake(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    out = conv_output(x, weight, _pair(stride), _pair(padding), _pair(dilation))
-    _check_conv(x, weight, scale, shift, residual, groups, out)
-    return _channels_last(x, out)
+    out = conv_output(x.shape, weight.shape, _pair(stride), _pair(padding), _pair(dilation))
+    check_conv(x, weight, scale, shift, residual, groups, out)
+    return empty_channels_last(x, out)
 
 
 def _conv_bn_act_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -221,7 +226,7 @@ def _conv_gradients(
 
 # --- stem -----------------------------------------------------------------------------------------------------------
 
-_library.define("stem(Tensor x, Tensor weight, Tensor scale, Tensor shift) -> Tensor")
+library.define("stem(Tensor x, Tensor weight, Tensor scale, Tensor shift) -> Tensor")
 
 _STEM_GEOMETRY = ((2, 2), (3, 3), (1, 1), 1)
 
@@ -237,14 +242,14 @@ def _stem_checked(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> li
     """Shape of the convolution's result, before the pool."""
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (7, 7):
         raise RuntimeError(f"weight has shape {list(weight.shape)}, expected [K, C, 7, 7]")
-    out = conv_output(x, weight, *_STEM_GEOMETRY[:3])
-    _check_conv(x, weight, scale, shift, None, 1, out)
+    out = conv_output(x.shape, weight.shape, *_STEM_GEOMETRY[:3])
+    check_conv(x, weight, scale, shift, None, 1, out)
     return out
 
 
 def _stem_fake(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     n, k, p, q = _stem_checked(x, weight, scale, shift)
-    return _channels_last(x, [n, k, _pooled(p), _pooled(q)])
+    return empty_channels_last(x, [n, k, pooled(p), pooled(q)])
 
 
 def _stem_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -263,18 +268,18 @@ def _stem_backward(ctx: Any, grad: Tensor) -> tuple:
 
 # --- global_avg_pool ------------------------------------------------------------------------------------------------
 
-_library.define("global_avg_pool(Tensor x) -> Tensor")
+library.define("global_avg_pool(Tensor x) -> Tensor")
 
 
 def _global_avg_pool(x: Tensor) -> Tensor:
-    _check_images(x)
+    _check_images(x.shape)
     case = Case("global_avg_pool", x.device.type, x.dtype, x.shape[1], x.shape[1])
     return _implementation(case, x).global_avg_pool(x)
 
 
 def _global_avg_pool_fake(x: Tensor) -> Tensor:
-    _check_images(x)
-    return _channels_last(x, [x.shape[0], x.shape[1], 1, 1])
+    _check_images(x.shape)
+    return empty_channels_last(x, [x.shape[0], x.shape[1], 1, 1])
 
 
 def _global_avg_pool_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -288,24 +293,26 @@ def _global_avg_pool_backward(ctx: Any, grad: Tensor) -> Tensor:
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
+def cast(tensor: Any, device: str) -> Any:
+    """What autocast makes of an image: float64 and None stay."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
 def _autocast(op: Any, key: torch._C.DispatchKey, device: str) -> Callable:
     """Cast images (``x`` and ``residual``) as autocast casts a convolution's input; parameters keep their precision.
 
     The implementations take a float32 weight beside a half-precision ``x``: they cast once, when they pack it.
     """
 
-    def cast(tensor: Any) -> Any:
-        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-            return tensor
-        return tensor.to(torch.get_autocast_dtype(device))
-
     def kernel(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         if weight.dtype != torch.float32:
-            weight = cast(weight)
+            weight = cast(weight, device)
         if len(args) > 2:
-            args = (*args[:2], cast(args[2]), *args[3:])
+            args = (*args[:2], cast(args[2], device), *args[3:])
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(cast(x), weight, *args)
+            return op(cast(x, device), weight, *args)
 
     return kernel
 
@@ -316,11 +323,11 @@ for _name, _kernel, _fake, _backward, _setup in (
     ("global_avg_pool", _global_avg_pool, _global_avg_pool_fake, _global_avg_pool_backward, _global_avg_pool_setup),
 ):
     # One kernel for every device: the choice among implementations needs more than the device.
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"resnet_fast::{_name}", _fake, lib=_library)
-    torch.library.register_autograd(f"resnet_fast::{_name}", _backward, setup_context=_setup, lib=_library)
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resnet_fast::{_name}", _fake, lib=library)
+    torch.library.register_autograd(f"resnet_fast::{_name}", _backward, setup_context=_setup, lib=library)
 
 for _name in ("conv_bn_act", "stem"):  # pooling runs in the dtype it is given, as adaptive_avg_pool2d does
     _op = getattr(torch.ops.resnet_fast, _name).default
-    _library.impl(_name, _autocast(_op, torch._C.DispatchKey.AutocastCPU, "cpu"), "AutocastCPU")
-    _library.impl(_name, _autocast(_op, torch._C.DispatchKey.AutocastCUDA, "cuda"), "AutocastCUDA")
+    library.impl(_name, _autocast(_op, torch._C.DispatchKey.AutocastCPU, "cpu"), "AutocastCPU")
+    library.impl(_name, _autocast(_op, torch._C.DispatchKey.AutocastCUDA, "cuda"), "AutocastCUDA")

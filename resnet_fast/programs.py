@@ -13,6 +13,7 @@ PROGRAM = "_resnet_fast_program"
 def rebuild(module: nn.Module) -> Program:
     """Trace the module's forward again and keep the program."""
     program = build(module)
+    program.in_training = build(module, training=True)
     module.__dict__[PROGRAM] = program
     return program
 

@@ -109,8 +109,9 @@ int64_t rf_products(const rf_shape* shape, int algorithm) { return variants[sele
 int64_t rf_packed_bytes(const rf_shape* shape, int algorithm) {
   return variants[selected]->packed_bytes(shape, algorithm);
 }
-void rf_pack(const rf_shape* shape, int algorithm, const double* weight, void* packed) {
-  variants[selected]->pack(shape, algorithm, weight, packed);
+void rf_pack(const rf_shape* shape, int algorithm, const rf_weight* weight, void* packed, int threads) {
+#pragma omp parallel num_threads(threads)
+  variants[selected]->pack(shape, algorithm, weight, packed, omp_get_thread_num(), omp_get_num_threads());
 }
 
 int rf_same(const void* const* addresses, const int32_t* lengths, int number, const void* expected) {
@@ -149,6 +150,22 @@ void rf_run(const rf_op* ops, int number, void* const* buffers, int threads, dou
         seconds[i] = end - start;
         start = end;
       }
+    }
+  }
+}
+
+void rf_run_pass(const rf_pass* pass, int threads) {
+  const Variant& variant = *variants[selected];
+  const int64_t count = variant.pass_partials(pass);
+  double* partials = (double*)rf_scratch(PARTIALS, count * sizeof(double));
+  Barrier barrier;
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    variant.pass(pass, partials, thread, team);
+    if (count) {
+      if (team > 1) barrier.wait(team);
+      variant.finish_pass(pass, partials, thread, team);
     }
   }
 }

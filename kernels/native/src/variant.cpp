@@ -4,6 +4,7 @@
 #include "gemm.h"
 #include "gram.h"
 #include "grouped.h"
+#include "passes.h"
 #include "pool.h"
 #include "stem.h"
 #include "winograd.h"
@@ -57,18 +58,20 @@ static int64_t packed_bytes(const rf_shape* s, int algorithm) {
   return 0;
 }
 
-static void pack(const rf_shape* s, int algorithm, const double* weight, void* packed) {
+static void pack(const rf_shape* s, int algorithm, const rf_weight* weight, void* packed, int thread, int threads) {
+  const WeightSource from{*s, *weight};
+  const Team team{thread, threads};
 #if defined(__AVX512BF16__)
-  if (s->dtype == RF_BFLOAT16) return gemm_pack<BFloat16>(*s, weight, packed);
+  if (s->dtype == RF_BFLOAT16) return gemm_pack<BFloat16>(from, packed, team);
 #endif
   float* to = (float*)packed;
   switch (algorithm) {
     case RF_GEMM:
-    case RF_DIRECT: return gemm_pack<Float32>(*s, weight, to);
+    case RF_DIRECT: return gemm_pack<Float32>(from, to, team);
     case RF_WINOGRAD2:
-    case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { w.pack(*s, weight, to); });
-    case RF_GROUPED: return grouped_pack(*s, weight, to);
-    case RF_WINOGRAD_STEM: return WinogradStem::pack(*s, weight, to);
+    case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { w.pack(from, to, team); });
+    case RF_GROUPED: return grouped_pack(from, to, team);
+    case RF_WINOGRAD_STEM: return WinogradStem::pack(from, to, team);
   }
 }
 
@@ -95,7 +98,11 @@ template <class E> static void run_as(const rf_op& op, void* const* buffers, Tea
   Element* y = at(op.y);
   const rf_shape& s = op.shape;
   switch (op.kind) {
-    case RF_CONV: return convolve<E>(op, {s, x, (const float*)op.packed, op.shift, residual, y, 0}, team);
+    case RF_CONV: {
+      const Prologue prologue{op.x_scale, op.x_offset};
+      const Spread spread{op.y_h, op.y_w, op.step_h, op.step_w};
+      return convolve<E>(op, {s, x, (const float*)op.packed, op.shift, residual, y, 0, prologue, spread}, team);
+    }
     case RF_MAX_POOL: return pool<E>(s, x, y, false, team);
     case RF_AVG_POOL: return pool<E>(s, x, y, true, team);
     case RF_ADD: return add<E>(s, x, residual, y, team);
@@ -169,7 +176,9 @@ static double multiply_adds(int64_t rounds) {
 #define RF_NAME_OF(variant) #variant
 #define RF_NAME(variant) RF_NAME_OF(variant)
 
-extern const Variant variant = {RF_NAME(RF_VARIANT), supports, products, packed_bytes, pack, multiply_adds, run,
-                                wgrad_supports, wgrad_bytes, wgrad, gram_bytes, gram};
+extern const Variant variant = {
+    RF_NAME(RF_VARIANT), supports, products,    packed_bytes,   pack,        multiply_adds, run,
+    pass,                pass_partials, finish_pass, wgrad_supports, wgrad_bytes, wgrad,         gram_bytes, gram,
+};
 
 }  // namespace RF_VARIANT

@@ -6,7 +6,7 @@
 #include "abi.h"
 
 // Memory of a thread's own, kept for its next call. Slots are apart from each other.
-enum Slot { PANELS, ROWS, IMAGE, SLOTS };
+enum Slot { PANELS, ROWS, IMAGE, PARTIALS, SLOTS };
 
 // At least `bytes`, aligned to 64 bytes.
 void* rf_scratch(Slot slot, size_t bytes);
@@ -33,11 +33,16 @@ struct Variant {
   int (*supports)(const rf_shape*, int algorithm);
   int64_t (*products)(const rf_shape*, int algorithm);
   int64_t (*packed_bytes)(const rf_shape*, int algorithm);
-  void (*pack)(const rf_shape*, int algorithm, const double* weight, void* packed);
+  // One thread's share of packing.
+  void (*pack)(const rf_shape*, int algorithm, const rf_weight*, void* packed, int thread, int threads);
   // Floating-point operations of `rounds` rounds of independent multiply-adds on registers: the fastest this CPU can do.
   double (*multiply_adds)(int64_t rounds);
   // One thread's share of an operation.
   void (*run)(const rf_op*, void* const* buffers, int thread, int threads);
+  // One thread's share of a pass; how many partial sums it makes; its share of adding them up, when all have made them.
+  void (*pass)(const rf_pass*, double* partials, int thread, int threads);
+  int64_t (*pass_partials)(const rf_pass*);
+  void (*finish_pass)(const rf_pass*, const double* partials, int thread, int threads);
 
   // Weight gradients and covariances: the memory that the threads share, and one thread's part of the work.
   int (*wgrad_supports)(const rf_shape*, int algorithm, int prologue);
