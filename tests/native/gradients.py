@@ -54,9 +54,7 @@ class Wgrad:
         return self.dy, self.x, self.prologue, self.weight, self.geometry
 
     def algorithms(self) -> list[str]:
-        """Those that serve it; some do not take its prologue."""
-        supported = functools.partial(library.wgrad_supports, self.shape)
-        return [name for name in wgrad.ALGORITHMS if supported(name, self.prologue is not None)]
+        return [name for name in wgrad.ALGORITHMS if library.wgrad_supports(self.shape, name)]
 
     @functools.cached_property
     def exact(self) -> Tensor:
