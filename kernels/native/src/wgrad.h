@@ -35,9 +35,6 @@ struct WgradGemm {
         longest(ceil_div(pixels, chunks)), rows(task.shape.k / task.shape.groups), columns(patch_elements(task.shape)),
         lines(ceil_div(columns, VL)), left_step(odd_lines(task.shape.k)), right_step(odd_lines(longest * VL)) {}
 
-  // A prologue is applied to whole vectors of channels.
-  static bool supports(const rf_shape& s, bool prologue) { return !prologue || s.c / s.groups % VL == 0; }
-
   float* left() const { return task.workspace; }
   float* right() const { return left() + longest * left_step; }
   int64_t floats() const { return longest * left_step + task.shape.groups * lines * right_step; }
