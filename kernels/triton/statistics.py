@@ -66,7 +66,9 @@ def store_with_statistics(
     if K % BN != 0:
         mask = mask & (columns < K)[None, :]
     tl.store(y_ptr + row_offsets[:, None] + columns[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.debug_barrier()  # the threads that read a number are not those that wrote it
+    # The threads that read a number are not those that wrote it. All of them share one first-level cache, so that after
+    # the barrier they see it (on AMD unless the driver splits thread groups over compute units, which is off).
+    tl.debug_barrier()
 
     partials_ptr += (first_row // BM).to(tl.int64) * (2 * ALL_K)
     count = tl.minimum(M - first_row, BM).to(tl.float32)
