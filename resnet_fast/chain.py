@@ -405,7 +405,8 @@ def backward(
         needed = wanted.x or any(wanted.weights[:i]) or any(wanted.vectors[:i])
         added = shortcut if i == 0 and from_x else None
         assert d_x is not None
-        d_x = pass_.layer(i, main[i], d_x, needed, added, keep=shortcut is g and d_x is gradient)
+        keep = d_x is gradient and (shortcut is g or g is grad)
+        d_x = pass_.layer(i, main[i], d_x, needed, added, keep)
         if not needed:
             break
     return Gradients(

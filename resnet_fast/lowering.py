@@ -293,10 +293,8 @@ class Lowering:
 
         def pack() -> Pack:
             scale, shift = (None, bias) if norm is None else functional.fold_batch_norm(norm, bias)
-            wide = weight.detach().to(torch.float64).reshape(weight.shape[0], -1, shape.r, shape.s)
-            if scale is not None:
-                wide *= scale.view(-1, 1, 1, 1)
-            packed = self._shelf.copy(library.pack(shape, algorithm, wide))
+            window = weight.detach().reshape(weight.shape[0], -1, shape.r, shape.s)
+            packed = self._shelf.copy(library.pack(shape, algorithm, window, scale, threads=self.threads))
             zero = torch.zeros(weight.shape[0], device="cpu")
             return Pack(packed, zero if shift is None else zero.copy_(shift.detach()))
 

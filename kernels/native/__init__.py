@@ -165,7 +165,7 @@ def _prepare(
     kind = (algorithm, groups, x.dtype)
     packed = weights.packed.get(kind)
     if packed is None:
-        packed = library.pack(shape, algorithm, weight.detach().double() * scale.detach().double().view(-1, 1, 1, 1))
+        packed = library.pack(shape, algorithm, weight.detach(), scale.detach(), threads=threads)
         packed = weights.packed.setdefault(kind, packed)
     op = Op(library.CONV, ALGORITHMS.index(algorithm), shape, 0, packed.data_ptr(), weights.shift.data_ptr())
     op.x, op.y, op.residual = Ref(0, 0, 0), Ref(1, 0, 0), Ref(2, 0, 0) if residual else NOWHERE

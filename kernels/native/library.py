@@ -16,7 +16,7 @@ import torch  # before the library is loaded: see above
 
 from resnet_fast.kernels.packing import clear_all
 
-ABI = 2
+ABI = 3
 LIBRARY = Path(__file__).with_name("_native.so")
 
 FLOAT32, BFLOAT16 = range(2)
@@ -32,6 +32,18 @@ class Shape(ctypes.Structure):
     """``rf_shape``."""
 
     _fields_ = [("dtype", _int), *((name, _int) for name in _SIZES.split())]
+
+
+class Weight(ctypes.Structure):
+    """``rf_weight``."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        *((stride, ctypes.c_int64) for stride in ("group", "k", "c", "r", "s")),
+        ("is_double", _int),
+        ("reserved", _int),
+    ]
 
 
 class Ref(ctypes.Structure):
@@ -53,10 +65,34 @@ class Op(ctypes.Structure):
         ("x", Ref),
         ("residual", Ref),
         ("y", Ref),
+        ("x_scale", ctypes.c_void_p),
+        ("x_offset", ctypes.c_void_p),
+        *((name, _int) for name in ("y_h", "y_w", "step_h", "step_w")),
     ]
 
 
+ACTIVATING = ("gemm", "winograd2", "winograd4")
+"""Algorithms that read their input through a prologue."""
+SPREADING = ("gemm",)
+"""Algorithms that write every so many pixels of an image."""
+
 NOWHERE = Ref(-1, 0, 0)
+
+TAIL, TAIL_POOL, STATISTICS, GATE, TAIL_POOL_BACKWARD, BN_BACKWARD = range(6)
+MOST_SUMS = 3
+_PASS_SIZES = "kind n h w c relu"
+_OPERANDS = "x residual gate y residual_y scale shift residual_scale residual_shift mean residual_mean slope result"
+
+
+class Pass(ctypes.Structure):
+    """``rf_pass``."""
+
+    _fields_ = [
+        *((name, _int) for name in _PASS_SIZES.split()),
+        *((name, ctypes.c_void_p) for name in _OPERANDS.split()),
+        ("sums", ctypes.c_void_p * MOST_SUMS),
+    ]
+
 
 _library: Optional[ctypes.CDLL] = None
 _reason: Optional[str] = None
@@ -98,14 +134,22 @@ def _declare(library: ctypes.CDLL) -> None:
     library.rf_products.restype = ctypes.c_int64
     library.rf_packed_bytes.argtypes = [shape, ctypes.c_int]
     library.rf_packed_bytes.restype = ctypes.c_int64
-    library.rf_pack.argtypes = [shape, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    library.rf_pack.argtypes = [shape, ctypes.c_int, ctypes.POINTER(Weight), ctypes.c_void_p, ctypes.c_int]
     library.rf_pack.restype = None
     pointers, seconds = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_double)
     library.rf_run.argtypes = [ctypes.POINTER(Op), ctypes.c_int, pointers, ctypes.c_int, seconds]
     library.rf_run.restype = None
+    library.rf_run_pass.argtypes = [ctypes.POINTER(Pass), ctypes.c_int]
+    library.rf_run_pass.restype = None
     library.rf_same.argtypes = [pointers, ctypes.POINTER(_int), ctypes.c_int, ctypes.c_void_p]
     library.rf_peak.argtypes = [ctypes.c_int]
     library.rf_peak.restype = ctypes.c_double
+    pointer = ctypes.c_void_p
+    library.rf_wgrad_supports.argtypes = [shape, ctypes.c_int, ctypes.c_int]
+    library.rf_wgrad.argtypes = [shape, ctypes.c_int, *[pointer] * 5, ctypes.c_int]
+    library.rf_wgrad.restype = None
+    library.rf_gram.argtypes = [shape, *[pointer] * 5, ctypes.c_int]
+    library.rf_gram.restype = None
 
 
 def _select(library: ctypes.CDLL, wanted: str, complaint: str) -> None:
@@ -165,18 +209,75 @@ def packed_bytes(shape: Shape, algorithm: str) -> int:
     return _loaded().rf_packed_bytes(shape, ALGORITHMS.index(algorithm))
 
 
-def pack(shape: Shape, algorithm: str, weight: torch.Tensor) -> torch.Tensor:
-    """``weight``, ``[K, C/groups, R, S]`` in float64 with the scale multiplied in, as the algorithm reads it: bytes."""
-    library, number = _loaded(), ALGORITHMS.index(algorithm)
-    weight = weight.to(torch.float64).contiguous()
-    packed = torch.empty(library.rf_packed_bytes(shape, number), dtype=torch.uint8, device="cpu")
-    library.rf_pack(shape, number, weight.data_ptr(), packed.data_ptr())
+def pack(
+    shape: Shape,
+    algorithm: str,
+    weight: torch.Tensor,
+    scale: Optional[torch.Tensor] = None,
+    backward: bool = False,
+    threads: int = 1,
+    out: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """The weights of ``shape`` as the algorithm reads them: bytes, in ``out`` if that is given and is long enough.
+
+    ``weight`` is ``[K, C/groups, R, S]`` in any layout and floating-point dtype, to be multiplied, in float64, by
+    ``scale [K]``. With ``backward`` the shape is that of the convolution that takes a gradient from K channels back to
+    C, and reads the taps from the last one to the first.
+    """
+    number = ALGORITHMS.index(algorithm)
+    size = packed_bytes(shape, algorithm)
+    packed = out if out is not None and out.numel() >= size else torch.empty(size, dtype=torch.uint8, device="cpu")
+    if weight.dtype not in (torch.float32, torch.float64):
+        weight = weight.float()
+    scale = None if scale is None else scale.to(torch.float64).contiguous()
+    view = weight_view(weight, shape.groups, backward)
+    view.scale = None if scale is None else scale.data_ptr()
+    _loaded().rf_pack(shape, number, view, packed.data_ptr(), threads)
     return packed
+
+
+def weight_view(weight: torch.Tensor, groups: int, backward: bool = False) -> Weight:
+    """Where the elements of a float32 or float64 weight are, without a scale; ``backward`` as for ``pack``."""
+    k, _, r, s = weight.shape
+    k_stride, c_stride, r_stride, s_stride = weight.stride()
+    group, data, is_double = k // groups * k_stride, weight.data_ptr(), weight.dtype == torch.float64
+    if not backward:
+        return Weight(data, None, group, k_stride, c_stride, r_stride, s_stride, is_double, 0)
+    data += ((r - 1) * r_stride + (s - 1) * s_stride) * weight.element_size()
+    return Weight(data, None, group, c_stride, k_stride, -r_stride, -s_stride, is_double, 0)
 
 
 def peak(threads: int) -> float:
     """Floating-point operations per second of multiply-adds on registers: what no kernel can exceed. Takes 0.1 s."""
     return _loaded().rf_peak(threads)
+
+
+Vectors = Optional[tuple[torch.Tensor, torch.Tensor]]  # a prologue's scale and shift, or none
+
+
+def wgrad_supports(shape: Shape, algorithm: str, prologue: bool) -> bool:
+    """Whether ``wgrad`` does; with ``prologue``, reading ``x`` through one."""
+    return bool(_loaded().rf_wgrad_supports(shape, ALGORITHMS.index(algorithm), prologue))
+
+
+def wgrad(
+    shape: Shape, algorithm: str, dy: torch.Tensor, x: torch.Tensor, prologue: Vectors, dw: torch.Tensor, threads: int
+) -> None:
+    """Write the gradient of a convolution's weight to ``dw``. All are float32, and NHWC or KRSC in memory."""
+    pointers = (dy.data_ptr(), x.data_ptr(), *_addresses(prologue), dw.data_ptr())
+    _loaded().rf_wgrad(shape, ALGORITHMS.index(algorithm), *pointers, threads)
+
+
+def gram(
+    shape: Shape, x: torch.Tensor, prologue: Vectors, mean: torch.Tensor, covariance: torch.Tensor, threads: int
+) -> None:
+    """Write the mean and covariance of the input pixels that a 1x1 convolution reads. All are float32, ``x`` NHWC."""
+    pointers = (x.data_ptr(), *_addresses(prologue), mean.data_ptr(), covariance.data_ptr())
+    _loaded().rf_gram(shape, *pointers, threads)
+
+
+def _addresses(vectors: Vectors) -> tuple[Optional[int], Optional[int]]:
+    return (None, None) if vectors is None else (vectors[0].data_ptr(), vectors[1].data_ptr())
 
 
 class Probes:
@@ -214,6 +315,11 @@ def run(ops: "ctypes.Array[Op]", count: int, buffers: "ctypes.Array[ctypes.c_voi
     _loaded().rf_run(ops, count, buffers, threads, seconds)
     for op, second in zip(ops, seconds):
         _recorder.append(Timing(op.kind, Shape.from_buffer_copy(op.shape), ALGORITHMS[op.algorithm], second))
+
+
+def run_pass(over: Pass, threads: int) -> None:
+    """One of training's passes over whole images."""
+    _loaded().rf_run_pass(over, threads)
 
 
 def run_other(convolve: Callable[[], torch.Tensor], shape: Callable[[], Shape], algorithm: str) -> torch.Tensor:

@@ -2,10 +2,12 @@
 
 import torch
 
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import library, passes
 from resnet_fast.kernels.native.library import Shape
 from tests.cpu.cases import Conv, make
 from tests.native.harness import TRICKY, Expected, Guarded, algorithms_for, convolve, placed, resnet_convs, run
+from tests.native.pass_cases import SHAPES, Memory, everything
+from tests.native.pass_cases import make as make_passes
 
 
 def _random_convs(count: int) -> list[Conv]:
@@ -46,4 +48,9 @@ def main(variant: str, at_end: bool) -> None:
         for kind in (library.MAX_POOL, library.AVG_POOL, library.ADD, library.TO_NCHW):
             run(kind, shape, image, size, place, residual=image if kind == library.ADD else None)
         run(library.TO_NHWC, shape, plain, size, place)
+    for name in SHAPES:
+        print(variant, "training's passes", name, flush=True)
+        memory = Memory(Guarded(at_end))
+        passes._image = memory.image
+        everything(memory.copy(make_passes(name)))
     print("done")

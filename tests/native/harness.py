@@ -101,10 +101,12 @@ def algorithms_for(conv: Conv, pool: bool = False) -> list[str]:
 def pack(shape: Shape, algorithm: str, data: Data, place: Place) -> Tensor:
     """As ``library.pack``, with the weight read from and the pack written to memory of the test's choice."""
     loaded, number = library._loaded(), ALGORITHMS.index(algorithm)
-    folded = (data.weight.double() * data.scale.double().view(-1, 1, 1, 1)).flatten()  # so it stays KCRS
-    weight = placed(folded, place)
+    # Memory of its own for each, but the weight in the order of KCRS.
+    weight, scale = placed(data.weight.flatten(), place).view(data.weight.shape), placed(data.scale.double(), place)
+    view = library.weight_view(weight, shape.groups)
+    view.scale = scale.data_ptr()
     packed = torch.from_numpy(place(loaded.rf_packed_bytes(shape, number)))
-    loaded.rf_pack(shape, number, weight.data_ptr(), packed.data_ptr())
+    loaded.rf_pack(shape, number, view, packed.data_ptr(), 1)
     return packed
 
 

@@ -111,7 +111,9 @@ bool check(const Conv& conv, int algorithm) {
   const int64_t count = int64_t(s.n) * high * wide * s.k;
   std::unique_ptr<float[]> y(new float[count]);
   std::unique_ptr<char[]> packed(new char[rf_packed_bytes(&s, algorithm)]);
-  rf_pack(&s, algorithm, conv.weight.get(), packed.get());
+  const int64_t taps = s.r * s.s, one = s.c / s.groups * taps;
+  const rf_weight weight{conv.weight.get(), nullptr, s.k / s.groups * one, one, taps, s.s, 1, 1, 0};
+  rf_pack(&s, algorithm, &weight, packed.get(), 2);
   rf_op op{};
   op.kind = RF_CONV, op.algorithm = algorithm, op.shape = s, op.packed = packed.get(), op.shift = conv.shift.get();
   run(op, conv.x.get(), conv.residual.get(), y.get());
@@ -150,6 +152,26 @@ void touch(const rf_shape& conv) {
     op.kind = kind, run(op, x.get(), kind == RF_ADD ? x.get() : nullptr, y.get());
 }
 
+// Training's passes over whole images; likewise.
+void touch_passes(const rf_shape& s) {
+  const int64_t count = int64_t(s.n) * s.h * s.w * s.c, small = int64_t(s.n) * ((s.h + 1) / 2) * ((s.w + 1) / 2) * s.c;
+  const auto one = randoms<float>(count), two = randoms<float>(count), pooled = randoms<float>(small);
+  const auto vector = randoms<float>(s.c);
+  std::unique_ptr<float[]> large(new float[count]), tiny(new float[small]), sums(new float[RF_MOST_SUMS * s.c]);
+  for (int kind : {RF_TAIL, RF_TAIL_POOL, RF_STATISTICS, RF_GATE, RF_TAIL_POOL_BACKWARD, RF_BN_BACKWARD}) {
+    rf_pass pass{};
+    pass.kind = kind, pass.n = s.n, pass.h = s.h, pass.w = s.w, pass.c = s.c, pass.relu = s.relu;
+    pass.x = kind == RF_TAIL_POOL_BACKWARD ? pooled.get() : one.get(), pass.y = two.get(), pass.gate = one.get();
+    pass.residual = pass.residual_y = two.get();
+    pass.scale = pass.shift = pass.residual_scale = pass.residual_shift = vector.get();
+    pass.mean = pass.residual_mean = pass.slope = vector.get();
+    pass.result = kind == RF_TAIL_POOL ? tiny.get() : large.get();
+    const int number = kind == RF_GATE ? 3 : kind == RF_STATISTICS || kind == RF_TAIL_POOL_BACKWARD ? 2 : 0;
+    for (int i = 0; i < number; i++) pass.sums[i] = sums.get() + i * s.c;
+    rf_run_pass(&pass, 2);
+  }
+}
+
 }  // namespace
 
 // Arguments: how many shapes for each instruction set, and how many algorithms there are.
@@ -172,6 +194,7 @@ int main(int, char** arguments) {
           cases++;
         }
       touch(s);
+      touch_passes(s);
     }
     printf("%s: %d cases so far\n", rf_variant_name(variant), cases);
   }

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#define RESNET_FAST_ABI 2
+#define RESNET_FAST_ABI 3
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -45,6 +45,17 @@ struct rf_shape {
   int32_t pool;  // convolutions: a 3x3/2 max-pool follows; y is [n, (p - 1) / 2 + 1, (q - 1) / 2 + 1, k]
 };
 
+// The weights of a convolution, element [k / K][k % K][c][r][s] for K output channels in each group, wherever they lie.
+// Strides are in elements and may be negative: the convolution that takes a gradient back to the input reads the same
+// weights with k and c exchanged, from the last tap to the first.
+struct rf_weight {
+  const void* data;
+  const double* scale;  // [k], a factor for each output channel; null: none
+  int64_t group, k, c, r, s;
+  int32_t is_double;  // else float32
+  int32_t reserved;
+};
+
 struct rf_ref {
   int32_t buffer;  // index into the buffers of the call; -1: absent
   int32_t reserved;
@@ -59,6 +70,12 @@ struct rf_op {
   const void* packed;  // weights from rf_pack
   const float* shift;  // [k]; never null for a convolution
   rf_ref x, residual, y;
+  // Of convolutions by RF_GEMM, RF_WINOGRAD2 and RF_WINOGRAD4 in float32: x is read as relu(x * scale + offset), padding
+  // is zero after that. [c] each; null: x as it is.
+  const float *x_scale, *x_offset;
+  // Of convolutions by RF_GEMM without residual and ReLU: pixel (p, q) of the result is (p * step_h, q * step_w) of an
+  // image `y_h` high and `y_w` wide. 0: y is dense.
+  int32_t y_h, y_w, step_h, step_w;
 };
 
 int rf_abi(void);
@@ -74,13 +91,50 @@ int rf_supports(const rf_shape* shape, int algorithm);
 // How many multiply-adds each input channel has with each output channel of its group.
 int64_t rf_products(const rf_shape* shape, int algorithm);
 int64_t rf_packed_bytes(const rf_shape* shape, int algorithm);
-// weight: [k, c / groups, r, s] contiguous, batch norm's scale multiplied in. Packs are for one variant.
-void rf_pack(const rf_shape* shape, int algorithm, const double* weight, void* packed);
+// Packs are for one variant.
+void rf_pack(const rf_shape* shape, int algorithm, const rf_weight* weight, void* packed, int threads);
 // Whether the bytes at the `count` addresses, as many as `lengths` says, are those at `expected`, one after the other.
 int rf_same(const void* const* addresses, const int32_t* lengths, int count, const void* expected);
 // Floating-point operations per second of multiply-adds on registers, all threads together.
 double rf_peak(int threads);
 // seconds: [count], the time each operation took, or null.
 void rf_run(const rf_op* ops, int count, void* const* buffers, int threads, double* seconds);
+
+// --- training: passes over whole images, float32 ----------------------------------------------------------------------
+
+enum rf_pass_kind : int32_t {
+  RF_TAIL = 0,                // result = relu?(x * scale + shift + residual?), the residual through its own if it has them
+  RF_TAIL_POOL = 1,           // result = max_pool2d(relu(x * scale + shift), 3, 2, 1)
+  RF_STATISTICS = 2,          // sums: mean and biased variance of x
+  RF_GATE = 3,                // result? = g = x + residual? where gate?, or gate * scale + shift, is not <= 0, else 0
+  RF_TAIL_POOL_BACKWARD = 4,  // result = g, the gradient of y where x is that of the result of RF_TAIL_POOL of y
+  RF_BN_BACKWARD = 5,         // result = scale * x - slope * (y - mean) - shift
+};
+
+#define RF_MOST_SUMS 3
+
+// A gradient g comes with sums over its pixels: of g, of g * (y - mean), of g * (residual_y - residual_mean); the first
+// of them that are not null. `x`, `y`, `gate`, `residual` and `result` may be one image; all are [n, h, w, c], but beside
+// a pool [n, (h - 1) / 2 + 1, (w - 1) / 2 + 1, c]. Vectors have c elements.
+struct rf_pass {
+  int32_t kind;
+  int32_t n, h, w, c;
+  int32_t relu;
+  const float *x, *residual, *gate, *y, *residual_y;
+  const float *scale, *shift, *residual_scale, *residual_shift, *mean, *residual_mean, *slope;
+  float* result;
+  float* sums[RF_MOST_SUMS];
+};
+
+void rf_run_pass(const rf_pass* pass, int threads);
+
+// Training, float32. `scale` and `shift`, [c] each, are what x is read through, relu(x * scale + shift); null: nothing.
+int rf_wgrad_supports(const rf_shape* shape, int algorithm, int prologue);
+// The gradient of a convolution's weight, dw: [k, r, s, c / groups], from dy, the gradient of its output.
+void rf_wgrad(const rf_shape* shape, int algorithm, const float* dy, const float* x, const float* scale,
+              const float* shift, float* dw, int threads);
+// Mean, [c], and biased covariance, [c, c], of x at the output pixels of a 1x1 convolution without padding.
+void rf_gram(const rf_shape* shape, const float* x, const float* scale, const float* shift, float* mean,
+             float* covariance, int threads);
 }
 #pragma GCC visibility pop

@@ -2,9 +2,21 @@
 #pragma once
 
 #include "abi.h"
+#include "prologue.h"
 #include "simd.h"
 
 namespace RF_VARIANT {
+
+// Where the pixels of a result go that are not side by side.
+struct Spread {
+  int32_t h, w, step_h, step_w;  // h = 0: they are
+
+  // Of output pixel number `row`.
+  int64_t pixel(const rf_shape& s, int64_t row) const {
+    const int64_t line = row / s.q;
+    return (line / s.p * h + line % s.p * step_h) * w + row % s.q * step_w;
+  }
+};
 
 template <class E> struct ConvTask {
   using Element = typename E::Element;
@@ -16,6 +28,8 @@ template <class E> struct ConvTask {
   const Element* residual;  // at output pixel 0; null: none
   Element* y;               // at output pixel `y_row`
   int64_t y_row;
+  Prologue prologue;
+  Spread spread;
 };
 
 }  // namespace RF_VARIANT

@@ -1,12 +1,11 @@
 // The C interface: picks the compiled variant, and runs programs on the OpenMP threads.
 #include <omp.h>
-#include <sched.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
+#include "barrier.h"
 #include "variant.h"
 
 namespace portable {
@@ -71,38 +70,6 @@ struct Scratch {
 
 thread_local Scratch scratch[SLOTS];
 
-// Where threads wait for each other between operations. OpenMP's own barrier spins for milliseconds; where the machine is
-// busy and two threads share a core, each of a network's fifty barriers then costs a time slice.
-class Barrier {
- public:
-  void wait(int threads) {
-    const int now = round.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-      arrived.store(0, std::memory_order_relaxed);
-      round.store(now + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++)
-      if (spins < SPINS)
-        pause();
-      else
-        sched_yield();
-  }
-
- private:
-  static constexpr int SPINS = 1000;  // some tens of microseconds
-
-  static void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
-
-  std::atomic<int> arrived{0}, round{0};
-};
-
 int64_t cache_bytes() {
   const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
   return bytes > 0 ? bytes : 256 << 10;
@@ -142,8 +109,9 @@ int64_t rf_products(const rf_shape* shape, int algorithm) { return variants[sele
 int64_t rf_packed_bytes(const rf_shape* shape, int algorithm) {
   return variants[selected]->packed_bytes(shape, algorithm);
 }
-void rf_pack(const rf_shape* shape, int algorithm, const double* weight, void* packed) {
-  variants[selected]->pack(shape, algorithm, weight, packed);
+void rf_pack(const rf_shape* shape, int algorithm, const rf_weight* weight, void* packed, int threads) {
+#pragma omp parallel num_threads(threads)
+  variants[selected]->pack(shape, algorithm, weight, packed, omp_get_thread_num(), omp_get_num_threads());
 }
 
 int rf_same(const void* const* addresses, const int32_t* lengths, int number, const void* expected) {
@@ -184,5 +152,45 @@ void rf_run(const rf_op* ops, int number, void* const* buffers, int threads, dou
       }
     }
   }
+}
+
+void rf_run_pass(const rf_pass* pass, int threads) {
+  const Variant& variant = *variants[selected];
+  const int64_t count = variant.pass_partials(pass);
+  double* partials = (double*)rf_scratch(PARTIALS, count * sizeof(double));
+  Barrier barrier;
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    variant.pass(pass, partials, thread, team);
+    if (count) {
+      if (team > 1) barrier.wait(team);
+      variant.finish_pass(pass, partials, thread, team);
+    }
+  }
+}
+
+int rf_wgrad_supports(const rf_shape* shape, int algorithm, int prologue) {
+  return variants[selected]->wgrad_supports(shape, algorithm, prologue);
+}
+
+void rf_wgrad(const rf_shape* shape, int algorithm, const float* dy, const float* x, const float* scale,
+              const float* shift, float* dw, int threads) {
+  const Variant& variant = *variants[selected];
+  const WgradCall call{*shape, algorithm, dy, x, scale, shift, dw};
+  void* workspace = rf_scratch(PANELS, variant.wgrad_bytes(call));
+  Barrier barrier;
+#pragma omp parallel num_threads(threads)
+  variant.wgrad(call, workspace, omp_get_thread_num(), omp_get_num_threads(), barrier);
+}
+
+void rf_gram(const rf_shape* shape, const float* x, const float* scale, const float* shift, float* mean,
+             float* covariance, int threads) {
+  const Variant& variant = *variants[selected];
+  const GramCall call{*shape, x, scale, shift, mean, covariance};
+  void* workspace = rf_scratch(PANELS, variant.gram_bytes(call));
+  Barrier barrier;
+#pragma omp parallel num_threads(threads)
+  variant.gram(call, workspace, omp_get_thread_num(), omp_get_num_threads(), barrier);
 }
 }

@@ -4,6 +4,7 @@
 #include "conv.h"
 #include "panels.h"
 #include "tile.h"
+#include "weights.h"
 #include "work.h"
 
 namespace RF_VARIANT {
@@ -22,22 +23,31 @@ template <class E> static int64_t gemm_packed_units(const rf_shape& s) {
   return GemmWeights<E>(s).group_units() * s.groups;
 }
 
-template <class E> static void gemm_pack(const rf_shape& s, const double* weight, void* packed) {
+template <class E> static void gemm_pack(const WeightSource& from, void* packed, Team team) {
+  const rf_shape& s = from.shape;
   const GemmWeights<E> layout(s);
-  const int cin = s.c / s.groups, window = s.r * s.s;
-  auto* to = (typename E::Element*)packed;
-  for (int g = 0; g < s.groups; g++)
-    for (int64_t j = 0; j < layout.panels(); j++) {
-      const int64_t left = layout.channels - j * NR;
-      const int width = left > VL ? NR : VL;
-      for (int64_t k = 0; k < layout.depth; k++)
-        for (int lane = 0; lane < width; lane++)
-          for (int64_t element = k * E::PER_UNIT; element < (k + 1) * E::PER_UNIT; element++) {
-            const bool there = lane < left && element < layout.elements;
-            const int64_t row = (g * layout.channels + j * NR + lane) * cin + element % cin;
-            *to++ = there ? E::narrow(float(weight[row * window + element / cin])) : typename E::Element(0);
-          }
+  const int64_t vectors = ceil_div(layout.channels, VL), tail = layout.elements % E::PER_UNIT;
+  const int inputs = from.inputs();
+  auto* block = (double*)rf_scratch(PANELS, from.block_doubles() * sizeof(double));
+  const Range mine = share(s.groups * vectors, team.thread, team.threads);
+  for (int64_t i = mine.begin; i < mine.end; i++) {
+    const int64_t group = i / vectors, channel = i % vectors * VL, panel = channel / NR * NR;
+    const int lanes = int(smaller<int64_t>(VL, layout.channels - channel));
+    const int width = layout.channels - panel > VL ? NR : VL;
+    const int64_t first = group * layout.group_units() + panel * layout.depth + channel - panel;
+    auto row = [&](int64_t element) {
+      const int64_t unit = first + element / E::PER_UNIT * width;
+      return (typename E::Element*)packed + unit * E::PER_UNIT + element % E::PER_UNIT;
+    };
+    for (int c = 0; c < inputs; c += from.CHUNK) {
+      const int count = smaller(from.CHUNK, inputs - c);
+      from.block(int(group * layout.channels + channel), lanes, c, count, block);
+      const double* at = block;
+      for (int tap = 0; tap < from.taps(); tap++)
+        for (int j = 0; j < count; j++, at += VL) put_weights<E>(row(int64_t(tap) * inputs + c + j), at);
     }
+    for (int lane = 0; tail && lane < VL; lane++) row(layout.elements)[lane * E::PER_UNIT] = 0;
+  }
 }
 
 // The matrix product for some groups, output pixels (`rows`) and panels of output channels (`columns`).
@@ -46,13 +56,14 @@ template <class E> static void gemm_part(const ConvTask<E>& task, Range groups, 
   const rf_shape& s = task.shape;
   const GemmWeights<E> weights(s);
   const int64_t group_count = groups.end - groups.begin;
-  const Patches<E> patches{s, task.x, int(groups.begin), int(group_count)};
+  const Patches<E> patches{s, task.x, int(groups.begin), int(group_count), task.prologue};
   const Tiles tiles{rows.end - rows.begin};
   // As many tiles at a time as half the cache holds, and at least four: each pass reads all the weights.
   const int64_t pitch = MR * patches.lines() * VL, tile_pitch = pitch * group_count;
   const int64_t fitting = rf_cache_bytes() / 2 / (tile_pitch * int64_t(sizeof(float)));
   const int64_t chunk = smaller(tiles.count(), larger<int64_t>(fitting, group_count > 1 ? 1 : 4));
   float* panels = scratch(PANELS, chunk * tile_pitch + pitch);
+  alignas(sizeof(vec)) typename E::Element apart[MR * NR];  // a tile whose pixels are not side by side in the image
   float* staging = panels + chunk * tile_pitch;
   for (int64_t first = 0; first < tiles.count(); first += chunk) {
     const int64_t last = smaller(first + chunk, tiles.count());
@@ -76,10 +87,13 @@ template <class E> static void gemm_part(const ConvTask<E>& task, Range groups, 
           const auto* next_residual = t + 1 < last ? residual(t + 1, channel)
                                       : more     ? residual(first, channel + NR)
                                                  : nullptr;
-          multiply(Tile<E>{panel(left, height, weights.depth), right, task.y + (row - task.y_row) * s.k + channel, s.k,
+          auto* y = task.y + (row - task.y_row) * s.k + channel;
+          multiply(Tile<E>{panel(left, height, weights.depth), right, task.spread.h ? apart : y, task.spread.h ? NR : s.k,
                            task.shift + channel, residual(t, channel), s.relu != 0, channels,
                            Ahead::share(next, t - first, last - first), next_residual},
                    height);
+          for (int i = 0; task.spread.h && i < height; i++)
+            copy(task.y + task.spread.pixel(s, row + i) * s.k + channel, apart + i * NR, channels);
         }
       }
   }

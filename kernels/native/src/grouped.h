@@ -6,6 +6,7 @@
 
 #include "conv.h"
 #include "simd.h"
+#include "weights.h"
 #include "work.h"
 
 namespace RF_VARIANT {
@@ -34,13 +35,15 @@ static bool grouped_supports(const rf_shape& s) {
 // Packed weights: [vector of channels][r][s][c within the group][VL].
 static int64_t grouped_packed_floats(const rf_shape& s) { return int64_t(s.r) * s.s * (s.c / s.groups) * s.k; }
 
-static void grouped_pack(const rf_shape& s, const double* weight, float* packed) {
-  const int width = s.c / s.groups, window = s.r * s.s;
-  for (int base = 0; base < s.k; base += VL)
-    for (int tap = 0; tap < window; tap++)
-      for (int c = 0; c < width; c++)
-        for (int lane = 0; lane < VL; lane++)
-          *packed++ = float(weight[(int64_t(base + lane) * width + c) * window + tap]);
+static void grouped_pack(const WeightSource& from, float* packed, Team team) {
+  const int width = from.inputs();
+  const int64_t count = int64_t(from.taps()) * width;
+  auto* block = (double*)rf_scratch(PANELS, count * VL * sizeof(double));
+  const Range mine = share(from.shape.k / VL, team.thread, team.threads);
+  for (int64_t i = mine.begin; i < mine.end; i++) {
+    from.block(int(i * VL), VL, 0, width, block);
+    for (int64_t j = 0; j < count; j++) put_weights<Float32>(packed + (i * count + j) * VL, block + j * VL);
+  }
 }
 
 constexpr int STRIP = 7;  // outputs side by side whose sums stay in registers

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "abi.h"
+#include "prologue.h"
 #include "simd.h"
 
 namespace RF_VARIANT {
@@ -16,6 +17,7 @@ template <class E> struct Patches {
   const rf_shape& shape;
   const Element* x;
   int first_group, groups;
+  Prologue prologue;  // of float32
 
   int channels() const { return shape.c / shape.groups; }  // of one group
   int64_t elements() const { return patch_elements(shape); }
@@ -28,6 +30,10 @@ static inline void copy_line(float* to, const float* from) { store(to, load(from
 // One run of `count` units, a multiple of VL, into the lines of a row, `step` units apart.
 static inline void put_lines(float* line, int64_t step, const void* from, int64_t count) {
   for (int64_t i = 0; i < count; i += VL, line += step) copy_line(line, (const float*)from + i);
+}
+static inline void put_activated(float* line, int64_t step, const float* from, const Prologue& by, int64_t count) {
+  for (int64_t i = 0; i < count; i += VL, line += step)
+    store(line, activated(load(from + i), load(by.scale + i), load(by.offset + i)));
 }
 static inline void put_zeros(float* line, int64_t step, int64_t count) {
   for (int64_t i = 0; i < count; i += VL, line += step) store(line, vec{});
@@ -51,7 +57,7 @@ static inline void put_patch(const Patches<E>& from, int group, const typename E
   const rf_shape& s = from.shape;
   const int channels = from.channels();
   const int64_t run = int64_t(s.s) * channels;
-  const bool dense = s.groups == 1 && s.dilation_w == 1 && x0 >= 0 && x0 + s.s <= s.w;
+  const bool dense = s.groups == 1 && s.dilation_w == 1 && x0 >= 0 && x0 + s.s <= s.w && !from.prologue;
   for (int r = 0; r < s.r; r++, to += run) {
     const int y = y0 + r * s.dilation_h;
     if (y < 0 || y >= s.h) {
@@ -61,10 +67,13 @@ static inline void put_patch(const Patches<E>& from, int group, const typename E
     } else {
       for (int t = 0; t < s.s; t++) {
         const int x = x0 + t * s.dilation_w;
+        const auto* pixel = image + (int64_t(y) * s.w + x) * s.c + group * channels;
         if (x < 0 || x >= s.w)
           memset(to + t * channels, 0, channels * sizeof *to);
+        else if (from.prologue)
+          copy_activated((float*)(to + t * channels), (const float*)pixel, from.prologue.from(group * channels), channels);
         else
-          copy(to + t * channels, image + (int64_t(y) * s.w + x) * s.c + group * channels, channels);
+          copy(to + t * channels, pixel, channels);
       }
     }
   }
@@ -105,7 +114,10 @@ static void gather(const Patches<E>& from, int64_t first, int rows, float* panel
           const bool inside = y >= 0 && y < s.h && x >= 0 && x < s.w;
           const Element* pixel = image + (int64_t(y) * s.w + x) * s.c + from.first_group * channels;
           for (int g = 0; g < from.groups; g++) {
-            if (inside)
+            if (inside && from.prologue)
+              put_activated(tap + g * pitch, step, (const float*)pixel + g * channels,
+                            from.prologue.from((from.first_group + g) * channels), units);
+            else if (inside)
               put_lines(tap + g * pitch, step, pixel + g * channels, units);
             else
               put_zeros(tap + g * pitch, step, units);

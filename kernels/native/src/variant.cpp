@@ -2,10 +2,13 @@
 #include "variant.h"
 
 #include "gemm.h"
+#include "gram.h"
 #include "grouped.h"
+#include "passes.h"
 #include "pool.h"
 #include "stem.h"
 #include "winograd.h"
+#include "winograd_wgrad.h"
 
 namespace RF_VARIANT {
 
@@ -55,18 +58,20 @@ static int64_t packed_bytes(const rf_shape* s, int algorithm) {
   return 0;
 }
 
-static void pack(const rf_shape* s, int algorithm, const double* weight, void* packed) {
+static void pack(const rf_shape* s, int algorithm, const rf_weight* weight, void* packed, int thread, int threads) {
+  const WeightSource from{*s, *weight};
+  const Team team{thread, threads};
 #if defined(__AVX512BF16__)
-  if (s->dtype == RF_BFLOAT16) return gemm_pack<BFloat16>(*s, weight, packed);
+  if (s->dtype == RF_BFLOAT16) return gemm_pack<BFloat16>(from, packed, team);
 #endif
   float* to = (float*)packed;
   switch (algorithm) {
     case RF_GEMM:
-    case RF_DIRECT: return gemm_pack<Float32>(*s, weight, to);
+    case RF_DIRECT: return gemm_pack<Float32>(from, to, team);
     case RF_WINOGRAD2:
-    case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { w.pack(*s, weight, to); });
-    case RF_GROUPED: return grouped_pack(*s, weight, to);
-    case RF_WINOGRAD_STEM: return WinogradStem::pack(*s, weight, to);
+    case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { w.pack(from, to, team); });
+    case RF_GROUPED: return grouped_pack(from, to, team);
+    case RF_WINOGRAD_STEM: return WinogradStem::pack(from, to, team);
   }
 }
 
@@ -93,7 +98,11 @@ template <class E> static void run_as(const rf_op& op, void* const* buffers, Tea
   Element* y = at(op.y);
   const rf_shape& s = op.shape;
   switch (op.kind) {
-    case RF_CONV: return convolve<E>(op, {s, x, (const float*)op.packed, op.shift, residual, y, 0}, team);
+    case RF_CONV: {
+      const Prologue prologue{op.x_scale, op.x_offset};
+      const Spread spread{op.y_h, op.y_w, op.step_h, op.step_w};
+      return convolve<E>(op, {s, x, (const float*)op.packed, op.shift, residual, y, 0, prologue, spread}, team);
+    }
     case RF_MAX_POOL: return pool<E>(s, x, y, false, team);
     case RF_AVG_POOL: return pool<E>(s, x, y, true, team);
     case RF_ADD: return add<E>(s, x, residual, y, team);
@@ -107,6 +116,48 @@ static void run(const rf_op* op, void* const* buffers, int thread, int threads) 
   if (op->shape.dtype == RF_BFLOAT16) return run_as<BFloat16>(*op, buffers, {thread, threads});
 #endif
   run_as<Float32>(*op, buffers, {thread, threads});
+}
+
+static int wgrad_supports(const rf_shape* s, int algorithm, int prologue) {
+  if (s->dtype != RF_FLOAT32) return 0;
+  switch (algorithm) {
+    case RF_GEMM: return WgradGemm::supports(*s, prologue);
+    case RF_WINOGRAD2:
+    case RF_WINOGRAD4: return winograd_supports(*s) && s->stride_h == 1;
+  }
+  return 0;
+}
+
+// Calls use(wgrad) with the algorithm of a call.
+template <class Use> static auto with_wgrad(const WgradCall& c, void* workspace, Use use) {
+  const WgradTask task{c.shape, c.dy, c.x, {c.scale, c.shift}, c.dw, (float*)workspace};
+  switch (c.algorithm) {
+    case RF_WINOGRAD2: return use(WgradWinograd<Filter<2, 1>>(task));
+    case RF_WINOGRAD4: return use(WgradWinograd<Filter<4, 1>>(task));
+  }
+  return use(WgradGemm(task));
+}
+
+static size_t wgrad_bytes(const WgradCall& call) {
+  return with_wgrad(call, nullptr, [](const auto& wgrad) { return wgrad.floats() * sizeof(float); });
+}
+
+static void wgrad(const WgradCall& call, void* workspace, int thread, int threads, Barrier& barrier) {
+  with_wgrad(call, workspace, [&](const auto& wgrad) { wgrad.run({thread, threads}, barrier); });
+}
+
+static GramTask gram_task(const GramCall& c, void* workspace) {
+  return {c.shape, c.x, {c.scale, c.shift}, c.mean, c.covariance, (float*)workspace};
+}
+
+static size_t gram_bytes(const GramCall& call) {
+  const GramTask task = gram_task(call, nullptr);
+  return Gram(task).floats() * sizeof(float);
+}
+
+static void gram(const GramCall& call, void* workspace, int thread, int threads, Barrier& barrier) {
+  const GramTask task = gram_task(call, workspace);
+  Gram(task).run({thread, threads}, barrier);
 }
 
 static double multiply_adds(int64_t rounds) {
@@ -125,6 +176,9 @@ static double multiply_adds(int64_t rounds) {
 #define RF_NAME_OF(variant) #variant
 #define RF_NAME(variant) RF_NAME_OF(variant)
 
-extern const Variant variant = {RF_NAME(RF_VARIANT), supports, products, packed_bytes, pack, multiply_adds, run};
+extern const Variant variant = {
+    RF_NAME(RF_VARIANT), supports, products,    packed_bytes,   pack,        multiply_adds, run,
+    pass,                pass_partials, finish_pass, wgrad_supports, wgrad_bytes, wgrad,         gram_bytes, gram,
+};
 
 }  // namespace RF_VARIANT

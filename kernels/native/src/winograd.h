@@ -7,6 +7,7 @@
 
 #include "conv.h"
 #include "tile.h"
+#include "weights.h"
 #include "winograd_filters.h"
 #include "work.h"
 
@@ -24,27 +25,49 @@ template <class F> struct WinogradWeights {
 
   static int64_t floats(const rf_shape& s) { return int64_t(WEIGHTS) * WEIGHTS * s.c * round_up(s.k, VL); }
 
-  static void pack(const rf_shape& s, const double* weight, float* packed) {
-    for (int64_t j = 0; j < s.k; j += NR) {
-      const int width = s.k - j > VL ? NR : VL;
-      for (int c = 0; c < s.c; c++)
-        for (int lane = 0; lane < width; lane++) {
-          double u[WEIGHTS][WEIGHTS] = {};
-          if (j + lane < s.k) transform(weight + ((j + lane) * s.c + c) * TAPS * TAPS, u);
-          for (int i = 0; i < WEIGHTS * WEIGHTS; i++)
-            packed[(int64_t(i) * s.c + c) * width + lane] = float(u[i / WEIGHTS][i % WEIGHTS]);
+  // Points lie a power of two apart, mostly, so that the lines of a channel would fight for one set of the cache: the
+  // points of a few channels are made side by side, and copied out a run at a time.
+  static void pack(const WeightSource& from, float* packed, Team team) {
+    const rf_shape& s = from.shape;
+    constexpr int POINTS = WEIGHTS * WEIGHTS;
+    const Range mine = share(ceil_div(s.k, NR), team.thread, team.threads);
+    auto* block = (double*)rf_scratch(PANELS, from.block_doubles() * sizeof(double));
+    constexpr int PITCH = WeightSource::CHUNK * NR + VL;  // an odd number of lines
+    float* points = scratch(ROWS, POINTS * PITCH);
+    for (int64_t k = mine.begin * NR; k < mine.end * NR && k < s.k; k += NR) {
+      const int width = s.k - k > VL ? NR : VL;
+      float* to = packed + POINTS * s.c * k;
+      for (int c = 0; c < s.c; c += from.CHUNK) {
+        const int count = smaller(from.CHUNK, s.c - c);
+        for (int part = 0; part < width; part += VL) {
+          from.block(int(k) + part, smaller(VL, int(s.k - k) - part), c, count, block);
+          for (int i = 0; i < 2 * count; i++) {
+            const int at = i * HALF;
+            dvec u[WEIGHTS][WEIGHTS];
+            transform(block + at, count * VL, u);
+#pragma GCC unroll 49
+            for (int j = 0; j < POINTS; j++)
+              store_rounded(points + j * PITCH + at / VL * width + part + at % VL, u[j / WEIGHTS][j % WEIGHTS]);
+          }
         }
-      packed += int64_t(WEIGHTS) * WEIGHTS * s.c * width;
+        for (int j = 0; j < POINTS; j++)
+          memcpy(to + (int64_t(j) * s.c + c) * width, points + j * PITCH, int64_t(count) * width * sizeof(float));
+      }
     }
   }
 
-  static void transform(const double* g, double (&u)[WEIGHTS][WEIGHTS]) {
-    double half[TAPS][WEIGHTS], taps[TAPS];
+  // Of the taps of HALF channels, `step` doubles from one tap to the next.
+  static void transform(const double* g, int64_t step, dvec (&u)[WEIGHTS][WEIGHTS]) {
+    dvec half[TAPS][WEIGHTS], taps[TAPS];
+#pragma GCC unroll 4
     for (int j = 0; j < TAPS; j++) {
-      for (int i = 0; i < TAPS; i++) taps[i] = g[i * TAPS + j];
+#pragma GCC unroll 4
+      for (int i = 0; i < TAPS; i++) taps[i] = *(const dvec_u*)(g + (i * TAPS + j) * step);
       F::weight(taps, half[j]);
     }
+#pragma GCC unroll 9
     for (int i = 0; i < WEIGHTS; i++) {
+#pragma GCC unroll 4
       for (int j = 0; j < TAPS; j++) taps[j] = half[j][i];
       F::weight(taps, u[i]);
     }
@@ -98,25 +121,33 @@ template <class FP, class FQ> struct Winograd {
     for (int64_t line = 0; line < task.lines; line++, v += line_step) {
       const int channels = int(smaller<int64_t>(VL, task.pixel - line * VL));
       const float* corner = image + (int64_t(y0) * s.w + x0) * task.pixel + line * VL;
+      const Prologue prologue = task.prologue.from(line * VL);
+      const vec scale = prologue ? load_some<Float32>(prologue.scale, channels) : vec{};
+      const vec offset = prologue ? load_some<Float32>(prologue.offset, channels) : vec{};
       vec half[FP::IN][FQ::IN];
-      auto transform_columns = [&](auto pixel) __attribute__((always_inline)) {
+      auto transform_columns = [&](auto pixel, bool activate) __attribute__((always_inline)) {
 #pragma GCC unroll 9
         for (int j = 0; j < FQ::IN; j++) {
           vec d[FP::IN], column[FP::IN];
 #pragma GCC unroll 9
           for (int i = 0; i < FP::IN; i++) d[i] = pixel(i, j, corner + (int64_t(i) * s.w + j) * task.pixel);
+          if (activate)
+#pragma GCC unroll 9
+            for (int i = 0; i < FP::IN; i++) d[i] = activated(d[i], scale, offset);
           FP::input(d, column);
 #pragma GCC unroll 9
           for (int i = 0; i < FP::IN; i++) half[i][j] = column[i];
         }
       };
       if (inside && channels == VL)
-        transform_columns([](int, int, const float* at) { return load(at); });
+        transform_columns([](int, int, const float* at) { return load(at); }, bool(prologue));
       else
         transform_columns([&](int i, int j, const float* at) {
           const bool there = y0 + i >= 0 && y0 + i < s.h && x0 + j >= 0 && x0 + j < s.w;
-          return there ? load_some<Float32>(at, channels) : vec{};
-        });
+          if (!there) return vec{};
+          const vec x = load_some<Float32>(at, channels);
+          return prologue ? activated(x, scale, offset) : x;
+        }, false);
 #pragma GCC unroll 9
       for (int i = 0; i < FP::IN; i++) {
         vec row[FQ::IN];

@@ -25,7 +25,7 @@ template <> struct Filter<2, 1> : FilterSize<2, 1, 3> {
     y[0] = m[0] + m[1] + m[2];
     y[1] = m[1] - m[2] - m[3];
   }
-  static inline void weight(const double (&g)[3], double (&u)[4]) {
+  template <class T> static inline void weight(const T (&g)[3], T (&u)[4]) {
     u[0] = g[0];
     u[1] = (g[0] + g[1] + g[2]) / 2;
     u[2] = (g[0] - g[1] + g[2]) / 2;
@@ -52,8 +52,9 @@ template <> struct Filter<4, 1> : FilterSize<4, 1, 3> {
     y[2] = a + 4.0f * c;
     y[3] = b + 8.0f * e + m[5];
   }
-  static inline void weight(const double (&g)[3], double (&u)[6]) {
-    const double a = -(g[0] + g[2]) / 6, b = g[1] / 6, c = g[0] / 24 + g[2] / 6, e = g[1] / 12;
+  template <class T> static inline void weight(const T (&g)[3], T (&u)[6]) {
+    constexpr double SIXTH = 1.0 / 6;
+    const T a = -(g[0] + g[2]) * SIXTH, b = g[1] * SIXTH, c = (g[0] / 4 + g[2]) * SIXTH, e = b / 2;
     u[0] = g[0] / 4;
     u[1] = a - b;
     u[2] = a + b;
@@ -79,7 +80,7 @@ template <> struct Filter<2, 2> : FilterSize<2, 2, 3> {
     y[0] = m[0] + m[1] + m[3];
     y[1] = m[1] + m[2] + m[4];
   }
-  static inline void weight(const double (&g)[3], double (&u)[4]) {
+  template <class T> static inline void weight(const T (&g)[3], T (&u)[4]) {
     u[0] = g[0];
     u[1] = g[0] + g[2];
     u[2] = g[2];
@@ -109,11 +110,12 @@ template <> struct Filter<4, 2> : FilterSize<4, 2, 3> {  // the two taps at the 
     y[2] = a + 4.0f * m[3] + m[7];
     y[3] = b + 8.0f * m[3] + m[4] + m[8];
   }
-  static inline void weight(const double (&g)[3], double (&u)[6]) {
+  template <class T> static inline void weight(const T (&g)[3], T (&u)[6]) {
+    constexpr double SIXTH = 1.0 / 6;
     u[0] = g[0] / 2;
     u[1] = -(g[0] + g[2]) / 2;
-    u[2] = (g[2] - g[0]) / 6;
-    u[3] = g[0] / 6 + g[2] / 3;
+    u[2] = (g[2] - g[0]) * SIXTH;
+    u[3] = (g[0] + 2 * g[2]) * SIXTH;
     u[4] = g[2];
     u[5] = g[1];
   }

@@ -34,7 +34,7 @@ struct FourTaps : FilterSize<4, 1, 4> {
     y[2] = a + 4.0f * c + 0.25f * f;
     y[3] = b + 8.0f * e + 0.125f * g;
   }
-  static inline void weight(const double (&g)[4], double (&u)[7]) {
+  template <class T> static inline void weight(const T (&g)[4], T (&u)[7]) {
     constexpr double points[7] = {0, 1, -1, 2, -2, 0.5, -0.5};
     for (int i = 0; i < 7; i++) {
       double others = 1;
@@ -60,7 +60,8 @@ struct WinogradStem {
   // The convolution with stride 1, for some rows of one image.
   static rf_shape halved(const rf_shape& s, int rows) {
     rf_shape half{};
-    half.n = 1, half.p = rows, half.q = s.q, half.k = s.k, half.c = CHANNELS, half.relu = s.relu;
+    half.n = half.groups = 1, half.p = rows, half.q = s.q, half.k = s.k, half.c = CHANNELS, half.relu = s.relu;
+    half.r = half.s = TAPS;
     half.h = int(round_up(rows, FourTaps::OUT)) + TAPS - 1;
     half.w = int(round_up(s.q, FourTaps::OUT)) + TAPS - 1;
     return half;
@@ -72,16 +73,18 @@ struct WinogradStem {
 
   static int64_t packed_floats(const rf_shape& s) { return Weights::floats(halved(s, 1)); }
 
-  static void pack(const rf_shape& s, const double* weight, float* packed) {
-    auto* half = new double[int64_t(s.k) * CHANNELS * TAPS * TAPS]();
+  static void pack(const WeightSource& from, float* packed, Team team) {
+    const rf_shape& s = from.shape;
+    auto* half = new double[int64_t(s.k) * CHANNELS * TAPS * TAPS]();  // too small to be worth sharing
     for (int k = 0; k < s.k; k++)
       for (int c = 0; c < 3; c++)
         for (int i = 0; i < s.r; i++)
           for (int j = 0; j < s.s; j++) {
             const int channel = (i % 2 * 2 + j % 2) * 3 + c;
-            half[((int64_t(k) * CHANNELS + channel) * TAPS + i / 2) * TAPS + j / 2] = *weight++;
+            half[((int64_t(k) * CHANNELS + channel) * TAPS + i / 2) * TAPS + j / 2] = from.at(k, c, i, j);
           }
-    Weights::pack(halved(s, 1), half, packed);
+    const rf_weight weight{half, nullptr, 0, CHANNELS * TAPS * TAPS, TAPS * TAPS, TAPS, 1, 1, 0};
+    Weights::pack({halved(s, 1), weight}, packed, team);
     delete[] half;
   }
 
@@ -96,7 +99,7 @@ struct WinogradStem {
       fold(s, task.x + number * s.h * s.w * 3, int(p), half, image);
       const float* residual = task.residual ? task.residual + row * s.q * s.k : nullptr;
       float* y = task.y + (row * s.q - task.y_row) * s.k;
-      WinogradTask band({half, image, task.packed, task.shift, residual, y, 0});
+      WinogradTask band({half, image, task.packed, task.shift, residual, y, 0, {}, {}});
       band.pixel = PIXEL;
       Winograd<FourTaps, FourTaps>::conv(band, {0, 1});
       row += count;

@@ -1,0 +1,235 @@
+"""CPU, float32: the convolutions of a training step, forward and back to their input, on the kernels of inference.
+
+The gradient of a convolution's input is a convolution of the result's gradient, with the weight's channels exchanged
+and its taps from the last to the first. With a stride, pixels that are congruent to each other see the same taps, every
+``stride``-th one, and are a small convolution of their own (``_parts``): nothing is multiplied by a zero.
+
+A step reads every weight once forward and once back, and then changes it: packs are made anew for every call, in memory
+that is kept.
+"""
+
+import itertools
+import threading
+from ctypes import c_void_p
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.native import LARGEST, conv_shape, library, passes, planner
+from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
+from resnet_fast.kernels.native.passes import bn_backward, tail, tail_backward, tail_pool, tail_pool_backward
+from resnet_fast.kernels.native.wgrad import gram, wgrad
+from resnet_fast.kernels.native.wgrad import refusal as wgrad_refusal
+from resnet_fast.kernels.reference_training import Affine, Gate, Geometry, Gradient, Pair
+
+_FORWARD = ("conv_statistics", "conv_affine")
+_BACKWARD = ("dgrad", "dgrad_expand")
+_PASSES = (tail, tail_pool, tail_backward, tail_pool_backward, bn_backward)
+
+__all__ = [*_FORWARD, *_BACKWARD, "gram", "wgrad", *(function.__name__ for function in _PASSES), "supports"]
+
+
+def supports(case: Case) -> Optional[str]:
+    """None if this implementation covers the case, else the reason why not."""
+    if case.op in ("wgrad", "gram"):
+        return wgrad_refusal(case)
+    if case.op not in (*_FORWARD, *_BACKWARD):
+        return passes.refusal(case)
+    if case.device != "cpu":
+        return f"runs on cpu, not on {case.device}"
+    if case.dtype != torch.float32:
+        return f"no {case.dtype}"
+    _, _, _, c, k, kernel, stride, padding, dilation, _ = case
+    if max(c, k, *kernel, *stride, *padding, *dilation) > LARGEST:
+        return f"no channels or geometry beyond {LARGEST}"
+    if case.op in _BACKWARD and any(step > 1 and spread > 1 for step, spread in zip(stride, dilation)):
+        return "no gradient through a stride and a dilation at once"
+    return library.unavailable()
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+def conv_statistics(
+    x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference_training.conv_statistics``."""
+    shape = conv_shape(x.shape, weight.shape, *geometry, False, False)
+    y = _convolve(shape, x, weight, prologue=prologue)
+    return y, *passes.statistics(y)
+
+
+def conv_affine(
+    x: Tensor,
+    prologue: Optional[Affine],
+    weight: Tensor,
+    affine: Affine,
+    residual: Optional[Tensor],
+    geometry: Geometry,
+    relu: bool,
+) -> Tensor:
+    """As ``reference_training.conv_affine``. The scale is multiplied into the weight."""
+    shape = conv_shape(x.shape, weight.shape, *geometry, relu, False)
+    return _convolve(shape, x, weight, affine.scale, affine.shift, residual, prologue=prologue)
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+
+def dgrad(
+    dy: Tensor, weight: Tensor, geometry: Geometry, x: Tensor, gate: Optional[Gate], residual: Optional[Tensor]
+) -> Gradient:
+    """As ``reference_training.dgrad``."""
+    parts = _parts(dy.shape, weight.shape, geometry, x.shape)
+    if geometry.stride == (1, 1):
+        (part,) = parts
+        return passes.gate(_convolve(part.shape, dy, weight, residual=residual, backward=True), x, gate, None)
+    everywhere = sum(part.shape.p * part.shape.q for part in parts) == x.shape[2] * x.shape[3]
+    dx = (torch.empty_like if everywhere else torch.zeros_like)(x, memory_format=torch.channels_last)
+    for part in parts:
+        _convolve(part.shape, dy, weight[part.taps], out=dx, pixels=part.pixels, backward=True)
+    return passes.gate(dx, x, gate, residual)
+
+
+def dgrad_expand(
+    g: Tensor,
+    weight: Tensor,
+    q: Tensor,
+    c: Tensor,
+    stride: Pair,
+    x: Tensor,
+    prologue: Optional[Affine],
+    gate: Optional[Gate],
+    residual: Optional[Tensor],
+) -> Gradient:
+    """As ``reference_training.dgrad_expand``: two products, the second one added to the first in its place."""
+    dense, (k, channels) = stride == (1, 1), weight.shape
+    shape = conv_shape(x.shape, (channels, channels, 1, 1), stride, (0, 0), (1, 1), 1, False, False)
+    minus_q = -q.t().unsqueeze(2).unsqueeze(3)
+    rows = _convolve(shape, x, minus_q, shift=-c, residual=residual if dense else None, prologue=prologue)
+    weight = weight.view(k, channels, 1, 1)
+    (part,) = _parts(g.shape, weight.shape, Geometry(), rows.shape)
+    _convolve(part.shape, g, weight, residual=rows, out=rows, backward=True)
+    if dense:
+        return passes.gate(rows, x, gate, None)
+    dx = torch.zeros_like(x, memory_format=torch.channels_last)
+    dx[:, :, :: stride[0], :: stride[1]] = rows
+    return passes.gate(dx, x, gate, residual)
+
+
+class _Part(NamedTuple):
+    """Some pixels of a convolution's input, and the convolution that makes their gradient of the result's."""
+
+    pixels: tuple[slice, slice]
+    taps: tuple[slice, ...]  # of the weight
+    shape: Shape
+
+
+def _parts(dy: torch.Size, weight: torch.Size, geometry: Geometry, x: torch.Size) -> list[_Part]:
+    """The pixels of ``x`` in classes that see the same taps; without those that see none, whose gradient is 0."""
+    (n, k, p, q), c, dilation, every = dy, x[1], geometry.dilation, slice(None)
+    axes = zip(x[2:], weight[2:], geometry.stride, geometry.padding, dilation)
+    high, wide = (_phases(*axis) for axis in axes)
+    parts = []
+    for i, j in itertools.product(high, wide):
+        sizes = (n, p, q, k, i.size, j.size, c, i.window, j.window, 1, 1, i.padding, j.padding, *dilation)
+        shape = Shape(library.FLOAT32, *sizes, geometry.groups, 0, 0)
+        parts.append(_Part((i.pixels, j.pixels), (every, every, i.taps, j.taps), shape))
+    return parts
+
+
+class _Phase(NamedTuple):
+    """A ``_Part`` along one axis."""
+
+    pixels: slice
+    taps: slice
+    size: int  # pixels
+    window: int  # taps
+    padding: int  # before the first result
+
+
+def _phases(size: int, window: int, stride: int, padding: int, dilation: int) -> list[_Phase]:
+    """Result ``p`` sees pixel ``i`` through tap ``t`` where ``i = p * stride - padding + t * dilation``.
+
+    With a stride there is no dilation: pixel ``first + stride * j`` is seen through every ``stride``-th tap from
+    ``(first + padding) % stride`` on, by a result one further back each time. With a stride of 1, all pixels are one
+    class, seen through all taps by results ``dilation`` further back each time.
+    """
+    phases = []
+    for first in range(min(stride, size)):
+        back, tap = divmod(first + padding, stride)
+        taps = len(range(tap, window, stride))
+        if taps:
+            count = len(range(first, size, stride))
+            before = dilation * (taps - 1) - back
+            phases.append(_Phase(slice(first, None, stride), slice(tap, None, stride), count, taps, before))
+    return phases
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+class _Memory(threading.local):
+    """For packs: one thread's, as large as its largest."""
+
+    def __init__(self) -> None:
+        self.packed = torch.empty(0, dtype=torch.uint8)
+
+
+_memory = _Memory()
+
+
+def _convolve(
+    shape: Shape,
+    x: Tensor,
+    weight: Tensor,
+    scale: Optional[Tensor] = None,
+    shift: Optional[Tensor] = None,
+    residual: Optional[Tensor] = None,
+    *,
+    prologue: Optional[Affine] = None,
+    out: Optional[Tensor] = None,
+    pixels: Optional[tuple[slice, slice]] = None,
+    backward: bool = False,
+) -> Tensor:
+    """The convolution that ``shape`` describes; with ``backward``, of a gradient.
+
+    ``out`` is what is returned: it may be the residual, and where ``pixels`` are named, the result is these pixels of
+    it, and there is no residual.
+    """
+    threads = torch.get_num_threads()
+    algorithm = planner.choose_native(shape, threads)
+    if prologue is not None and algorithm not in library.ACTIVATING:
+        x, prologue = passes.activate(x, prologue), None
+    if out is not None and pixels is not None and algorithm not in library.SPREADING:
+        out[(..., *pixels)] = _convolve(shape, x, weight, scale, shift, prologue=prologue, backward=backward)
+        return out
+    x = _nhwc(x)
+    if out is None:
+        size = (shape.n, shape.k, shape.p, shape.q)
+        out = torch.empty(size, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
+    packed = library.pack(shape, algorithm, weight.to(x.dtype), scale, backward, threads, _memory.packed)
+    _memory.packed = packed
+    op = Op(library.CONV, ALGORITHMS.index(algorithm), shape, 0, packed.data_ptr())
+    shift = torch.zeros(shape.k, device="cpu") if shift is None else shift.to(x.dtype).contiguous()
+    op.shift, op.x, op.y, op.residual = shift.data_ptr(), Ref(0, 0, 0), Ref(1, 0, 0), NOWHERE
+    buffers = [x.data_ptr(), out.data_ptr()]
+    if residual is not None:
+        residual, op.residual = _nhwc(residual), Ref(2, 0, 0)
+        buffers.append(residual.data_ptr())
+    if prologue is not None:
+        prologue = Affine(*(vector.to(x.dtype).contiguous() for vector in prologue))
+        op.x_scale, op.x_offset = prologue.scale.data_ptr(), prologue.shift.data_ptr()
+    if pixels is not None:
+        rows, columns = pixels
+        _, _, op.y_h, op.y_w = out.shape
+        op.step_h, op.step_w = rows.step, columns.step
+        op.y.offset = (rows.start * op.y_w + columns.start) * shape.k * out.element_size()
+    library.run((Op * 1)(op), 1, (c_void_p * len(buffers))(*buffers), threads)
+    return out
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)

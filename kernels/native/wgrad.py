@@ -1,0 +1,86 @@
+"""Weight gradients and covariances on the CPU, in float32: ``reference_training``'s ``wgrad`` and ``gram``.
+
+``src/wgrad.h`` multiplies matrices, ``src/winograd_wgrad.h`` does 3x3 convolutions with fewer products.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from resnet_fast.kernels import native, reference_training
+from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native.library import Shape
+from resnet_fast.kernels.reference_training import Affine, Geometry, Pair
+
+ALGORITHMS = ("gemm", "winograd2", "winograd4")
+
+_SMALLEST_GROUP = 8  # channels: below it, hardly a part of a register tile is used, and PyTorch is faster
+
+
+def refusal(case: Case) -> Optional[str]:
+    """None if this module covers the case, else the reason why not. ``case.op`` is ``"wgrad"`` or ``"gram"``."""
+    if case.dtype != torch.float32:
+        return f"no {case.dtype}"
+    if case.groups > 1 and min(case.in_channels, case.out_channels) < _SMALLEST_GROUP * case.groups:
+        return f"no groups of fewer than {_SMALLEST_GROUP} channels"
+    return native.supports(case)
+
+
+def wgrad(dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry) -> Tensor:
+    """See ``reference_training.wgrad``. ``dy`` and ``x`` are float32; the result is in ``torch.channels_last``."""
+    if max(x.shape) > native.LARGEST:
+        return reference_training.wgrad(dy, x, prologue, weight, geometry)
+    dw = torch.empty(weight.shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    if dw.numel() == 0:
+        return dw
+    shape = native.conv_shape(x.shape, weight.shape, *geometry, False, False)
+    algorithm = choose(shape)
+    if not library.wgrad_supports(shape, algorithm, prologue is not None):
+        x, prologue = reference_training.activate(x, prologue), None
+    library.wgrad(shape, algorithm, _nhwc(dy), _nhwc(x), _vectors(prologue), dw, torch.get_num_threads())
+    return dw
+
+
+def gram(x: Tensor, prologue: Optional[Affine], stride: Pair) -> tuple[Tensor, Tensor]:
+    """See ``reference_training.gram``. ``x`` is float32."""
+    c = x.shape[1]
+    if c == 0 or max(x.shape) > native.LARGEST:
+        return reference_training.gram(x, prologue, stride)
+    shape = native.conv_shape(x.shape, (c, c, 1, 1), stride, (0, 0), (1, 1), 1, False, False)
+    mean, covariance = x.new_empty(c), x.new_empty(c, c)
+    library.gram(shape, _nhwc(x), _vectors(prologue), mean, covariance, torch.get_num_threads())
+    return mean, covariance
+
+
+# Multiply-adds a second, and seconds for an element that is transformed.
+_MULTIPLY_ADD, _TRANSFORM = 1 / 50e9, 0.2e-9
+
+
+def choose(shape: Shape) -> str:
+    """The algorithm that ought to be the fastest for ``shape``, one of ``ALGORITHMS``."""
+    return min((a for a in ALGORITHMS if library.wgrad_supports(shape, a, False)), key=lambda a: _seconds(shape, a))
+
+
+def _seconds(s: Shape, algorithm: str) -> float:
+    products, transformed = s.n * s.p * s.q * s.r * s.s, 0
+    if algorithm != "gemm":
+        side = _TILES[algorithm]
+        products = s.n * -(-s.p // side) * -(-s.q // side) * (side + 2) ** 2
+        transformed = products * (s.c + s.k)
+    return products * s.c * s.k / s.groups * _MULTIPLY_ADD + transformed * _TRANSFORM
+
+
+_TILES = {"winograd2": 2, "winograd4": 4}
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.detach().contiguous(memory_format=torch.channels_last)
+
+
+def _vectors(prologue: Optional[Affine]) -> library.Vectors:
+    if prologue is None:
+        return None
+    scale, shift = (v.detach().float().contiguous() for v in prologue)
+    return scale, shift
