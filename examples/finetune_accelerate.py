@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from common import batches, steps_wanted, watch
 from torchvision.models import resnet18
 
 import resnet_fast
+from common import batches, steps_wanted, watch
 
 
 def main(steps: int) -> None:

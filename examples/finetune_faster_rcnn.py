@@ -1,13 +1,13 @@
 """Faster R-CNN on two photographs, set up as torchvision fine-tunes it: frozen batch norm, three trainable stages."""
 
 import torch
-from common import steps_wanted, watch
 from sklearn.datasets import load_sample_images
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.transforms.functional import to_tensor
 
 import resnet_fast
+from common import steps_wanted, watch
 
 TARGETS = [  # of china.jpg and flower.jpg, both 427 high and 640 wide: x1, y1, x2, y2
     {"boxes": torch.tensor([[40.0, 105, 600, 320]]), "labels": torch.tensor([1])},  # a temple

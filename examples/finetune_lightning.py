@@ -9,11 +9,11 @@ import warnings
 import pytorch_lightning as lightning
 import torch
 import torch.nn.functional as F
-from common import batches, steps_wanted, watch
 from pytorch_lightning.callbacks import BaseFinetuning
 from torchvision.models import resnet18
 
 import resnet_fast
+from common import batches, steps_wanted, watch
 
 
 class Digits(lightning.LightningModule):

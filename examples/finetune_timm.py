@@ -2,13 +2,13 @@
 
 import timm
 import torch
-from common import batches, steps_wanted, watch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
 import resnet_fast
+from common import batches, steps_wanted, watch
 
 
 def main(steps: int) -> None:

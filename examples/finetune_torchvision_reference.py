@@ -8,7 +8,6 @@ import os
 
 import torch
 import torch.distributed as dist
-from common import batches, steps_wanted, watch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -17,6 +16,7 @@ from torchvision.ops._utils import split_normalization_params
 from torchvision.transforms import v2
 
 import resnet_fast
+from common import batches, steps_wanted, watch
 
 
 def main(steps: int) -> None:
