@@ -10,9 +10,17 @@ struct Prologue {
 
   explicit operator bool() const { return scale; }
   Prologue from(int64_t channel) const { return scale ? Prologue{scale + channel, offset + channel} : *this; }
+  // `count` values from channel `channel` on, of a pixel that starts at `pixel`; the lanes after them are 0.
+  inline vec operator()(const float* pixel, int64_t channel, int count) const;
 };
 
 static inline vec activated(vec x, vec scale, vec offset) { return relu(x * scale + offset); }
+
+inline vec Prologue::operator()(const float* pixel, int64_t channel, int count) const {
+  const vec x = load_some<Float32>(pixel + channel, count);
+  if (!scale) return x;
+  return activated(x, load_some<Float32>(scale + channel, count), load_some<Float32>(offset + channel, count));
+}
 
 // `count` floats.
 static inline void copy_activated(float* to, const float* from, const Prologue& prologue, int64_t count) {

@@ -58,7 +58,7 @@ struct WgradGemm {
     for (int64_t i = part.begin; i < part.end; i++)
       memcpy(left() + i * left_step, task.dy + (first + i) * s.k, s.k * sizeof(float));
     const int channels = s.c / s.groups;
-    const Patches<Float32> patches{s, task.x, 0, s.groups};
+    const Patches<Float32> patches{s, task.x, 0, s.groups, task.prologue};
     float* staging = channels % VL ? scratch(ROWS, lines * VL) : nullptr;
     each_patch(s, task.x, first + part.begin, int(part.end - part.begin), [&](int i, const float* image, int y0, int x0) {
       float* to = right() + (part.begin + i) * VL;
