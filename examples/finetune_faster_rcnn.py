@@ -28,9 +28,9 @@ def main(steps: int) -> None:
     model.train()
     with watch() as losses:
         for _ in range(steps):
-            losses = model(photographs, TARGETS)
+            parts = model(photographs, TARGETS)
             optimiser.zero_grad()
-            loss = sum(losses.values())
+            loss = sum(parts.values())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainable, 5.0)
             optimiser.step()

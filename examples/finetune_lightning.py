@@ -30,7 +30,7 @@ class Digits(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=0.03, momentum=0.9)
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-3)
 
 
 class Thaw(BaseFinetuning):

@@ -27,14 +27,16 @@ def main(steps: int) -> None:
 
     model = resnet18(num_classes=10, zero_init_residual=True)
     resnet_fast.accelerate(model)  # the one line
-    if distributed:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     norms, others = split_normalization_params(model)
     optimiser = torch.optim.SGD([{"params": norms, "weight_decay": 0.0}, {"params": others}], 0.05, 0.9, nesterov=True)
     scaler = torch.amp.GradScaler("cpu")
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     mixup = v2.MixUp(alpha=0.2, num_classes=10)
     wrapped = DistributedDataParallel(model) if distributed else model
+    if (
+        distributed
+    ):  # after wrapping: DDP refuses models on the CPU that have it already, as PyTorch's own cannot run there
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
 
     wrapped.train()

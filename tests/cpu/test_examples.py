@@ -1,4 +1,4 @@
-"""The examples run as a user runs them; each ends with an error unless its blocks are trained fused and the loss falls."""
+"""The examples run as a user runs them; each ends with an error unless blocks are trained fused and the loss falls."""
 
 import os
 import subprocess
