@@ -10,6 +10,7 @@ from common import batches, steps_wanted, watch
 
 
 def main(steps: int) -> None:
+    torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
     model = resnet18(num_classes=10)
     resnet_fast.accelerate(model)  # the one line

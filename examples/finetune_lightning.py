@@ -44,6 +44,7 @@ class Thaw(BaseFinetuning):
 
 
 def main(steps: int) -> None:
+    torch.manual_seed(0)
     warnings.filterwarnings("ignore", module="pytorch_lightning")  # advice on loaders and loggers
     module = Digits()
     trainer = lightning.Trainer(

@@ -12,6 +12,7 @@ from common import batches, steps_wanted, watch
 
 
 def main(steps: int) -> None:
+    torch.manual_seed(0)
     # pretrained=True where there is a network to fetch weights from.
     model = timm.create_model("resnet18", pretrained=False, num_classes=10)
     resnet_fast.accelerate(model)  # the one line

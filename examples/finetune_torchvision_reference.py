@@ -20,6 +20,7 @@ from common import batches, steps_wanted, watch
 
 
 def main(steps: int) -> None:
+    torch.manual_seed(0)
     distributed = "RANK" in os.environ  # set by torchrun
     if distributed:
         dist.init_process_group("gloo")
@@ -28,7 +29,7 @@ def main(steps: int) -> None:
     model = resnet18(num_classes=10, zero_init_residual=True)
     resnet_fast.accelerate(model)  # the one line
     norms, others = split_normalization_params(model)
-    optimiser = torch.optim.SGD([{"params": norms, "weight_decay": 0.0}, {"params": others}], 0.05, 0.9, nesterov=True)
+    optimiser = torch.optim.SGD([{"params": norms, "weight_decay": 0.0}, {"params": others}], 0.02, 0.9, nesterov=True)
     scaler = torch.amp.GradScaler("cpu")
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     mixup = v2.MixUp(alpha=0.2, num_classes=10)
