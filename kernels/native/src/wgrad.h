@@ -7,6 +7,7 @@
 #include "barrier.h"
 #include "outer.h"
 #include "panels.h"
+#include "prologue.h"
 #include "work.h"
 
 namespace RF_VARIANT {
@@ -33,9 +34,6 @@ struct WgradGemm {
       : task(task), pixels(int64_t(task.shape.n) * task.shape.p * task.shape.q), chunks(larger<int64_t>(1, ceil_div(pixels, LONGEST))),
         longest(ceil_div(pixels, chunks)), rows(task.shape.k / task.shape.groups), columns(patch_elements(task.shape)),
         lines(ceil_div(columns, VL)), left_step(odd_lines(task.shape.k)), right_step(odd_lines(longest * VL)) {}
-
-  // A prologue is applied to whole vectors of channels.
-  static bool supports(const rf_shape& s, bool prologue) { return !prologue || s.c / s.groups % VL == 0; }
 
   float* left() const { return task.workspace; }
   float* right() const { return left() + longest * left_step; }
