@@ -21,12 +21,13 @@ from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.native import LARGEST, conv_shape, library, passes, planner
 from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
 from resnet_fast.kernels.native.passes import bn_backward, tail, tail_backward, tail_pool, tail_pool_backward
+from resnet_fast.kernels.native.wgrad import gram, wgrad
 from resnet_fast.kernels.native.wgrad import refusal as wgrad_refusal
 from resnet_fast.kernels.reference_training import Affine, Gate, Geometry, Gradient, Pair
 
 _FORWARD = ("conv_statistics", "conv_affine")
 _BACKWARD = ("dgrad", "dgrad_expand")
-_WEIGHTS = ("gram", "wgrad")
+_WEIGHTS = [function.__name__ for function in (gram, wgrad)]
 _PASSES = [function.__name__ for function in (tail, tail_pool, tail_backward, tail_pool_backward, bn_backward)]
 
 __all__ = [*_FORWARD, *_BACKWARD, *_WEIGHTS, *_PASSES, "supports"]
