@@ -392,3 +392,15 @@ def test_as_stock(name, block):
     assert relative_error(row(fast), row(stock)) < TOLERANCE
     if fused is not None:
         assert _counts(lambda: row(counted)) == fused
+
+
+# --- float32 and below: the kernels that serve there ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_lie_as_their_parameters(dtype, layout):
+    """Else DDP warns and copies, and so does every optimiser that works on lists of tensors."""
+    model = accelerated(short_resnet(resnet.Bottleneck)).to(dtype, memory_format=layout)
+    loss_of(model, X.to(dtype)).backward()
+    assert [p.grad.stride() for p in model.parameters()] == [p.stride() for p in model.parameters()]
