@@ -168,7 +168,7 @@ def _residual_block_backward(
     d_residual = grad.clone() if found.residual is not None and found.residual is grad else found.residual
     images = [found.x if wanted.x else None, d_residual if wanted.residual else None]
     tensors = [
-        gradient.to(tensor.dtype) if want and gradient is not None else None
+        _laid_out_as(tensor, gradient.to(tensor.dtype)) if want and gradient is not None else None
         for gradients, wants, given in (
             (found.weights, wanted.weights, weights),
             (found.scales, wanted.vectors, scales),
@@ -177,6 +177,14 @@ def _residual_block_backward(
         for gradient, want, tensor in zip(gradients, wants, given)
     ]
     return [empty if gradient is None else gradient for gradient in (*images, *tensors)]
+
+
+def _laid_out_as(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the strides of its tensor: DDP warns of others, also where a size of 1 makes them immaterial."""
+    if gradient.stride() == tensor.stride():
+        return gradient
+    same = all(a == b for size, a, b in zip(tensor.shape, gradient.stride(), tensor.stride()) if size > 1)
+    return gradient.as_strided(tensor.shape, tensor.stride()) if same else torch.empty_like(tensor).copy_(gradient)
 
 
 def _residual_block_backward_fake(
@@ -197,7 +205,7 @@ def _residual_block_backward_fake(
         if tensor is None or not flag
         else ops.empty_channels_last(tensor, list(tensor.shape))
         if i < 2
-        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        else torch.empty_like(tensor)
         for i, (tensor, flag) in enumerate(zip(given, flags))
     ]
 
