@@ -172,9 +172,9 @@ def clear_of_zero(block: Block, images: Sequence[Tensor]) -> bool:
     block = copy.deepcopy(block).double()
     read: list[Tensor] = []  # by a ReLU
     for norm in list(block.norms)[: -1 if block.options["projection"] else None]:
-        norm.register_forward_hook(lambda _, __, z: read.append(z))
+        norm.register_forward_hook(lambda _, __, z: read.append(z.detach()))
     block.options = block.options | {"relu": False, "pool": False}
-    read.append(block(*(image.double() for image in images)))
+    read.append(block(*(image.double() for image in images)).detach())
     return min(float(z.abs().min()) for z in read) > 1e-4
 
 

@@ -63,26 +63,39 @@ def test_float32_errs_at_most_twice_as_much_as_stock(name, frozen):
     assert_channels_last(fused["out"])
 
 
+def over_seeds(run, seeds: int = 12) -> dict:
+    """The results of ``run(seed)`` side by side: in half precision rounding decides ReLUs, here and there."""
+    found = [run(seed) for seed in range(seeds)]
+    return {key: torch.stack([result[key] for result in found]) for key in found[0]}
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
 @modes
 @some
 def test_half_precision(name, frozen, dtype):
-    block, images = freeze(SHAPES[name].block(), frozen).to(dtype), [x.to(dtype) for x in SHAPES[name].images()]
-    exact = results(block, images, False, torch.float64)
-    stock, fused = results(block, images, False), results(block, images, True)
-    assert_as_precise(fused, stock, exact, 4 * torch.finfo(dtype).eps, order=2)
+    def run(fused, precision=None):
+        def one(seed):
+            block, images = freeze(SHAPES[name].block(seed=seed), frozen), SHAPES[name].images(seed)
+            return results(block.to(dtype), [x.to(dtype) for x in images], fused, precision)
+
+        return over_seeds(one)
+
+    assert_as_precise(run(True), run(False), run(False, torch.float64), torch.finfo(dtype).eps, order=2)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
 @modes
 @some
 def test_autocast(name, frozen, dtype):
-    block, images = freeze(SHAPES[name].block(), frozen), SHAPES[name].images()
-    exact = results(block, images, False, torch.float64)
-    with torch.autocast("cpu", dtype):
-        stock, fused = results(block, images, False), results(block, images, True)
-    assert fused["out"].dtype == dtype
-    assert_as_precise(fused, stock, exact, 4 * torch.finfo(dtype).eps, order=2)
+    def run(fused, precision=None):
+        def one(seed):
+            block, images = freeze(SHAPES[name].block(seed=seed), frozen), SHAPES[name].images(seed)
+            with torch.autocast("cpu", dtype, enabled=precision is None):
+                return results(block, images, fused, precision)
+
+        return over_seeds(one)
+
+    assert_as_precise(run(True), run(False), run(False, torch.float64), torch.finfo(dtype).eps, order=2)
 
 
 @modes
@@ -239,7 +252,13 @@ BAD = {
     "x is a list, expected a tensor": lambda b: b.fused([1.0]),
     "x has 7 channels.*expected 8": lambda b: b.fused(torch.randn(2, 7, 9, 9)),
     "x is torch.float64, expected torch.float32": lambda b: b.fused(torch.randn(2, 8, 9, 9).double()),
-    "shortcut is .*shape \\[2, 8, 9, 9\\].*expected.*\\[2, 12, 9, 9\\]": lambda b: functional.residual_block(
+    "shortcut is .*shape \\[2, 5, 9, 9\\].*expected.*\\[2, 12, 9, 9\\]": lambda _: functional.residual_block(
+        torch.randn(2, 8, 9, 9),
+        [nn.Conv2d(8, 12, 1), nn.Conv2d(8, 5, 1)],
+        [nn.BatchNorm2d(12), nn.BatchNorm2d(5)],
+        projection=True,
+    ),
+    "size of tensor a \\(12\\) must match the size of tensor b \\(8\\)": lambda _: functional.residual_block(
         torch.randn(2, 8, 9, 9), [nn.Conv2d(8, 12, 1)], [nn.BatchNorm2d(12)], identity=True
     ),
 }
@@ -283,7 +302,6 @@ def test_gradient_of_any_layout():
     x = x.double().requires_grad_()
     losses = (torch.sum, lambda y: y.mean((2, 3)).square().sum(), lambda y: y[:, ::2, 1:].transpose(1, 2).norm())
     for loss in losses:
-        expected = torch.autograd.grad(loss(copy.deepcopy(block)(x)), [x, *block.parameters()], allow_unused=True)
         expected = torch.autograd.grad(loss(block(x)), [x, *block.parameters()])
         actual = torch.autograd.grad(loss(block.fused(x)), [x, *block.parameters()])
         for one, other in zip(actual, expected):
@@ -332,7 +350,7 @@ def test_every_gradient_alone(name, frozen):
     for key, source in sources.items():
         for tensor in sources.values():
             tensor.requires_grad_(tensor is source)
-        out = copy.deepcopy(block) and block.fused(*images)
+        out = block.fused(*images)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
         (found,) = torch.autograd.grad(out, [source], grad)
         torch.testing.assert_close(found, exact[f"d {key}"], rtol=1e-10, atol=1e-12, msg=key)
