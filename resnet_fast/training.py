@@ -31,7 +31,7 @@ def flat_geometry(geometry: Geometry) -> list[int]:
     return [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
 
 
-def _chain(
+def chain_of(
     weights: Tensors, scales: Tensors, shifts: Tensors, eps: Any, geometry: Any, batch: Any, *rest: Any
 ) -> Chain:
     layers = []
@@ -100,7 +100,7 @@ ops.library.define(
 def _residual_block(
     x: Tensor, residual: Optional[Tensor], weights: Tensors, scales: Tensors, shifts: Tensors, *plain: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    chain = _chain(weights, scales, shifts, *plain)
+    chain = chain_of(weights, scales, shifts, *plain)
     _checked(chain, x, residual)
     result = chains.forward(chain, _nhwc(x), None if residual is None else _nhwc(residual), _pick_for(x))
     return result.out, result.statistics, result.saved
@@ -120,7 +120,7 @@ def _nhwc(x: Tensor) -> Tensor:
 def _residual_block_fake(
     x: Tensor, residual: Optional[Tensor], weights: Tensors, scales: Tensors, shifts: Tensors, *plain: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    chain = _chain(weights, scales, shifts, *plain)
+    chain = chain_of(weights, scales, shifts, *plain)
     out = ops.empty_channels_last(x, _checked(chain, x, residual))
     statistics = [_vector(x, 2, layer.weight.shape[0]) for layer in chain.layers if layer.batch_statistics]
     shapes = chains.saved_shapes(chain, x.shape, None if residual is None else residual.shape)
@@ -162,7 +162,7 @@ def _residual_block_backward(
 ) -> list[Tensor]:
     """Gradients for x, the residual, every weight, scale and shift; those not wanted are empty."""
     *plain_chain, saved, flags = plain
-    chain = _chain(weights, scales, shifts, *plain_chain)
+    chain = chain_of(weights, scales, shifts, *plain_chain)
     wanted = _wanted(flags)
     residual = None if residual is None else _nhwc(residual)
     found = chains.backward(chain, _nhwc(grad), _nhwc(x), residual, out, saved, wanted, _pick_for(x))
@@ -211,7 +211,7 @@ def _residual_block_backward_fake(
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
     x, residual, weights, scales, shifts, *ctx.plain = inputs
     out, statistics, saved = output
-    chain = _chain(weights, scales, shifts, *ctx.plain)
+    chain = chain_of(weights, scales, shifts, *ctx.plain)
     ctx.layers = len(weights)
     ctx.mark_non_differentiable(*statistics, *saved)
     ctx.set_materialize_grads(False)
@@ -231,7 +231,9 @@ def _backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple:
         return None, None, [None] * n, [None] * n, [None] * n, *rest
     if torch.is_grad_enabled():
         given = [x, residual, *weights, *scales, *shifts]
-        grads = _differentiable_gradients(_chain(weights, scales, shifts, *ctx.plain), grad, x, residual, given, needs)
+        grads = _differentiable_gradients(
+            chain_of(weights, scales, shifts, *ctx.plain), grad, x, residual, given, needs
+        )
     else:
         need_weights, need_scales, need_shifts = needs[2 : 2 + n], needs[2 + n : 2 + 2 * n], needs[2 + 2 * n :]
         wanted = [need_x, need_residual, *need_weights, *(a or b for a, b in zip(need_scales, need_shifts))]

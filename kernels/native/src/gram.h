@@ -5,6 +5,8 @@
 
 namespace RF_VARIANT {
 
+typedef double doubles __attribute__((vector_size(VL * 8), aligned(8), may_alias));
+
 struct GramTask {
   const rf_shape& shape;  // a 1x1 convolution's: its output pixels are those that count
   const float* x;
@@ -16,8 +18,7 @@ struct GramTask {
 // Deviations from the mean are multiplied, not values: a mean much larger than they are would take their digits. Its own
 // rounding changes the covariance by its square only.
 struct Gram {
-  static constexpr int64_t LONGEST = 256;  // as in wgrad.h
-  static constexpr int64_t FLOATS = 16;    // values of a channel that are added up in float32, before float64
+  static constexpr int64_t LONGEST = WgradGemm::LONGEST;
 
   const GramTask& task;
   int64_t pixels, chunks, longest, lines, step, right_step;
@@ -64,16 +65,12 @@ struct Gram {
   int valid(int64_t line) const { return int(smaller<int64_t>(VL, task.shape.c - line * VL)); }
 
   void add_up(Range range, double* total) const {
-    float* sums = scratch(ROWS, lines * VL);
-    const int64_t size = range.end - range.begin;
     memset(total, 0, lines * VL * sizeof *total);
-    each_pixel(range, [&](int i, const float* pixel) {
+    each_pixel(range, [&](int, const float* pixel) {
       for (int64_t line = 0; line < lines; line++) {
         const vec v = task.prologue(pixel, line * VL, valid(line));
-        store(sums + line * VL, i % FLOATS ? load(sums + line * VL) + v : v);
+        *(doubles*)(total + line * VL) += __builtin_convertvector(v, doubles);
       }
-      if (i % FLOATS == FLOATS - 1 || i == size - 1)
-        for (int64_t c = 0; c < lines * VL; c++) total[c] += double(sums[c]);
     });
   }
 

@@ -62,16 +62,4 @@ static inline void outer(const Outer& t, int rows) {
   outers.table[rows - 1][t.columns > VL](t);
 }
 
-// What a layer's input is read through: relu(x * scale + shift), or nothing if `scale` is null.
-struct Prologue {
-  const float *scale, *shift;  // [channels]
-
-  // `count` values from channel `channel` on, of a pixel that starts at `pixel`; the lanes after them are 0.
-  vec operator()(const float* pixel, int64_t channel, int count) const {
-    const vec x = load_some<Float32>(pixel + channel, count);
-    if (!scale) return x;
-    return relu(x * load_some<Float32>(scale + channel, count) + load_some<Float32>(shift + channel, count));
-  }
-};
-
 }  // namespace RF_VARIANT

@@ -7,6 +7,7 @@
 #include "barrier.h"
 #include "outer.h"
 #include "panels.h"
+#include "prologue.h"
 #include "work.h"
 
 namespace RF_VARIANT {
@@ -34,9 +35,6 @@ struct WgradGemm {
         longest(ceil_div(pixels, chunks)), rows(task.shape.k / task.shape.groups), columns(patch_elements(task.shape)),
         lines(ceil_div(columns, VL)), left_step(odd_lines(task.shape.k)), right_step(odd_lines(longest * VL)) {}
 
-  // A prologue is applied to whole vectors of channels.
-  static bool supports(const rf_shape& s, bool prologue) { return !prologue || s.c / s.groups % VL == 0; }
-
   float* left() const { return task.workspace; }
   float* right() const { return left() + longest * left_step; }
   int64_t floats() const { return longest * left_step + task.shape.groups * lines * right_step; }
@@ -58,7 +56,7 @@ struct WgradGemm {
     for (int64_t i = part.begin; i < part.end; i++)
       memcpy(left() + i * left_step, task.dy + (first + i) * s.k, s.k * sizeof(float));
     const int channels = s.c / s.groups;
-    const Patches<Float32> patches{s, task.x, 0, s.groups};
+    const Patches<Float32> patches{s, task.x, 0, s.groups, task.prologue};
     float* staging = channels % VL ? scratch(ROWS, lines * VL) : nullptr;
     each_patch(s, task.x, first + part.begin, int(part.end - part.begin), [&](int i, const float* image, int y0, int x0) {
       float* to = right() + (part.begin + i) * VL;

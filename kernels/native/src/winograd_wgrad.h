@@ -85,6 +85,11 @@ template <class F> struct WgradWinograd {
         lines(ceil_div(task.shape.c, VL)), right_step(odd_lines(longest * VL)), right_point(odd_lines(lines * right_step)),
         blocks(ceil_div(task.shape.k, BLOCK * MR)), panels(ceil_div(lines, NV)) {}
 
+  static bool supports(const rf_shape& s) {
+    return s.r == TAPS && s.s == TAPS && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 &&
+           s.groups == 1;
+  }
+
   float* left() const { return task.workspace; }
   float* right() const { return left() + POINTS * left_point; }
   int64_t floats() const { return POINTS * (left_point + right_point); }
@@ -104,37 +109,61 @@ template <class F> struct WgradWinograd {
   // Tile number `tile` of all, `at` of the chunk.
   void transform(int64_t tile, int64_t at) const {
     const rf_shape& s = task.shape;
-    const int64_t image = tile / (tiles_high * tiles_wide), place = tile % (tiles_high * tiles_wide);
-    const int p = int(place / tiles_wide) * OUT, q = int(place % tiles_wide) * OUT;
-    square<OUT>(task.dy + image * s.p * s.q * s.k, s.p, s.q, s.k, p, q, {nullptr, nullptr},
-                [](auto& from, auto& to) __attribute__((always_inline)) { Adjoint<F>::output(from, to); },
-                left() + at * left_step, VL, left_point);
-    square<IN>(task.x + image * s.h * s.w * s.c, s.h, s.w, s.c, p - s.pad_h, q - s.pad_w, task.prologue,
-               [](auto& from, auto& to) __attribute__((always_inline)) { F::input(from, to); },
-               right() + at * VL, right_step, right_point);
+    const Square dy = square(task.dy, s.p, s.q, s.k, tile, 0, 0);
+    const Square x = square(task.x, s.h, s.w, s.c, tile, s.pad_h, s.pad_w);
+    auto spread = [](auto& from, auto& to) __attribute__((always_inline)) { Adjoint<F>::output(from, to); };
+    auto input = [](auto& from, auto& to) __attribute__((always_inline)) { F::input(from, to); };
+    transform<OUT, false>(dy, {}, spread, left() + at * left_step, VL, left_point);
+    float* to = right() + at * VL;
+    if (task.prologue)
+      transform<IN, true>(x, task.prologue, input, to, right_step, right_point);
+    else
+      transform<IN, false>(x, {}, input, to, right_step, right_point);
   }
 
-  // Transforms SIDE x SIDE pixels of an image, 0 outside it, to POINTS points, which lie `point` floats apart; lines of
-  // channels lie `step` floats apart.
-  template <int SIDE, class Transform>
-  static void square(const float* image, int height, int width, int channels, int y0, int x0, const Prologue& prologue,
-                     Transform transform, float* to, int64_t step, int64_t point) {
-    const bool inside = y0 >= 0 && x0 >= 0 && y0 + SIDE <= height && x0 + SIDE <= width;
-    const float* corner = image + (int64_t(y0) * width + x0) * channels;
-    for (int c = 0; c < channels; c += VL, to += step) {
-      const int count = smaller(VL, channels - c);
-      auto pixel = [&](int i, int j) __attribute__((always_inline)) {
-        return prologue(corner + (int64_t(i) * width + j) * channels, c, count);
+  // Pixels of an image, from row y, column x on.
+  struct Square {
+    const float *corner, *next;  // next: the one of the next tile, to be fetched meanwhile
+    int height, width, channels, y, x;
+
+    bool inside(int i, int j) const { return y + i >= 0 && y + i < height && x + j >= 0 && x + j < width; }
+    int64_t offset(int i, int j) const { return (int64_t(i) * width + j) * channels; }
+  };
+  Square square(const float* images, int height, int width, int channels, int64_t tile, int pad_h, int pad_w) const {
+    Square square{nullptr, nullptr, height, width, channels, 0, 0};
+    auto corner = [&](int64_t tile) {
+      const int64_t image = tile / (tiles_high * tiles_wide), at = tile % (tiles_high * tiles_wide);
+      square.y = int(at / tiles_wide) * OUT - pad_h, square.x = int(at % tiles_wide) * OUT - pad_w;
+      return images + image * height * width * channels + square.offset(square.y, square.x);
+    };
+    square.next = corner(tile + 1);
+    square.corner = corner(tile);
+    return square;
+  }
+
+  // Transforms SIDE x SIDE pixels, 0 outside the image, to POINTS points, which lie `point` floats apart; lines of channels
+  // lie `step` floats apart.
+  template <int SIDE, bool ACTIVATED, class Transform>
+  static void transform(const Square& from, Prologue by, Transform transform, float* to, int64_t step, int64_t point) {
+    const bool inside = from.inside(0, 0) && from.inside(SIDE - 1, SIDE - 1);
+    for (int c = 0; c < from.channels; c += VL, to += step) {
+      const int count = smaller(VL, from.channels - c);
+      const vec scale = ACTIVATED ? load_some<Float32>(by.scale + c, count) : vec{};
+      const vec offset = ACTIVATED ? load_some<Float32>(by.offset + c, count) : vec{};
+      auto pixel = [&](int i, int j, int count) __attribute__((always_inline)) {
+        __builtin_prefetch(from.next + from.offset(i, j) + c);
+        const vec x = load_some<Float32>(from.corner + from.offset(i, j) + c, count);
+        return ACTIVATED ? activated(x, scale, offset) : x;
       };
       auto put = [&](int i, int j, vec v) __attribute__((always_inline)) { store(to + (i * IN + j) * point, v); };
       if (inside && count == VL)
-        transform_square<SIDE, IN>(transform, pixel, put);
+        transform_square<SIDE, IN>(
+            transform, [&](int i, int j) __attribute__((always_inline)) { return pixel(i, j, VL); }, put);
       else
         transform_square<SIDE, IN>(
             transform,
             [&](int i, int j) __attribute__((always_inline)) {
-              const bool there = y0 + i >= 0 && y0 + i < height && x0 + j >= 0 && x0 + j < width;
-              return there ? pixel(i, j) : vec{};
+              return from.inside(i, j) ? pixel(i, j, count) : vec{};
             },
             put);
     }
