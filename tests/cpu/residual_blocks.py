@@ -195,17 +195,20 @@ def assert_close(actual: dict, exact: dict, tolerance: float) -> None:
         assert error <= tolerance * right.abs().max().clamp_min(1), f"{name} is off by {error:.3g}"
 
 
-def assert_as_precise(actual: dict, stock: dict, exact: dict, floor: float, order: float = torch.inf) -> None:
-    """Every tensor's error at most twice that of the stock modules, plus ``floor`` of its own size.
+def largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max())
 
-    Sizes are the largest value; or for ``order`` 2, the Euclidean norm, which a few ReLUs that rounding decides do not
-    dominate.
-    """
+
+def usual(tensor: Tensor) -> float:
+    """What 7 of 10 values stay under: the few that hang on a ReLU that rounding decides are not among them."""
+    return float(tensor.abs().flatten().kthvalue(1 + int(0.7 * (tensor.numel() - 1))).values)
+
+
+def assert_as_precise(actual: dict, stock: dict, exact: dict, floor: float, measure=largest) -> None:
+    """Every tensor's error at most twice that of the stock modules, plus ``floor`` of its own size or of 1."""
     assert actual.keys() == stock.keys() == exact.keys()
     for name, right in exact.items():
         assert actual[name].dtype == stock[name].dtype, name
-        errors = [found[name].double() - right for found in (actual, stock)]
-        mine, theirs, size = (float(torch.linalg.vector_norm(t, order)) for t in (*errors, right))
+        mine, theirs = (measure(found[name].double() - right) for found in (actual, stock))
+        size = max(measure(right), 1.0)
         assert mine <= 2 * theirs + floor * size, f"{name} is off by {mine:.3g}, stock by {theirs:.3g}, of {size:.3g}"
-
-

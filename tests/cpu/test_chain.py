@@ -114,7 +114,11 @@ def _common(ratio: float, shape: Shape = EXPAND, seed: int = 0) -> tuple[Block, 
 
 
 def _check(block: Block, x: Tensor) -> None:
-    exact, stock, fused = results(block, [x], False, torch.float64), results(block, [x], False), results(block, [x], True)
+    exact, stock, fused = (
+        results(block, [x], False, torch.float64),
+        results(block, [x], False),
+        results(block, [x], True),
+    )
     assert_as_precise(fused, stock, exact, 16 * EPS)  # without the safety it takes 80 and more
 
 

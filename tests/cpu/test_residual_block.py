@@ -25,6 +25,7 @@ from tests.cpu.residual_blocks import (
     freeze,
     gradients,
     results,
+    usual,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,7 +81,7 @@ def test_half_precision(name, frozen, dtype):
 
         return over_seeds(one)
 
-    assert_as_precise(run(True), run(False), run(False, torch.float64), torch.finfo(dtype).eps, order=2)
+    assert_as_precise(run(True), run(False), run(False, torch.float64), torch.finfo(dtype).eps, usual)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
@@ -95,7 +96,7 @@ def test_autocast(name, frozen, dtype):
 
         return over_seeds(one)
 
-    assert_as_precise(run(True), run(False), run(False, torch.float64), torch.finfo(dtype).eps, order=2)
+    assert_as_precise(run(True), run(False), run(False, torch.float64), torch.finfo(dtype).eps, usual)
 
 
 @modes
