@@ -17,7 +17,7 @@ WINOGRAD = 5e-5
 
 
 class Block(nn.Module):
-    """Convolutions and batch norms in a row: ``forward`` is what a user writes, ``fused`` the op on the same modules."""
+    """Convolutions and batch norms in a row: ``forward`` is what a user writes, ``fused`` the op on them."""
 
     def __init__(self, convs: Sequence[nn.Module], norms: Sequence[nn.Module], **options: bool) -> None:
         super().__init__()
