@@ -218,8 +218,8 @@ def chains(module: nn.Module, graph: fx.Graph, found: list[Match]) -> list[Match
         if _movable(matcher, order, chain.nodes):
             chained.append(chain)
             continue
-        for match in (*row, *filter(None, [shortcuts.get(id(row[-1]))])):
-            chained.append(_chain(matcher, [match], [], None))
+        singles = [_chain(matcher, [match], [], None) for match in (*row, *filter(None, [shortcuts.get(id(row[-1]))]))]
+        chained += [single for single in singles if _movable(matcher, order, single.nodes)]
     return [*(match for match in found if not match.step.conv), *chained]
 
 
@@ -296,8 +296,12 @@ def _chain(matcher: Matcher, row: list[Match], links: list[_Link], shortcut: Opt
 
 
 def _movable(matcher: Matcher, order: dict[fx.Node, int], nodes: list[fx.Node]) -> bool:
-    """Whether all nodes may run where the last of them does. Sorts them."""
+    """Whether all nodes may run where the last of them does. Sorts them.
+
+    Not past another call of one of their norms: running statistics depend on the order.
+    """
     nodes.sort(key=order.__getitem__)
+    norms = {node.target for node in nodes if isinstance(matcher.child(node), NORMS)}
     every = list(order)
-    between = every[order[nodes[0]] : order[nodes[-1]]]
-    return all(node in nodes or _harmless(node, matcher.child(node)) for node in between)
+    between = [node for node in every[order[nodes[0]] : order[nodes[-1]]] if node not in nodes]
+    return all(node.target not in norms and _harmless(node, matcher.child(node)) for node in between)
