@@ -190,7 +190,9 @@ def test_a_model_with_frozen_stages_saves_less():
     model = accelerated(small_resnet(resnet.Bottleneck)).train()
     x = images(2, 3, 64, 64)
     everything = _saved(lambda: model(x))
-    assert everything < 0.6 * _saved(lambda: small_resnet(resnet.Bottleneck).train()(x))
+    parameters = sum(4 * p.numel() for p in model.parameters())  # kept in any case, by reference
+    stock = _saved(lambda: small_resnet(resnet.Bottleneck).train()(x)) - parameters
+    assert everything - parameters < 0.75 * stock
     for stage in (model.conv1, model.bn1, model.layer1):
         stage.requires_grad_(False)
         for module in stage.modules():
@@ -265,6 +267,7 @@ def shortcut_of_two_convolutions(self, x):
 
 @graph(2)
 def two_convolutions_on_either_side(self, x):
+    """One norm is in both, and its running statistics depend on which side comes first."""
     identity = self.bn1(self.conv2(F.relu(self.bn2(self.conv1(x)))))
     return F.relu(_unit(self, 3, F.relu(_unit(self, 1, x))) + identity)
 
