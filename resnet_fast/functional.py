@@ -177,7 +177,9 @@ def _move_running_statistics(conv: nn.Conv2d, norm: Any, moments: Tensor) -> Non
         mean = mean + conv.bias
     for running, current in ((norm.running_mean, mean), (norm.running_var, variance)):
         if running is not None:
-            running.lerp_(current.to(running.dtype), momentum)
+            # As batch norm does: its own forward, run before and not yet differentiated, may have kept the tensor.
+            with torch.autograd._unsafe_preserve_version_counter(running):
+                running.lerp_(current.to(running.dtype), momentum)
 
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
