@@ -76,7 +76,7 @@ def test_saved_shapes(name, frozen):
     with Recorder() as recorder:
         block.fused(*images)
     for (x, residual, weights, scales, shifts, *plain), (_, statistics, saved) in recorder.calls:
-        made = training._chain(weights, scales, shifts, *plain)
+        made = training.chain_of(weights, scales, shifts, *plain)
         shapes = chain.saved_shapes(made, x.shape, None if residual is None else residual.shape)
         assert [list(shape or []) for shape in shapes] == [list(tensor.shape) for tensor in saved]
         assert [tensor.dtype is torch.bool for tensor in saved] == [shape is None for shape in shapes]
