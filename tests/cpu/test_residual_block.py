@@ -24,6 +24,7 @@ from tests.cpu.residual_blocks import (
     decided,
     freeze,
     gradients,
+    over_seeds,
     results,
     usual,
 )
@@ -64,12 +65,6 @@ def test_float32_errs_at_most_twice_as_much_as_stock(name, frozen):
     assert_channels_last(fused["out"])
 
 
-def over_seeds(run, seeds: int = 12) -> dict:
-    """The results of ``run(seed)`` side by side: in half precision rounding decides ReLUs, here and there."""
-    found = [run(seed) for seed in range(seeds)]
-    return {key: torch.stack([result[key] for result in found]) for key in found[0]}
-
-
 @pytest.mark.parametrize("dtype", HALF, ids=dtype_name)
 @modes
 @some
@@ -79,7 +74,7 @@ def test_half_precision(name, frozen, dtype):
             block, images = freeze(SHAPES[name].block(seed=seed), frozen), SHAPES[name].images(seed)
             return results(block.to(dtype), [x.to(dtype) for x in images], fused, precision)
 
-        return over_seeds(one)
+        return over_seeds(one, 15)
 
     assert_as_precise(run(True), run(False), run(False, torch.float64), torch.finfo(dtype).eps, usual)
 
@@ -94,7 +89,7 @@ def test_autocast(name, frozen, dtype):
             with torch.autocast("cpu", dtype, enabled=precision is None):
                 return results(block, images, fused, precision)
 
-        return over_seeds(one)
+        return over_seeds(one, 15)
 
     assert_as_precise(run(True), run(False), run(False, torch.float64), torch.finfo(dtype).eps, usual)
 
