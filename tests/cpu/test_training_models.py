@@ -21,6 +21,8 @@ from tests.cpu.test_fusion import network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+EPS = torch.finfo(torch.float32).eps
+
 
 def train(model: nn.Module, x: Tensor, steps: int = 2) -> dict[str, Tensor]:
     """By name: every step's output and gradients, the input's too, and all buffers at the end."""
@@ -123,19 +125,22 @@ def test_chains_err_at_most_twice_as_much_as_stock(name, monkeypatch):
     """On the definition of the primitives, whose convolutions are stock's: what is left is the chains' own error."""
     monkeypatch.setenv("RESNET_FAST_IMPLEMENTATION", "reference")
     fused, stock, exact = (over_seeds(runs(name), 7) for runs in (_fused_runs, _stock_runs, _exact_runs))
-    assert_as_precise(fused, stock, exact, 16 * torch.finfo(torch.float32).eps, usual)
+    assert_as_precise(fused, stock, exact, 16 * EPS, usual)
 
 
 @float32
 def test_kernels_err_no_more_than_winograd_may(name):
-    """At most as much as stock modules whose convolutions err by what Winograd's algorithm is allowed."""
+    """At most as much as stock modules whose convolutions err as Winograd's algorithm does.
+
+    It is allowed ``WINOGRAD`` for the worst value of many; the usual one is off by a tenth of that.
+    """
 
     def inexact(model: nn.Module) -> None:
         generator = torch.Generator().manual_seed(SEED)
 
         def err(_, __, y: Tensor) -> Tensor:
             noise = 2 * torch.rand(y.shape, generator=generator) - 1
-            return y + WINOGRAD * y.detach().abs().max() * noise
+            return y + WINOGRAD / 5 * y.detach().abs().max() * noise
 
         for conv in model.modules():
             if isinstance(conv, nn.Conv2d):
@@ -145,7 +150,7 @@ def test_kernels_err_no_more_than_winograd_may(name):
     allowed = over_seeds(_stock_runs(name, inexact), 3)
     for key, right in exact.items():
         error, bound = usual(fused[key] - right), usual(allowed[key] - right)
-        assert error <= bound + WINOGRAD * usual(right), f"{key} is off by {error:.3g}, allowed are {bound:.3g}"
+        assert error <= bound + 16 * EPS * usual(right), f"{key} is off by {error:.3g}, allowed are {bound:.3g}"
 
 
 @pytest.mark.parametrize("name", ["basic", "bottleneck", "timm resnet18d"])
