@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional
 
@@ -138,6 +139,26 @@ SHAPES = {
     "17 and 33 channels": Shape((2, 17, 9, 8), (Layer(33, 1), Layer(33, 3, 2), Layer(67, 1)), Layer(67, 1, 2)),
     "vectors of channels": Shape((1, 32, 7, 8), (Layer(32, 1), Layer(32), Layer(64, 1)), Layer(64, 1)),
 }
+
+
+def random_shape(seed: int) -> Shape:
+    """One that nobody thought of."""
+    draw = random.Random(seed)
+    x = (draw.randint(1, 4), draw.randint(1, 9), draw.randint(1, 9), draw.randint(1, 9))
+    kernels, strides, dilations = (1, 1, 3, 5), (1, 1, 2), (1, 1, 2)
+    layers = tuple(
+        Layer(draw.randint(1, 20), *map(draw.choice, (kernels, strides, dilations)), bias=draw.random() < 0.3)
+        for _ in range(draw.randint(1, 4))
+    )
+    plain = Shape(x, layers, relu=draw.random() < 0.7, pool=draw.random() < 0.15)
+    out = tuple(plain._replace(pool=False).block().eval()(torch.zeros(x)).shape)
+    kind = draw.choice(["none", "identity", "residual", "projection"])
+    if kind == "residual":
+        return plain._replace(residual=out)
+    if kind == "projection":
+        return plain._replace(shortcut=Layer(out[1], 1), residual=(x[0], draw.randint(1, 9), *out[2:]))
+    return plain._replace(identity=kind == "identity" and out == x)
+
 
 FROZEN = {"batch": (False, False), "frozen": (True, True), "odd frozen": (False, True), "even frozen": (True, False)}
 """Which layers normalise by running statistics: the first, third ...; the second, fourth ..."""
