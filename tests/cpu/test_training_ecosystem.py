@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torchvision.models import resnet
 
 import resnet_fast
-from tests.cpu.models import SEED, accelerated, fused_calls, images, randomise_norms, relative_error
+from tests.cpu.models import SEED, accelerated, fused_calls, images, relative_error, short_resnet
 
 X = images(4, 3, 32, 32).double()
 LABELS = torch.tensor([0, 3, 6, 3])
@@ -28,15 +28,6 @@ TOLERANCE = 1e-9  # float64 leaves 1e-13; a wrong factor or a statistic too few 
 STEPS = 2
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
-
-
-def short_resnet(block=resnet.BasicBlock, **kwargs):
-    """The stem and three blocks: with identity, and with strided projection."""
-    torch.manual_seed(SEED)
-    model = resnet.ResNet(block, [2, 1, 1, 1], num_classes=7, **kwargs)
-    model.layer3 = model.layer4 = nn.Identity()
-    model.fc = nn.Linear(128 * block.expansion, 7)
-    return randomise_norms(model).double().train()
 
 
 def sgd(model, **kwargs):
