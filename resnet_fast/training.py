@@ -14,7 +14,7 @@ from torch import Tensor
 from resnet_fast import chain as chains
 from resnet_fast import ops
 from resnet_fast.chain import Chain, Layer, Wanted
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels import reference_training
 from resnet_fast.kernels.reference_training import Geometry, wide
 
 Tensors = Sequence[Tensor]
@@ -102,12 +102,15 @@ def _residual_block(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     chain = chain_of(weights, scales, shifts, *plain)
     _checked(chain, x, residual)
-    result = chains.forward(chain, _nhwc(x), None if residual is None else _nhwc(residual), _pick)
+    result = chains.forward(chain, _nhwc(x), None if residual is None else _nhwc(residual), _pick_for(x))
     return result.out, result.statistics, result.saved
 
 
-def _pick(case: Case) -> Any:
-    return ops.TRAINING[ops.implementation_for(case, ops.TRAINING)]
+def _pick_for(x: Tensor) -> chains.Pick:
+    """As ``ops`` picks implementations: of nothing, the definition makes nothing."""
+    if x.numel() == 0:
+        return lambda _: reference_training
+    return lambda case: ops.TRAINING[ops.implementation_for(case, ops.TRAINING)]
 
 
 def _nhwc(x: Tensor) -> Tensor:
@@ -162,7 +165,7 @@ def _residual_block_backward(
     chain = chain_of(weights, scales, shifts, *plain_chain)
     wanted = _wanted(flags)
     residual = None if residual is None else _nhwc(residual)
-    found = chains.backward(chain, _nhwc(grad), _nhwc(x), residual, out, saved, wanted, _pick)
+    found = chains.backward(chain, _nhwc(grad), _nhwc(x), residual, out, saved, wanted, _pick_for(x))
     empty = grad.new_empty(0)
     # Without a ReLU the residual's gradient is the result's, which an op may not return as its own.
     d_residual = grad.clone() if found.residual is not None and found.residual is grad else found.residual

@@ -66,11 +66,11 @@ def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[T
     return plan_tail_pool_backward(grad, y, affine, mean, launch.architecture(y.device)).run()
 
 
-def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """See ``reference_training.bn_backward``. Overwrites ``g``, if it is in NHWC."""
+def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool) -> Tensor:
+    """See ``reference_training.bn_backward``."""
     if g.numel() == 0:
-        return reference.bn_backward(g, y, mean, a, b, c)
-    return plan_bn_backward(g, y, mean, a, b, c, launch.architecture(g.device)).run()
+        return reference.bn_backward(g, y, mean, a, b, c, overwrite)
+    return plan_bn_backward(g, y, mean, a, b, c, overwrite, launch.architecture(g.device)).run()
 
 
 def dgrad(
@@ -176,18 +176,21 @@ def plan_tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optio
     return Steps((find, gather, total), Gradient(g, total.output[0], None if mean is None else total.output[1]))
 
 
-def plan_bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, target: str) -> Steps:
+def plan_bn_backward(
+    g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool, target: str
+) -> Steps:
     g = launch._nhwc(g)
     n, channels, h, w = g.shape
+    dy = g if overwrite else launch.allocate(g, (n, channels, h, w))
     bm, bn, warps = tiles.load(target)["pointwise"]
     plan = Plan(
         bn_backward_kernel,
         (launch._ceil_div(n * h * w, bm), launch._ceil_div(channels, bn)),
-        (g, launch._nhwc(y), *map(launch._vector, (mean, a, b, c)), g, n * h * w),
+        (g, launch._nhwc(y), *map(launch._vector, (mean, a, b, c)), dy, n * h * w),
         {"C": channels, "INDEX64": launch._index64(g, g), "BM": bm, "BN": bn, "num_warps": warps},
-        g,
+        dy,
     )
-    return Steps((plan,), g)
+    return Steps((plan,), dy)
 
 
 def plan_dgrad(

@@ -43,7 +43,7 @@ def _steps(architecture: str, precision: str) -> Iterator[tuple[str, training.St
             v = _vector(channels)
             name = f"{channels} {size}x{size}"
             yield f"tail {name}", training.plan_tail_backward(y, y, y, v, y, v, architecture)
-            yield f"batch norm {name}", training.plan_bn_backward(y, y, v, v, v, v, architecture)
+            yield f"batch norm {name}", training.plan_bn_backward(y, y, v, v, v, v, True, architecture)
         y, pooled, v = image(BATCHES[-1], 64, 112, 112, dtype), image(BATCHES[-1], 64, 56, 56, dtype), _vector(64)
         yield "max-pool", training.plan_tail_pool_backward(pooled, y, Affine(v, v), v, architecture)
 
