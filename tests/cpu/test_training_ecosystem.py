@@ -467,7 +467,8 @@ def test_faster_rcnn_with_frozen_norms():
     """As torchvision fine-tunes it: three stages learn; sampling of proposals draws the same random numbers."""
     torch.manual_seed(SEED)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=3)
-    stock = randomise_norms(FasterRCNN(backbone, num_classes=3, min_size=64, max_size=96)).double().train()
+    few = {"rpn_pre_nms_top_n_train": 100, "rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 16}
+    stock = randomise_norms(FasterRCNN(backbone, num_classes=3, min_size=64, max_size=96, **few)).double().train()
     fast, counted = accelerated(stock), accelerated(stock)
     targets = [{"boxes": torch.tensor([[8.0, 9, 50, 40]]).double(), "labels": torch.tensor([1])}] * 2
 
