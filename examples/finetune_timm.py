@@ -18,8 +18,8 @@ def main(steps: int) -> None:
     resnet_fast.accelerate(model)  # the one line
     model = model.to(memory_format=torch.channels_last).train()
 
-    optimiser = create_optimizer_v2(model, opt="sgd", lr=0.05, momentum=0.9, weight_decay=1e-4)
-    schedule = CosineLRScheduler(optimiser, t_initial=steps, warmup_t=2, warmup_lr_init=0.01, t_in_epochs=False)
+    optimiser = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
+    schedule = CosineLRScheduler(optimiser, t_initial=steps, warmup_t=2, warmup_lr_init=1e-4, t_in_epochs=False)
     criterion = LabelSmoothingCrossEntropy(0.1)
     average = ModelEmaV3(model, decay=0.9)
 

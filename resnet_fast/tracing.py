@@ -3,9 +3,11 @@
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
+import torch
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict
 
@@ -28,17 +30,51 @@ for _operation in IN_PLACE:
     setattr(_Proxy, f"__{_operation.__name__}__", _in_place(_operation))
 
 
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+def _surroundings() -> tuple:
+    """What a forward may change by ``with no_grad()``, ``with autocast()`` or ``checkpoint``, and no graph records."""
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # by which ``checkpoint`` works
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hooks, autocast
+
+
+@contextmanager
+def _everything_on() -> Iterator[None]:
+    """Gradients are on and autocast is, to a dtype that nobody asks for: so it shows when a forward switches either."""
+    *_, autocast = _surroundings()
+    _set_autocast([(True, torch.float64)] * len(autocast))
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        _set_autocast(autocast)
+
+
+def _set_autocast(settings: list[tuple[bool, torch.dtype]]) -> None:
+    for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, settings):
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+
+
 class Tracer(fx.Tracer):
     """Children are leaves, but a Sequential is only a way to write its children in a row."""
 
     def __init__(self, traced_func_name: str) -> None:
         super().__init__()
         self.traced_func_name = traced_func_name
+        self.surroundings = _surroundings()
         self.inlined: list[Path] = []
         self.inputs: tuple[str, ...] = ()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _surroundings() != self.surroundings:
+            raise TypeError("it switches gradients or autocast, or makes checkpoints")
+        return super().create_node(*args, **kwargs)
 
     def create_args_for_root(
         self, root_fn: Callable, is_module: bool, concrete_args: Any = None
@@ -84,9 +120,10 @@ def trace(module: nn.Module, forward: str, training: bool) -> tuple[Tracer, fx.G
     attributes = {k: (v, _shallow(v)) for k, v in module.__dict__.items()}
     for m, _ in flags:
         m.__dict__["training"] = training
-    tracer = Tracer(forward)
     try:
-        graph = tracer.trace(module)
+        with _everything_on():
+            tracer = Tracer(forward)
+            graph = tracer.trace(module)
     except Exception as error:
         first_line = (str(error) or repr(error)).splitlines()[0]
         raise Untraceable(f"its forward could not be traced: {first_line}") from error

@@ -35,6 +35,15 @@ def small_resnet(block: type = resnet.BasicBlock, seed: int = SEED, **kwargs: An
     return randomise_norms(resnet.ResNet(block, [1, 1, 1, 1], num_classes=7, **kwargs)).eval()
 
 
+def short_resnet(block: type = resnet.BasicBlock, **kwargs: Any) -> nn.Module:
+    """For training in float64: the stem and three blocks, with identity and with strided projection."""
+    torch.manual_seed(SEED)
+    model = resnet.ResNet(block, [2, 1, 1, 1], num_classes=7, **kwargs)
+    model.layer3 = model.layer4 = nn.Identity()
+    model.fc = nn.Linear(128 * block.expansion, 7)
+    return randomise_norms(model).double().train()
+
+
 def images(*shape: int, seed: int = SEED) -> Tensor:
     return torch.randn(*(shape or (2, 3, 64, 64)), generator=torch.Generator().manual_seed(seed))
 

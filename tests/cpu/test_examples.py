@@ -25,7 +25,7 @@ def test_runs_and_learns(name, steps):
 
 def test_recipe_of_torchvision_in_two_processes():
     script = str(EXAMPLES / "finetune_torchvision_reference.py")
-    result = _run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, "--steps=9")
+    result = _run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, "--steps=12")
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("blocks that ran fused") == 2
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import resnet_fast
 from resnet_fast import fusion
@@ -370,3 +371,47 @@ def test_the_program_can_be_read():
     assert isinstance(program, fusion.Program)
     assert "conv_bn_act(" in program.source
     assert program.rest == []
+
+
+# --- what a graph does not record -------------------------------------------------------------------------------------
+
+
+def _body(self, x):
+    return self.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+def test_gradients_switched_off_stay_off():
+    def forward(self, x):
+        with torch.no_grad():
+            x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)))
+
+    fast, _ = check(forward, 0)
+    with torch.no_grad():
+        resnet_fast.accelerate(fast)  # as well where they are off anyway
+    fast.train()(X).sum().backward()
+    assert fast.conv1.weight.grad is None
+    assert fast.conv2.weight.grad is not None
+
+
+@pytest.mark.parametrize("kwargs", [{"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_checkpoints_are_kept(kwargs):
+    def forward(self, x):
+        return checkpoint(lambda x: _body(self, x), x, **kwargs)
+
+    fast, _ = check(forward, 0)
+    fast.train()(X.clone().requires_grad_()).sum().backward()
+    assert fast.bn1.num_batches_tracked == 2  # recomputed
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_of_its_own(inside):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            return _body(self, x.float())
+
+    fast, _ = check(forward, 0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        assert fast(X).dtype == (torch.bfloat16 if inside else torch.float32)
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.get_autocast_dtype("cpu") == torch.bfloat16

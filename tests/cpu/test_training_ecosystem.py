@@ -10,6 +10,7 @@ import io
 import pickle
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
@@ -18,25 +19,18 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torchvision.models import resnet
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import resnet_fast
-from tests.cpu.models import SEED, accelerated, fused_calls, images, randomise_norms, relative_error
+from tests.cpu.models import SEED, accelerated, fused_calls, images, randomise_norms, relative_error, short_resnet
 
 X = images(4, 3, 32, 32).double()
-LABELS = torch.tensor([0, 3, 6, 3])
+LABELS = torch.tensor([0, 3, 6, 3, 1, 5, 2, 2])
 TOLERANCE = 1e-9  # float64 leaves 1e-13; a wrong factor or a statistic too few gives 1e-3
 STEPS = 2
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
-
-
-def short_resnet(block=resnet.BasicBlock, **kwargs):
-    """The stem and three blocks: with identity, and with strided projection."""
-    torch.manual_seed(SEED)
-    model = resnet.ResNet(block, [2, 1, 1, 1], num_classes=7, **kwargs)
-    model.layer3 = model.layer4 = nn.Identity()
-    model.fc = nn.Linear(128 * block.expansion, 7)
-    return randomise_norms(model).double().train()
 
 
 def sgd(model, **kwargs):
@@ -270,7 +264,7 @@ def _gradient_penalty(model):
 
 def _function_transform(model):
     def loss(parameters, buffers):
-        return F.cross_entropy(torch.func.functional_call(model, (parameters, buffers), (X,)), LABELS)
+        return F.cross_entropy(torch.func.functional_call(model, (parameters, buffers), (X,)), LABELS[:4])
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     buffers = {name: b.clone() for name, b in model.named_buffers()}
@@ -279,7 +273,7 @@ def _function_transform(model):
 
 def _functional_call(model):
     changed = {name: (p * 1.01).detach().requires_grad_() for name, p in model.named_parameters()}
-    loss = F.cross_entropy(torch.func.functional_call(model, changed, (X,)), LABELS)
+    loss = F.cross_entropy(torch.func.functional_call(model, changed, (X,)), LABELS[:4])
     return torch.autograd.grad(loss, list(changed.values())), state(model)
 
 
@@ -322,7 +316,7 @@ def _replaced(model):
     model.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False).double()
     model.fc = nn.Linear(model.fc.in_features, 5).double()
     optimiser = sgd(model)
-    F.cross_entropy(model(X[:, :1]), LABELS.clamp(max=4)).backward()
+    F.cross_entropy(model(X[:, :1]), LABELS[:4].clamp(max=4)).backward()
     optimiser.step()
     return gradients(model), state(model)
 
@@ -404,3 +398,100 @@ def test_gradients_lie_as_their_parameters(dtype, layout):
     model = accelerated(short_resnet(resnet.Bottleneck)).to(dtype, memory_format=layout)
     loss_of(model, X.to(dtype)).backward()
     assert [p.grad.stride() for p in model.parameters()] == [p.stride() for p in model.parameters()]
+
+
+def _step(model, x, scaler=None, autocast=None):
+    """Loss, gradients and buffers of one step."""
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        loss = loss_of(model, x)
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    return loss.detach().double(), gradients(model), list(model.buffers())
+
+
+def _distance(result, expected):
+    """Of all gradients together, in their norm: a ReLU that rounding flips moves single entries by much more."""
+    pairs = [(a.double(), b) for a, b in zip(result[1], expected[1])]
+    return (sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)).sqrt().item()
+
+
+WINOGRAD = 5e-5  # what its transforms may lose of the largest result
+
+
+@pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_is_no_less_precise(autocast, block):
+    x = images(8, 3, 64, 64)
+    precise = short_resnet(block)
+    stock = copy.deepcopy(precise).float().to(memory_format=torch.channels_last)
+    fast = accelerated(stock)
+    expected = _step(precise, x.double())
+    results = [_step(model, x, autocast=autocast) for model in (stock, fast)]
+    losses = [abs(result[0] - expected[0]).item() for result in results]
+    distances = [_distance(result, expected) for result in results]
+    statistics = [
+        relative_error([b.double() for b in result[2]], [b.double() for b in expected[2]]) for result in results
+    ]
+    eps = torch.finfo(autocast or torch.float32).eps
+    assert losses[1] <= 2 * losses[0] + WINOGRAD + 4 * eps
+    assert statistics[1] <= 2 * statistics[0] + WINOGRAD
+    assert distances[1] <= 2 * distances[0] + 20 * WINOGRAD
+
+
+def test_gradient_scaler_skips_the_step_that_overflows():
+    """A scale too large gives infinities, also through fused blocks; the next step is taken with half of it."""
+    model = accelerated(short_resnet()).float()
+    optimiser, scaler = sgd(model), torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
+    before = [p.detach().clone() for p in model.parameters()]
+    _step(model, X.float(), scaler, torch.float16)
+    scaler.step(optimiser)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**126
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters()))
+
+
+# --- loops with parts of their own ------------------------------------------------------------------------------------
+
+
+def test_timms_gradient_checkpointing():
+    torch.manual_seed(SEED)
+    stock = timm.create_model("test_resnet", num_classes=7).double().train()
+    stock.set_grad_checkpointing()
+    fast, counted = accelerated(stock), accelerated(stock)
+    with set_checkpoint_early_stop(False):
+        assert relative_error(train(fast), train(stock)) < TOLERANCE
+        forward, backward = _counts(lambda: train(counted))
+    assert forward > backward > 0  # recomputed
+
+
+def test_faster_rcnn_with_frozen_norms():
+    """As torchvision fine-tunes it: three stages learn; sampling of proposals draws the same random numbers."""
+    torch.manual_seed(SEED)
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=3)
+    few = {"rpn_pre_nms_top_n_train": 100, "rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 16}
+    stock = randomise_norms(FasterRCNN(backbone, num_classes=3, min_size=64, max_size=96, **few)).double().train()
+    fast, counted = accelerated(stock), accelerated(stock)
+    targets = [{"boxes": torch.tensor([[8.0, 9, 50, 40]]).double(), "labels": torch.tensor([1])}] * 2
+
+    def step(model):
+        torch.manual_seed(SEED)
+        losses = model([*images(2, 3, 64, 80).double()], targets)
+        sum(losses.values()).backward()
+        return list(losses.values()), gradients(model)
+
+    assert relative_error(step(fast), step(stock)) < TOLERANCE
+    assert _counts(lambda: step(counted)) == (8, 6)  # the stem is an op of its own; the first stage does not learn
+
+
+def test_compiled():
+    torch._dynamo.reset()
+    stock, model = short_resnet(), accelerated(short_resnet())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    seen = []
+    optimiser = sgd(model)
+    for _ in range(STEPS):
+        optimiser.zero_grad()
+        loss = loss_of(compiled)
+        loss.backward()
+        seen += [loss.detach(), gradients(model)]
+        optimiser.step()
+    assert relative_error((seen, state(model)), train(stock)) < TOLERANCE
