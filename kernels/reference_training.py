@@ -164,9 +164,7 @@ def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[T
     """
     a = activate(y, affine)
     _, indices = torch.ops.aten.max_pool2d_with_indices(a, [3, 3], [2, 2], [1, 1])
-    g = torch.ops.aten.max_pool2d_with_indices_backward(
-        _nhwc(grad), a, [3, 3], [2, 2], [1, 1], [1, 1], False, indices
-    )
+    g = torch.ops.aten.max_pool2d_with_indices_backward(_nhwc(grad), a, [3, 3], [2, 2], [1, 1], [1, 1], False, indices)
     return _gated(g, y, Gate(affine, mean))
 
 

@@ -66,7 +66,7 @@ class Op(ctypes.Structure):
         ("residual", Ref),
         ("y", Ref),
         ("x_scale", ctypes.c_void_p),
-        ("x_offset", ctypes.c_void_p),
+        ("x_shift", ctypes.c_void_p),
         *((name, _int) for name in ("y_h", "y_w", "step_h", "step_w")),
     ]
 

@@ -94,7 +94,7 @@ def _rule(shape: Shape, threads: int) -> str:
     for algorithm in ("winograd_stem", "direct", "grouped"):
         if library.supports(shape, algorithm):
             return algorithm
-    seconds = {name: _seconds(shape, name, threads) for name in _BY_WEIGHTS if library.supports(shape, name)}
+    seconds = {name: estimate(shape, name, threads) for name in _BY_WEIGHTS if library.supports(shape, name)}
     fastest = min(seconds.values())
     return next(name for name in seconds if seconds[name] <= _WORTH * fastest)
 
@@ -103,7 +103,8 @@ _BY_WEIGHTS = ("gemm", "winograd2", "winograd4")  # the one with the smallest we
 _WORTH = 1.05  # a few percent of time are not worth four times the memory for weights
 
 
-def _seconds(s: Shape, algorithm: str, threads: int) -> float:
+def estimate(s: Shape, algorithm: str, threads: int) -> float:
+    """About how many seconds a convolution takes."""
     products = library.products(s, algorithm)
     transformed = 0 if algorithm == "gemm" else products * (s.c + s.k)
     work = products * s.c * s.k / s.groups * _MULTIPLY_ADD + transformed * _TRANSFORM

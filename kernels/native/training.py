@@ -2,7 +2,8 @@
 
 The gradient of a convolution's input is a convolution of the result's gradient, with the weight's channels exchanged
 and its taps from the last to the first. With a stride, pixels that are congruent to each other see the same taps, every
-``stride``-th one, and are a small convolution of their own (``_parts``): nothing is multiplied by a zero.
+``stride``-th one, and are a small convolution of their own (``_parts``): nothing is multiplied by a zero. Or Winograd's
+algorithm makes all of them at once (``_upsampling``).
 
 A step reads every weight once forward and once back, and then changes it: packs are made anew for every call, in memory
 that is kept.
@@ -26,17 +27,20 @@ from resnet_fast.kernels.reference_training import Affine, Gate, Geometry, Gradi
 
 _FORWARD = ("conv_statistics", "conv_affine")
 _BACKWARD = ("dgrad", "dgrad_expand")
-_PASSES = (tail, tail_pool, tail_backward, tail_pool_backward, bn_backward)
+_WEIGHTS = [function.__name__ for function in (gram, wgrad)]
+_PASSES = [function.__name__ for function in (tail, tail_pool, tail_backward, tail_pool_backward, bn_backward)]
 
-__all__ = [*_FORWARD, *_BACKWARD, "gram", "wgrad", *(function.__name__ for function in _PASSES), "supports"]
+__all__ = [*_FORWARD, *_BACKWARD, *_WEIGHTS, *_PASSES, "supports"]
 
 
 def supports(case: Case) -> Optional[str]:
     """None if this implementation covers the case, else the reason why not."""
-    if case.op in ("wgrad", "gram"):
+    if case.op in _WEIGHTS:
         return wgrad_refusal(case)
-    if case.op not in (*_FORWARD, *_BACKWARD):
+    if case.op in _PASSES:
         return passes.refusal(case)
+    if case.op not in (*_FORWARD, *_BACKWARD):
+        return f"no {case.op}"
     if case.device != "cpu":
         return f"runs on cpu, not on {case.device}"
     if case.dtype != torch.float32:
@@ -83,6 +87,9 @@ def dgrad(
 ) -> Gradient:
     """As ``reference_training.dgrad``."""
     parts = _parts(dy.shape, weight.shape, geometry, x.shape)
+    whole = _upsampling(dy.shape, weight.shape, geometry, x.shape)
+    if whole is not None and _seconds(whole) < sum(_seconds(part.shape) for part in parts):
+        return passes.gate(_convolve(whole, dy, weight, residual=residual, backward=True), x, gate, None)
     if geometry.stride == (1, 1):
         (part,) = parts
         return passes.gate(_convolve(part.shape, dy, weight, residual=residual, backward=True), x, gate, None)
@@ -117,6 +124,21 @@ def dgrad_expand(
     dx = torch.zeros_like(x, memory_format=torch.channels_last)
     dx[:, :, :: stride[0], :: stride[1]] = rows
     return passes.gate(dx, x, gate, residual)
+
+
+def _upsampling(dy: torch.Size, weight: torch.Size, geometry: Geometry, x: torch.Size) -> Optional[Shape]:
+    """The gradient as one convolution, where Winograd's algorithm goes back through a stride of 2."""
+    if geometry.stride != (2, 2) or geometry.padding != (1, 1):
+        return None
+    (n, k, p, q), (_, c, h, w) = dy, x
+    sizes = (n, p, q, k, h, w, c, *weight[2:], -2, -2, 0, 0, *geometry.dilation)
+    shape = Shape(library.FLOAT32, *sizes, geometry.groups, 0, 0)
+    return shape if library.supports(shape, "winograd4") else None
+
+
+def _seconds(shape: Shape) -> float:
+    threads = torch.get_num_threads()
+    return planner.estimate(shape, planner.choose_native(shape, threads), threads)
 
 
 class _Part(NamedTuple):
@@ -221,7 +243,7 @@ def _convolve(
         buffers.append(residual.data_ptr())
     if prologue is not None:
         prologue = Affine(*(vector.to(x.dtype).contiguous() for vector in prologue))
-        op.x_scale, op.x_offset = prologue.scale.data_ptr(), prologue.shift.data_ptr()
+        op.x_scale, op.x_shift = prologue.scale.data_ptr(), prologue.shift.data_ptr()
     if pixels is not None:
         rows, columns = pixels
         _, _, op.y_h, op.y_w = out.shape

@@ -59,6 +59,7 @@ rf_shape random_conv() {
 struct Conv {
   rf_shape s;
   std::unique_ptr<float[]> x, shift, residual;  // residual may be null
+  std::unique_ptr<float[]> x_scale, x_shift;    // both may be null
   std::unique_ptr<double[]> weight;
 
   // One output before the pool, and in `size` the sum of the sizes of what was added up.
@@ -71,8 +72,9 @@ struct Conv {
         const int y = p * s.stride_h - s.pad_h + r * s.dilation_h, z = q * s.stride_w - s.pad_w + t * s.dilation_w;
         if (y < 0 || y >= s.h || z < 0 || z >= s.w) continue;
         for (int c = 0; c < cin; c++) {
-          const double product = weight[((int64_t(k) * cin + c) * s.r + r) * s.s + t] *
-                                 x[((int64_t(n) * s.h + y) * s.w + z) * s.c + first + c];
+          double pixel = x[((int64_t(n) * s.h + y) * s.w + z) * s.c + first + c];
+          if (x_scale) pixel = std::fmax(0, pixel * x_scale[first + c] + x_shift[first + c]);
+          const double product = weight[((int64_t(k) * cin + c) * s.r + r) * s.s + t] * pixel;
           sum += product;
           size += std::fabs(product);
         }
@@ -116,6 +118,7 @@ bool check(const Conv& conv, int algorithm) {
   rf_pack(&s, algorithm, &weight, packed.get(), 2);
   rf_op op{};
   op.kind = RF_CONV, op.algorithm = algorithm, op.shape = s, op.packed = packed.get(), op.shift = conv.shift.get();
+  op.x_scale = conv.x_scale.get(), op.x_shift = conv.x_shift.get();
   run(op, conv.x.get(), conv.residual.get(), y.get());
   for (int64_t i = 0; i < count; i++) {
     const int k = int(i % s.k), q = int(i / s.k % wide), p = int(i / s.k / wide % high), n = int(i / s.k / wide / high);
@@ -182,7 +185,8 @@ int main(int, char** arguments) {
     if (!rf_variant_usable(variant)) continue;
     rf_select_variant(variant);
     for (int i = 0; i < shapes; i++) {
-      Conv conv{random_conv(), nullptr, nullptr, nullptr, nullptr};
+      Conv conv{};
+      conv.s = random_conv();
       const rf_shape& s = conv.s;
       conv.x = randoms<float>(int64_t(s.n) * s.h * s.w * s.c);
       conv.weight = randoms<double>(int64_t(s.k) * (s.c / s.groups) * s.r * s.s);
@@ -193,6 +197,9 @@ int main(int, char** arguments) {
           if (!check(conv, algorithm)) return 1;
           cases++;
         }
+      conv.x_scale = randoms<float>(s.c), conv.x_shift = randoms<float>(s.c);
+      for (int algorithm : {RF_GEMM, RF_WINOGRAD2, RF_WINOGRAD4})
+        if (!s.pool && rf_supports(&s, algorithm) && !check(conv, algorithm)) return 1;
       touch(s);
       touch_passes(s);
     }

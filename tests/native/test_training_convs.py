@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from resnet_fast.kernels import native
 from resnet_fast.kernels import reference_training as reference
 from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.native import library, planner, training
@@ -15,7 +16,18 @@ from tests.cpu.cases import WEIRD, Conv, Poison, assert_channels_last, network_c
 from tests.native.harness import TRICKY, Poisoned, algorithms_for, shape_of
 
 EPS = torch.finfo(torch.float32).eps
-CONVS = {**WEIRD, **TRICKY}
+CONVS = {
+    **WEIRD,
+    **TRICKY,
+    "stride 2, round": Conv(2, 32, 16, 16, 48, stride=(2, 2)),
+    "stride 2, odd": Conv(1, 17, 17, 9, 33, stride=(2, 2)),
+    "stride 2, one pixel": Conv(3, 16, 1, 1, 20, stride=(2, 2)),
+    "stride 2, two rows": Conv(1, 33, 2, 19, 5, stride=(2, 2)),
+    "5x5/2": Conv(2, 20, 11, 12, 18, (5, 5), (2, 2), (2, 2)),
+    "3x3/3": Conv(2, 16, 10, 9, 18, (3, 3), (3, 3), (1, 1)),
+    "3x3/2x1": Conv(2, 16, 10, 9, 18, (3, 3), (2, 1), (1, 1)),
+    "grouped 3x3/2": Conv(2, 64, 10, 9, 64, (3, 3), (2, 2), (1, 1), groups=16),
+}
 COMBINATIONS = list(itertools.product((False, True), (False, True)))  # residual, relu
 FORCED = ("gemm", "winograd2", "winograd4", None)
 """Algorithms to ask for, where they serve the shape; None is the planner's choice."""
@@ -201,7 +213,11 @@ def _gates(conv: Conv, randn) -> list[Optional[Gate]]:
 
 @pytest.mark.parametrize("forced", FORCED)
 @pytest.mark.parametrize("name", CONVS)
-def test_dgrad(name, forced):
+def test_dgrad(name, forced, monkeypatch):
+    if forced == "gemm":
+        monkeypatch.setattr(training, "_upsampling", lambda *_: None)
+    elif forced is not None:
+        monkeypatch.setattr(training, "_seconds", lambda shape: shape.stride_h)  # rather than parts, of stride 1
     _check_dgrad(CONVS[name], forced)
 
 
@@ -221,8 +237,9 @@ def _check_dgrad(conv: Conv, forced: Optional[str]) -> None:
     input_size = (conv.n, conv.c, conv.h, conv.w)
     x, dy, residual = (nhwc(randn(*size)) for size in (input_size, conv.output, input_size))
     weight, geometry = _weight(conv, randn, True), Geometry(*conv.geometry)
-    shapes = [part.shape for part in training._parts(dy.shape, weight.shape, geometry, x.shape)]
-    if forced is not None and not any(library.supports(shape, forced) for shape in shapes):
+    sizes = (dy.shape, weight.shape, geometry, x.shape)
+    shapes = [training._upsampling(*sizes), *(part.shape for part in training._parts(*sizes))]
+    if forced is not None and not any(shape and library.supports(shape, forced) for shape in shapes):
         pytest.skip(f"not for {forced}")
     winograd = forced != "gemm"
     for gate, added in zip(_gates(conv, randn), (None, residual, None, residual)):
@@ -268,6 +285,24 @@ def test_dgrad_expand(name):
         args = (g, weight, q, c, conv.stride, x, prologue, gate, added)
         actual, exact, pytorch = _run("dgrad_expand", args, conv, None)
         _check_gradient(actual, exact, pytorch, x, gate, k + channels, False)
+
+
+@pytest.mark.parametrize("channels", [5, 17, 33, 64])
+@pytest.mark.parametrize("first", [0, 1])
+def test_results_apart_from_each_other(channels, first):
+    """Every third row and second column of an image is written, from the first or the second on, and nothing else."""
+    randn, poison = _generator(), Poisoned()
+    x, weight = nhwc(randn(2, 8, 3, 5)), randn(channels, 8, 1, 1)
+    image = torch.from_numpy(poison(2 * 8 * 10 * channels * 4)).view(torch.float32).view(2, 8, 10, channels).fill_(7)
+    out, pixels = image.permute(0, 3, 1, 2), (slice(first, None, 3), slice(first, None, 2))
+    shape = native.conv_shape(x.shape, weight.shape, *Geometry(), False, False)
+    with planner.forced("gemm"):
+        expected = training._convolve(shape, x, weight)
+        training._convolve(shape, x, weight, out=out, pixels=pixels)
+    poison.check()
+    assert torch.equal(out[(..., *pixels)][:, :, :3, :5], expected)
+    out[(..., *pixels)] = 7
+    assert (out == 7).all()
 
 
 # --- NaN, threads, refusals -------------------------------------------------------------------------------------------

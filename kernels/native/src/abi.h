@@ -39,7 +39,8 @@ struct rf_shape {
   int32_t n, h, w, c;  // input
   int32_t p, q, k;     // output of the convolution or pool: height, width, channels
   int32_t r, s;        // window: height, width
-  int32_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int32_t stride_h, stride_w;  // -2: the way back, to the input of a convolution with stride 2 and padding 1
+  int32_t pad_h, pad_w, dilation_h, dilation_w;
   int32_t groups;
   int32_t relu;
   int32_t pool;  // convolutions: a 3x3/2 max-pool follows; y is [n, (p - 1) / 2 + 1, (q - 1) / 2 + 1, k]
@@ -70,9 +71,9 @@ struct rf_op {
   const void* packed;  // weights from rf_pack
   const float* shift;  // [k]; never null for a convolution
   rf_ref x, residual, y;
-  // Of convolutions by RF_GEMM, RF_WINOGRAD2 and RF_WINOGRAD4 in float32: x is read as relu(x * scale + offset), padding
+  // Of convolutions by RF_GEMM, RF_WINOGRAD2 and RF_WINOGRAD4 in float32: x is read as relu(x * scale + shift), padding
   // is zero after that. [c] each; null: x as it is.
-  const float *x_scale, *x_offset;
+  const float *x_scale, *x_shift;
   // Of convolutions by RF_GEMM without residual and ReLU: pixel (p, q) of the result is (p * step_h, q * step_w) of an
   // image `y_h` high and `y_w` wide. 0: y is dense.
   int32_t y_h, y_w, step_h, step_w;

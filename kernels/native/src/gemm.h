@@ -87,13 +87,14 @@ template <class E> static void gemm_part(const ConvTask<E>& task, Range groups, 
           const auto* next_residual = t + 1 < last ? residual(t + 1, channel)
                                       : more     ? residual(first, channel + NR)
                                                  : nullptr;
-          auto* y = task.y + (row - task.y_row) * s.k + channel;
-          multiply(Tile<E>{panel(left, height, weights.depth), right, task.spread.h ? apart : y, task.spread.h ? NR : s.k,
-                           task.shift + channel, residual(t, channel), s.relu != 0, channels,
-                           Ahead::share(next, t - first, last - first), next_residual},
+          const bool spread = task.spread.h;
+          auto* y = spread ? apart : task.y + (row - task.y_row) * s.k + channel;
+          multiply(Tile<E>{panel(left, height, weights.depth), right, y, spread ? NR : s.k, task.shift + channel,
+                           residual(t, channel), s.relu != 0, channels, Ahead::share(next, t - first, last - first),
+                           next_residual},
                    height);
-          for (int i = 0; task.spread.h && i < height; i++)
-            copy(task.y + task.spread.pixel(s, row + i) * s.k + channel, apart + i * NR, channels);
+          for (int i = 0; spread && i < height; i++)
+            copy(task.y + task.spread.pixel(s, row + i) * s.k + channel, y + i * NR, channels);
         }
       }
   }

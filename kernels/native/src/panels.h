@@ -33,7 +33,13 @@ static inline void put_lines(float* line, int64_t step, const void* from, int64_
 }
 static inline void put_activated(float* line, int64_t step, const float* from, const Prologue& by, int64_t count) {
   for (int64_t i = 0; i < count; i += VL, line += step)
-    store(line, activated(load(from + i), load(by.scale + i), load(by.offset + i)));
+    store(line, activated(load(from + i), load(by.scale + i), load(by.shift + i)));
+}
+static inline void copy_activated(float* to, const float* from, const Prologue& by, int64_t count) {
+  for (int64_t i = 0; i < count; i += VL) {
+    const int some = int(smaller<int64_t>(VL, count - i));
+    store_some<Float32>(to + i, by(from, i, some), some);
+  }
 }
 static inline void put_zeros(float* line, int64_t step, int64_t count) {
   for (int64_t i = 0; i < count; i += VL, line += step) store(line, vec{});
@@ -71,7 +77,8 @@ static inline void put_patch(const Patches<E>& from, int group, const typename E
         if (x < 0 || x >= s.w)
           memset(to + t * channels, 0, channels * sizeof *to);
         else if (from.prologue)
-          copy_activated((float*)(to + t * channels), (const float*)pixel, from.prologue.from(group * channels), channels);
+          copy_activated((float*)(to + t * channels), (const float*)pixel, from.prologue.from(group * channels),
+                         channels);
         else
           copy(to + t * channels, pixel, channels);
       }

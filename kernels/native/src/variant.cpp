@@ -12,11 +12,13 @@
 
 namespace RF_VARIANT {
 
+static bool winograd(int algorithm) { return algorithm == RF_WINOGRAD2 || algorithm == RF_WINOGRAD4; }
+
 static int supports(const rf_shape* s, int algorithm) {
 #if defined(__AVX512BF16__)
   if (s->dtype == RF_BFLOAT16) return algorithm == RF_GEMM;
 #endif
-  if (s->dtype != RF_FLOAT32) return 0;
+  if (s->dtype != RF_FLOAT32 || (s->stride_h < 0 && !winograd(algorithm))) return 0;
   switch (algorithm) {
     case RF_GEMM: return !s->pool || s->groups == 1;
     case RF_WINOGRAD2:
@@ -30,8 +32,10 @@ static int supports(const rf_shape* s, int algorithm) {
 
 // Calls use(conv) with the WinogradConv of an algorithm and a shape.
 template <class Use> static auto with_winograd(const rf_shape& s, int algorithm, Use use) {
-  if (algorithm == RF_WINOGRAD2) return s.stride_h == 1 ? use(WinogradConv<2, 1>()) : use(WinogradConv<2, 2>());
-  return s.stride_h == 1 ? use(WinogradConv<4, 1>()) : use(WinogradConv<4, 2>());
+  const bool small = algorithm == RF_WINOGRAD2;
+  if (s.stride_h == 1) return small ? use(WinogradConv<2, 1>()) : use(WinogradConv<4, 1>());
+  if (s.stride_h == 2) return small ? use(WinogradConv<2, 2>()) : use(WinogradConv<4, 2>());
+  return small ? use(WinogradConv<2, -2>()) : use(WinogradConv<4, -2>());
 }
 
 static int64_t products(const rf_shape* s, int algorithm) {
@@ -99,7 +103,7 @@ template <class E> static void run_as(const rf_op& op, void* const* buffers, Tea
   const rf_shape& s = op.shape;
   switch (op.kind) {
     case RF_CONV: {
-      const Prologue prologue{op.x_scale, op.x_offset};
+      const Prologue prologue{op.x_scale, op.x_shift};
       const Spread spread{op.y_h, op.y_w, op.step_h, op.step_w};
       return convolve<E>(op, {s, x, (const float*)op.packed, op.shift, residual, y, 0, prologue, spread}, team);
     }

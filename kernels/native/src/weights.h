@@ -1,5 +1,5 @@
-// Weights as a network holds them, for the algorithms to pack: in any layout, float32 or float64, with or without a scale
-// for each output channel.
+// Weights as a network holds them, for the algorithms to pack: in any layout, float32 or float64, with or without a
+// scale for each output channel.
 #pragma once
 
 #include "abi.h"

@@ -7,6 +7,7 @@
 #include "barrier.h"
 #include "outer.h"
 #include "panels.h"
+#include "prologue.h"
 #include "work.h"
 
 namespace RF_VARIANT {

@@ -13,9 +13,14 @@
 
 namespace RF_VARIANT {
 
+// The way back through stride 2 and padding 1.
+static bool upsampling_supports(const rf_shape& s) {
+  return s.stride_h == -2 && s.pad_h == 0 && s.pad_w == 0 && (s.p + 1) / 2 == s.h && (s.q + 1) / 2 == s.w;
+}
+
 static bool winograd_supports(const rf_shape& s) {
-  return s.r == 3 && s.s == 3 && s.stride_h == s.stride_w && s.stride_h <= 2 && s.dilation_h == 1 &&
-         s.dilation_w == 1 && s.groups == 1 && !s.pool;
+  return s.r == 3 && s.s == 3 && s.stride_h == s.stride_w && s.dilation_h == 1 && s.dilation_w == 1 && s.groups == 1 &&
+         !s.pool && (s.stride_h == 1 || s.stride_h == 2 || upsampling_supports(s));
 }
 
 // Transformed weights: panels of NR output channels, each [WEIGHTS][WEIGHTS][C][NR], the last one [..][VL] if that is
@@ -86,10 +91,12 @@ struct WinogradTask : ConvTask<Float32> {
 // The filters for columns, and for rows, of tiles.
 template <class FP, class FQ> struct Winograd {
   static_assert(FP::WEIGHTS == FQ::WEIGHTS && FP::STRIDE == FQ::STRIDE);
-  static constexpr int POINTS = FP::IN * FQ::IN, WEIGHTS = FP::WEIGHTS, STRIDE = FP::STRIDE;
+  static constexpr int POINTS = FP::POINTS * FQ::POINTS, WEIGHTS = FP::WEIGHTS;
 
   // Which of the transformed weights a point is multiplied by.
-  static int64_t weights_of(int point) { return FP::weight_of(point / FQ::IN) * WEIGHTS + FQ::weight_of(point % FQ::IN); }
+  static int64_t weights_of(int point) {
+    return FP::weight_of(point / FQ::POINTS) * WEIGHTS + FQ::weight_of(point % FQ::POINTS);
+  }
 
   struct Task : WinogradTask {
     int64_t tiles_high, tiles_wide, lines;  // lines: of VL input channels
@@ -116,27 +123,27 @@ template <class FP, class FQ> struct Winograd {
     const rf_shape& s = task.shape;
     const Place at = place(task, tile);
     const float* image = task.x + at.image * s.h * s.w * task.pixel;
-    const int y0 = at.p * STRIDE - s.pad_h, x0 = at.q * STRIDE - s.pad_w;
+    const int y0 = FP::first_input(at.p) - s.pad_h, x0 = FQ::first_input(at.q) - s.pad_w;
     const bool inside = y0 >= 0 && x0 >= 0 && y0 + FP::IN <= s.h && x0 + FQ::IN <= s.w;
     for (int64_t line = 0; line < task.lines; line++, v += line_step) {
       const int channels = int(smaller<int64_t>(VL, task.pixel - line * VL));
       const float* corner = image + (int64_t(y0) * s.w + x0) * task.pixel + line * VL;
       const Prologue prologue = task.prologue.from(line * VL);
       const vec scale = prologue ? load_some<Float32>(prologue.scale, channels) : vec{};
-      const vec offset = prologue ? load_some<Float32>(prologue.offset, channels) : vec{};
-      vec half[FP::IN][FQ::IN];
+      const vec shift = prologue ? load_some<Float32>(prologue.shift, channels) : vec{};
+      vec half[FP::POINTS][FQ::IN];
       auto transform_columns = [&](auto pixel, bool activate) __attribute__((always_inline)) {
 #pragma GCC unroll 9
         for (int j = 0; j < FQ::IN; j++) {
-          vec d[FP::IN], column[FP::IN];
+          vec d[FP::IN], column[FP::POINTS];
 #pragma GCC unroll 9
           for (int i = 0; i < FP::IN; i++) d[i] = pixel(i, j, corner + (int64_t(i) * s.w + j) * task.pixel);
           if (activate)
 #pragma GCC unroll 9
-            for (int i = 0; i < FP::IN; i++) d[i] = activated(d[i], scale, offset);
+            for (int i = 0; i < FP::IN; i++) d[i] = activated(d[i], scale, shift);
           FP::input(d, column);
 #pragma GCC unroll 9
-          for (int i = 0; i < FP::IN; i++) half[i][j] = column[i];
+          for (int i = 0; i < FP::POINTS; i++) half[i][j] = column[i];
         }
       };
       if (inside && channels == VL)
@@ -144,16 +151,14 @@ template <class FP, class FQ> struct Winograd {
       else
         transform_columns([&](int i, int j, const float* at) {
           const bool there = y0 + i >= 0 && y0 + i < s.h && x0 + j >= 0 && x0 + j < s.w;
-          if (!there) return vec{};
-          const vec x = load_some<Float32>(at, channels);
-          return prologue ? activated(x, scale, offset) : x;
+          return there ? prologue(at, 0, channels) : vec{};
         }, false);
 #pragma GCC unroll 9
-      for (int i = 0; i < FP::IN; i++) {
-        vec row[FQ::IN];
+      for (int i = 0; i < FP::POINTS; i++) {
+        vec row[FQ::POINTS];
         FQ::input(half[i], row);
 #pragma GCC unroll 9
-        for (int j = 0; j < FQ::IN; j++) store(v + (i * FQ::IN + j) * point_step, row[j]);
+        for (int j = 0; j < FQ::POINTS; j++) store(v + (i * FQ::POINTS + j) * point_step, row[j]);
       }
     }
   }
@@ -163,25 +168,25 @@ template <class FP, class FQ> struct Winograd {
     const rf_shape& s = task.shape;
     const Place at = place(task, tile);
     const int channels = smaller(VL, s.k - channel);
-    vec half[FP::OUT][FQ::IN];
+    vec half[FP::OUT][FQ::POINTS];
 #pragma GCC unroll 9
-    for (int j = 0; j < FQ::IN; j++) {
-      vec column[FP::IN], out[FP::OUT];
+    for (int j = 0; j < FQ::POINTS; j++) {
+      vec column[FP::POINTS], out[FP::OUT];
 #pragma GCC unroll 9
-      for (int i = 0; i < FP::IN; i++) column[i] = load(m + (i * FQ::IN + j) * point_step);
+      for (int i = 0; i < FP::POINTS; i++) column[i] = load(m + (i * FQ::POINTS + j) * point_step);
       FP::output(column, out);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < FP::OUT; i++) half[i][j] = out[i];
     }
     const int high = smaller(FP::OUT, int(task.high.end) - at.p), wide = smaller(FQ::OUT, int(task.wide.end) - at.q);
     const int64_t corner = ((at.image * s.p + at.p) * s.q + at.q) * s.k + channel;
     const vec shift = load_some<Float32>(task.shift + channel, channels);
     const bool whole = high == FP::OUT && wide == FQ::OUT && channels == VL;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < FP::OUT; i++) {
       vec out[FQ::OUT];
       FQ::output(half[i], out);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < FQ::OUT; j++) {
         if (!whole && (i >= high || j >= wide)) continue;
         const int64_t pixel = corner + (int64_t(i) * s.q + j) * s.k;
@@ -253,13 +258,13 @@ template <int OUT, int STRIDE> struct WinogradConv : WinogradWeights<Filter<OUT,
 
   // Whether what whole tiles leave over is cut into tiles of its own. They are products of their own too, which read
   // the weights again: not worth it for less than half a register tile of corners.
-  static bool edges(const rf_shape& s) { return OUT == 4 && s.n >= MR / 2; }
+  static bool edges(const rf_shape& s) { return OUT == 4 && STRIDE > 0 && s.n >= MR / 2; }
 
   static int64_t products(const rf_shape& s) { return s.n * points(s, s.p) * points(s, s.q); }
   static int64_t points(const rf_shape& s, int length) {
     int64_t points = 0;
     each_part(s, length, [&](auto filter, Range part) {
-      points += ceil_div(part.end - part.begin, filter.OUT) * filter.IN;
+      points += ceil_div(part.end - part.begin, filter.OUT) * filter.POINTS;
     });
     return points;
   }
@@ -279,7 +284,7 @@ template <int OUT, int STRIDE> struct WinogradConv : WinogradWeights<Filter<OUT,
   template <class Use> static void each_part(const rf_shape& s, int64_t length, Use use) {
     const int64_t left = edges(s) ? length % OUT : 0, whole = length - left;
     use(F(), Range{0, whole});
-    if constexpr (OUT == 4) {
+    if constexpr (OUT == 4 && STRIDE > 0) {
       if (left == 3) use(Edge<3, STRIDE>(), Range{whole, length});
       if (left == 1 || left == 2) use(Edge<2, STRIDE>(), Range{whole, length});
     }

@@ -5,15 +5,16 @@
 
 namespace RF_VARIANT {
 
-// OUT outputs, STRIDE inputs apart, of TAPS taps, from IN inputs through IN points, each multiplied by one of WEIGHTS
-// transformed weights. `input` and `output` work on anything that adds and multiplies.
+// OUT outputs, STRIDE inputs apart, of TAPS taps, from IN inputs through POINTS points, each multiplied by one of
+// WEIGHTS transformed weights. `input` and `output` work on anything that adds and multiplies.
 template <int OUT_, int STRIDE_, int TAPS_> struct FilterSize {
   static constexpr int OUT = OUT_, STRIDE = STRIDE_, TAPS = TAPS_;
+  static constexpr int first_input(int output) { return output * STRIDE; }
 };
 template <int OUT, int STRIDE> struct Filter;
 
 template <> struct Filter<2, 1> : FilterSize<2, 1, 3> {
-  static constexpr int IN = 4, WEIGHTS = 4;
+  static constexpr int IN = 4, POINTS = 4, WEIGHTS = 4;
   static constexpr int weight_of(int point) { return point; }
   template <class T> static inline void input(const T (&d)[4], T (&v)[4]) {
     v[0] = d[0] - d[2];
@@ -34,7 +35,7 @@ template <> struct Filter<2, 1> : FilterSize<2, 1, 3> {
 };
 
 template <> struct Filter<4, 1> : FilterSize<4, 1, 3> {
-  static constexpr int IN = 6, WEIGHTS = 6;
+  static constexpr int IN = 6, POINTS = 6, WEIGHTS = 6;
   static constexpr int weight_of(int point) { return point; }
   template <class T> static inline void input(const T (&d)[6], T (&v)[6]) {
     const T a = d[4] - 4.0f * d[2], b = d[3] - 4.0f * d[1], c = d[4] - d[2], e = 2.0f * (d[3] - d[1]);
@@ -67,7 +68,7 @@ template <> struct Filter<4, 1> : FilterSize<4, 1, 3> {
 // With stride 2, the outer taps see every other input, from the first one on, and the middle tap the ones between: a
 // filter of two taps, F(OUT, 2), and one of a single tap, whose points are its inputs, all with the same weight.
 template <> struct Filter<2, 2> : FilterSize<2, 2, 3> {
-  static constexpr int IN = 5, WEIGHTS = 4;
+  static constexpr int IN = 5, POINTS = 5, WEIGHTS = 4;
   static constexpr int weight_of(int point) { return smaller(point, 3); }
   template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
     v[0] = d[0] - d[2];
@@ -89,7 +90,7 @@ template <> struct Filter<2, 2> : FilterSize<2, 2, 3> {
 };
 
 template <> struct Filter<4, 2> : FilterSize<4, 2, 3> {  // the two taps at the points 0, 1, -1, 2 and infinity
-  static constexpr int IN = 9, WEIGHTS = 6;
+  static constexpr int IN = 9, POINTS = 9, WEIGHTS = 6;
   static constexpr int weight_of(int point) { return smaller(point, 5); }
   template <class T> static inline void input(const T (&d)[9], T (&v)[9]) {
     const T a = d[6] - d[4], b = 2.0f * d[2];
@@ -121,13 +122,35 @@ template <> struct Filter<4, 2> : FilterSize<4, 2, 3> {  // the two taps at the 
   }
 };
 
+// With stride -2, the way back through stride 2: two outputs an input, of which the one that lies on it sees it through
+// the middle tap, and the one after it sees it and the next input through the outer taps. So it is the filter of stride
+// 2 with the same inputs for both, and the sums of the taps kept apart.
+template <int PAIRS> struct Filter<PAIRS, -2> : FilterSize<2 * PAIRS, -2, 3> {
+  using Forth = Filter<PAIRS, 2>;
+  static constexpr int IN = PAIRS + 1, POINTS = Forth::POINTS, WEIGHTS = Forth::WEIGHTS;
+  static constexpr int first_input(int output) { return output / 2; }
+  static constexpr int weight_of(int point) { return Forth::weight_of(point); }
+  template <class T> static inline void input(const T (&d)[IN], T (&v)[POINTS]) {
+    T twice[Forth::IN];
+    for (int i = 0; i < Forth::IN; i++) twice[i] = d[i / 2];
+    Forth::input(twice, v);
+  }
+  template <class T> static inline void output(const T (&m)[POINTS], T (&y)[2 * PAIRS]) {
+    T outer[POINTS], odd[PAIRS];
+    for (int i = 0; i < POINTS; i++) outer[i] = i < IN ? m[i] : T{};
+    Forth::output(outer, odd);
+    for (int i = 0; i < PAIRS; i++) y[2 * i] = m[IN + i], y[2 * i + 1] = odd[i];
+  }
+  template <class T> static inline void weight(const T (&g)[3], T (&u)[WEIGHTS]) { Forth::weight(g, u); }
+};
+
 // What is left at the right and at the lower edge when an image is cut into tiles of four: one or two outputs, or three,
 // from some of the points of Filter<4, STRIDE>, and so with its weights. The factors make up for the points that its
 // weights were divided by the distance to, and that are not here.
 template <int OUT, int STRIDE> struct Edge;
 
 template <> struct Edge<2, 1> : FilterSize<2, 1, 3> {  // 0, 1, -1 and infinity
-  static constexpr int IN = 4, WEIGHTS = 6;
+  static constexpr int IN = 4, POINTS = 4, WEIGHTS = 6;
   static constexpr int weight_of(int point) { return point < 3 ? point : 5; }
   template <class T> static inline void input(const T (&d)[4], T (&v)[4]) {
     v[0] = 4.0f * (d[0] - d[2]);
@@ -142,7 +165,7 @@ template <> struct Edge<2, 1> : FilterSize<2, 1, 3> {  // 0, 1, -1 and infinity
 };
 
 template <> struct Edge<3, 1> : FilterSize<3, 1, 3> {  // 0, 1, -1, 2 and infinity
-  static constexpr int IN = 5, WEIGHTS = 6;
+  static constexpr int IN = 5, POINTS = 5, WEIGHTS = 6;
   static constexpr int weight_of(int point) { return point < 4 ? point : 5; }
   template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
     const T a = d[3] - d[1];
@@ -161,7 +184,7 @@ template <> struct Edge<3, 1> : FilterSize<3, 1, 3> {  // 0, 1, -1, 2 and infini
 };
 
 template <> struct Edge<2, 2> : FilterSize<2, 2, 3> {  // two taps: 0, 1 and infinity
-  static constexpr int IN = 5, WEIGHTS = 6;
+  static constexpr int IN = 5, POINTS = 5, WEIGHTS = 6;
   static constexpr int weight_of(int point) { return point < 2 ? point : point == 2 ? 4 : 5; }
   template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
     v[0] = 2.0f * (d[0] - d[2]);
@@ -176,7 +199,7 @@ template <> struct Edge<2, 2> : FilterSize<2, 2, 3> {  // two taps: 0, 1 and inf
 };
 
 template <> struct Edge<3, 2> : FilterSize<3, 2, 3> {  // two taps: 0, 1, -1 and infinity
-  static constexpr int IN = 7, WEIGHTS = 6;
+  static constexpr int IN = 7, POINTS = 7, WEIGHTS = 6;
   static constexpr int weight_of(int point) { return point < 3 ? point : smaller(point + 1, 5); }
   template <class T> static inline void input(const T (&d)[7], T (&v)[7]) {
     v[0] = 2.0f * (d[0] - d[4]);

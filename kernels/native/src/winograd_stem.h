@@ -11,7 +11,7 @@ namespace RF_VARIANT {
 // Four taps at the points 0, 1, -1, 2, -2, 1/2 and -1/2. Rows of the input transform are the coefficients of the
 // product of (x - q) over all points q but the row's own. In pairs, p and -p have all but a sign in common.
 struct FourTaps : FilterSize<4, 1, 4> {
-  static constexpr int IN = 7, WEIGHTS = 7;
+  static constexpr int IN = 7, POINTS = 7, WEIGHTS = 7;
   static constexpr int weight_of(int point) { return point; }
   template <class T> static inline void input(const T (&d)[7], T (&v)[7]) {
     v[0] = 5.25f * (d[2] - d[4]) + (d[6] - d[0]);

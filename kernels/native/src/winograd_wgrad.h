@@ -157,11 +157,11 @@ template <class F> struct WgradWinograd {
       float* to = place(c);
       const int count = smaller(VL, from.channels - c);
       const vec scale = ACTIVATED ? load_some<Float32>(by.scale + c, count) : vec{};
-      const vec offset = ACTIVATED ? load_some<Float32>(by.offset + c, count) : vec{};
+      const vec shift = ACTIVATED ? load_some<Float32>(by.shift + c, count) : vec{};
       auto pixel = [&](int i, int j, int count) __attribute__((always_inline)) {
         __builtin_prefetch(from.next + from.offset(i, j) + c);
         const vec x = load_some<Float32>(from.corner + from.offset(i, j) + c, count);
-        return ACTIVATED ? activated(x, scale, offset) : x;
+        return ACTIVATED ? activated(x, scale, shift) : x;
       };
       auto put = [&](int i, int j, vec v) __attribute__((always_inline)) { store(to + (i * IN + j) * point, v); };
       if (inside && count == VL)
