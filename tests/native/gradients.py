@@ -23,6 +23,8 @@ SHAPES = {
     "several chunks of pixels, odd channels": Conv(3, 5, 21, 19, 15, stride=(1, 2), dilation=(1, 2)),
     "several chunks of tiles": Conv(5, 18, 17, 15, 17),
     "several blocks": Conv(1, 70, 6, 5, 150),
+    "one block": Conv(2, 17, 13, 14, 64, (1, 1), padding=(0, 0)),
+    "one narrow block": Conv(2, 16, 13, 14, 32, stride=(2, 1)),
     "no image": Conv(0, 16, 6, 5, 17),
 }
 """Convolutions at the edges of the kernels: of the image, of a tile, of a vector of channels, of a chunk."""

@@ -175,6 +175,21 @@ void touch_passes(const rf_shape& s) {
   }
 }
 
+// Gradients of weights, and covariances; likewise.
+void touch_gradients(const Conv& conv) {
+  rf_shape s = conv.s;
+  s.pool = 0;
+  const auto dy = randoms<float>(int64_t(s.n) * s.p * s.q * s.k);
+  std::unique_ptr<float[]> dw(new float[int64_t(s.k) * s.r * s.s * (s.c / s.groups)]);
+  for (int algorithm : {RF_GEMM, RF_WINOGRAD2, RF_WINOGRAD4})
+    if (rf_wgrad_supports(&s, algorithm))
+      rf_wgrad(&s, algorithm, dy.get(), conv.x.get(), conv.x_scale.get(), conv.x_shift.get(), dw.get(), 2);
+  s.r = s.s = s.dilation_h = s.dilation_w = s.groups = 1, s.pad_h = s.pad_w = 0, s.k = s.c;
+  s.p = (s.h - 1) / s.stride_h + 1, s.q = (s.w - 1) / s.stride_w + 1;
+  std::unique_ptr<float[]> mean(new float[s.c]), covariance(new float[int64_t(s.c) * s.c]);
+  rf_gram(&s, conv.x.get(), conv.x_scale.get(), conv.x_shift.get(), mean.get(), covariance.get(), 2);
+}
+
 }  // namespace
 
 // Arguments: how many shapes for each instruction set, and how many algorithms there are.
@@ -197,10 +212,12 @@ int main(int, char** arguments) {
           if (!check(conv, algorithm)) return 1;
           cases++;
         }
+      touch_gradients(conv);
       conv.x_scale = randoms<float>(s.c), conv.x_shift = randoms<float>(s.c);
       for (int algorithm : {RF_GEMM, RF_WINOGRAD2, RF_WINOGRAD4})
         if (!s.pool && rf_supports(&s, algorithm) && !check(conv, algorithm)) return 1;
       touch(s);
+      touch_gradients(conv);
       touch_passes(s);
     }
     printf("%s: %d cases so far\n", rf_variant_name(variant), cases);

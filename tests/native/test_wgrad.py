@@ -9,7 +9,7 @@ import torch
 
 from resnet_fast.kernels import reference_training
 from resnet_fast.kernels.case import Case
-from resnet_fast.kernels.native import library, wgrad
+from resnet_fast.kernels.native import wgrad
 from resnet_fast.kernels.reference_training import Affine, Geometry
 from tests.cpu.cases import Conv, assert_channels_last, nhwc
 from tests.native.gradients import SHAPES, Wgrad, check_gram, double, prologue_of, run_gram
@@ -176,8 +176,8 @@ def test_refusals():
         return Case("wgrad", "cpu", torch.float32, 64, 64, (3, 3), padding=(1, 1))._replace(**changes)
 
     assert wgrad.refusal(case()) is None
-    assert wgrad.refusal(case(groups=8)) is None
-    assert wgrad.refusal(case(groups=16)) == "no groups of fewer than 8 channels"
+    assert wgrad.refusal(case(in_channels=128, out_channels=256, groups=2)) is None
+    assert wgrad.refusal(case(groups=2)) == "no groups of fewer than 64 channels"
     assert wgrad.refusal(case(dtype=torch.float64)) == "no torch.float64"
     assert "cuda" in wgrad.refusal(case(device="cuda"))
 

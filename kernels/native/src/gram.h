@@ -1,4 +1,4 @@
-// Mean and covariance of the channels of an image: the weight gradient's matrix product, with the centred pixels on both sides.
+// Mean and covariance of the channels of an image: the weight gradient's product, with centred pixels on both sides.
 #pragma once
 
 #include "wgrad.h"
@@ -15,8 +15,8 @@ struct GramTask {
   float* workspace;
 };
 
-// Deviations from the mean are multiplied, not values: a mean much larger than they are would take their digits. Its own
-// rounding changes the covariance by its square only.
+// Deviations from the mean are multiplied, not values: a mean much larger than they are would take their digits. Its
+// own rounding changes the covariance by its square only.
 struct Gram {
   static constexpr int64_t LONGEST = WgradGemm::LONGEST;
 
@@ -25,14 +25,17 @@ struct Gram {
   BlockTiles tiles;
 
   explicit Gram(const GramTask& task)
-      : task(task), pixels(int64_t(task.shape.n) * task.shape.p * task.shape.q), chunks(larger<int64_t>(1, ceil_div(pixels, LONGEST))),
-        longest(ceil_div(pixels, chunks)), lines(ceil_div(task.shape.c, VL)), right_step(odd_lines(longest * VL)),
-        tiles{task.shape.c} {}
+      : task(task), pixels(int64_t(task.shape.n) * task.shape.p * task.shape.q),
+        chunks(larger<int64_t>(1, ceil_div(pixels, LONGEST))), longest(ceil_div(pixels, chunks)),
+        lines(ceil_div(task.shape.c, VL)), right_step(odd_lines(longest * VL)), tiles{task.shape.c} {}
 
   float* left() const { return task.workspace; }
   float* right() const { return left() + tiles.blocks() * BLOCK * longest; }
   double* totals(int64_t chunk) const { return (double*)(right() + lines * right_step) + chunk * lines * VL; }
-  int64_t floats() const { return (float*)totals(chunks) - left(); }
+  int64_t floats() const {
+    constexpr int64_t DOUBLE = sizeof(double) / sizeof(float);
+    return tiles.blocks() * BLOCK * longest + lines * right_step + DOUBLE * chunks * lines * VL;
+  }
 
   void run(Team team, Barrier& barrier) const {
     const Range mine = share(chunks, team.thread, team.threads);
@@ -49,10 +52,17 @@ struct Gram {
       const Range chunk = share(pixels, i, chunks);
       centre(part(chunk, team), chunk.begin);
       barrier.wait(team.threads);
-      multiply(chunk.end - chunk.begin, i > 0, team);
+      const Range after = i + 1 < chunks ? part(share(pixels, i + 1, chunks), team) : Range{0, 0};
+      multiply(chunk.end - chunk.begin, i > 0, next(after), team);
       barrier.wait(team.threads);
     }
     finish(team);
+  }
+
+  Next next(Range mine) const {
+    const rf_shape& s = task.shape;
+    const bool gaps = s.stride_h > 1;  // between the rows that are read
+    return mine.empty() || gaps ? Next{} : Next::of(task.x, int64_t(s.n) * s.h * s.w * s.c, mine, pixels);
   }
 
   // Calls use(i, pixel) for the pixels of a range, counted from its begin.
@@ -89,16 +99,18 @@ struct Gram {
   }
 
   // The tiles that touch the diagonal or lie above it. The threads take turns: panels have more of them to the right.
-  void multiply(int64_t size, bool add, Team team) const {
+  void multiply(int64_t size, bool add, const Next& next, Team team) const {
     const int channels = task.shape.c;
     const int64_t count = tiles.count();
-    for (int64_t i = team.thread; i < ceil_div(channels, NR) * count; i += team.threads) {
+    const int64_t all = ceil_div(channels, NR) * count;
+    for (int64_t i = team.thread; i < all; i += team.threads) {
       const int64_t column = i / count * NR;
       const Range rows = tiles[i % count];
       if (rows.empty() || rows.begin >= column + NR) continue;
       outer(Outer{left() + left_offset(rows.begin, longest), right() + column / VL * right_step, right_step, size,
-                  task.covariance + rows.begin * channels + column, channels, int(smaller<int64_t>(NR, channels - column)),
-                  add, {}},
+                  task.covariance + rows.begin * channels + column, channels,
+                  int(smaller<int64_t>(NR, channels - column)), add,
+                  next.part(i / team.threads, ceil_div(all, team.threads))},
             int(rows.end - rows.begin));
     }
   }

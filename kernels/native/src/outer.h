@@ -29,8 +29,8 @@ struct NextChunk {
 };
 
 // Left operand: blocks of rows, [pixels][BLOCK] each, so that a tile's lie close together; right operand: lines of VL
-// columns, [pixels][VL] each. From line to line it is an odd number of cache lines, so that what is written for one pixel
-// spreads over the sets of the first-level cache.
+// columns, [pixels][VL] each. From line to line it is an odd number of cache lines, so that what is written for one
+// pixel spreads over the sets of the first-level cache.
 constexpr int BLOCK = 4 * VL;
 
 struct Outer {
@@ -45,7 +45,7 @@ struct Outer {
   Next next;       // of it, at most a cache line for each pixel
 };
 
-// The register tiles of `rows` rows: as many as for whole blocks. Those that a short last block does not need are empty.
+// The register tiles of `rows` rows: as many as whole blocks have. Those that a short last block needs not are empty.
 struct BlockTiles {
   static constexpr int64_t EACH = (BLOCK + MR - 1) / MR;  // of a block
   int64_t rows;
@@ -64,8 +64,10 @@ static inline int64_t left_offset(int64_t row, int64_t pixels) { return row / BL
 
 // Puts all rows of a pixel there.
 static inline void put_left(float* left, int64_t pixel, int64_t pixels, const float* from, int64_t rows) {
-  for (int64_t row = 0; row < rows; row += BLOCK)
-    memcpy(left + left_offset(row, pixels) + pixel * BLOCK, from + row, smaller<int64_t>(BLOCK, rows - row) * sizeof *from);
+  for (int64_t row = 0; row < rows; row += BLOCK) {
+    const int64_t count = smaller<int64_t>(BLOCK, rows - row);
+    memcpy(left + left_offset(row, pixels) + pixel * BLOCK, from + row, count * sizeof *from);
+  }
 }
 
 static inline int64_t odd_lines(int64_t floats) { return (ceil_div(floats, VL) | 1) * VL; }

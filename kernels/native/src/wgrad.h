@@ -1,4 +1,4 @@
-// The gradient of a convolution's weight as a matrix product over pixels: dW [K x RSC] = dY^T [K x NPQ] times patches of x.
+// The gradient of a convolution's weight as a matrix product over pixels: dW [K x RSC] = dY^T [K x NPQ] times patches.
 //
 // The threads copy a chunk of pixels into panels together, in the order in which the register tile reads them, wait for
 // each other, and then share the tiles of dW: every sum has one owner and one order, whatever the number of threads.
@@ -37,6 +37,9 @@ struct WgradGemm {
         rows(task.shape.k / task.shape.groups), columns(patch_elements(task.shape)), lines(ceil_div(columns, VL)),
         tiles{rows}, left_group(tiles.blocks() * BLOCK * longest), right_step(odd_lines(longest * VL)) {}
 
+  // Whether dY has the layout of a left operand already.
+  bool in_place() const { return task.shape.k == BLOCK && task.shape.groups == 1; }
+
   float* left() const { return task.workspace; }
   float* right() const { return left() + task.shape.groups * left_group; }
   int64_t floats() const { return task.shape.groups * (left_group + lines * right_step); }
@@ -47,7 +50,7 @@ struct WgradGemm {
       pack(mine, chunk.begin);
       barrier.wait(team.threads);
       const Range after = i + 1 < chunks ? part(share(pixels, i + 1, chunks), team) : Range{};
-      multiply(chunk.end - chunk.begin, i > 0, next(after), team);
+      multiply(chunk, next(after), team);
       barrier.wait(team.threads);
     }
   }
@@ -63,23 +66,35 @@ struct WgradGemm {
   // Some pixels of the chunk that begins with pixel `first`.
   void pack(Range mine, int64_t first) const {
     const rf_shape& s = task.shape;
-    for (int64_t i = mine.begin; i < mine.end; i++)
+    for (int64_t i = mine.begin; i < mine.end && !in_place(); i++)
       for (int g = 0; g < s.groups; g++)
         put_left(left() + g * left_group, i - first, longest, task.dy + i * s.k + g * rows, rows);
-    const int channels = s.c / s.groups;
+    if (s.c / s.groups % VL == 0)
+      each_patch(s, task.x, mine.begin, int(mine.end - mine.begin), [&](int i, const float* image, int y0, int x0) {
+        for (int g = 0; g < s.groups; g++)
+          put_taps(image, g * (s.c / s.groups), y0, x0, right_at(g, mine.begin - first + i));
+      });
+    else
+      for (int g = 0; g < s.groups; g++) put_patches(g, mine, first);
+  }
+
+  // Patches of a group whose channels are not whole vectors. A few at a time are put together and then cut into lines:
+  // a line that is read right after its parts were written would wait for them to reach the cache.
+  void put_patches(int group, Range mine, int64_t first) const {
+    constexpr int TOGETHER = 8;
+    const rf_shape& s = task.shape;
     const Patches<Float32> patches{s, task.x, 0, s.groups, task.prologue};
-    float* staging = channels % VL ? scratch(ROWS, lines * VL) : nullptr;
-    each_patch(s, task.x, mine.begin, int(mine.end - mine.begin), [&](int i, const float* image, int y0, int x0) {
-      float* to = right() + (mine.begin - first + i) * VL;
-      for (int g = 0; g < s.groups; g++, to += lines * right_step)
-        if (staging) {
-          put_patch(patches, g, image, y0, x0, staging);
-          put_lines(to, right_step, staging, lines * VL);
-        } else {
-          put_taps(image, g * channels, y0, x0, to);
-        }
+    const int count = int(mine.end - mine.begin);
+    float* staging = scratch(ROWS, TOGETHER * lines * VL);
+    each_patch(s, task.x, mine.begin, count, [&](int i, const float* image, int y0, int x0) {
+      put_patch(patches, group, image, y0, x0, staging + i % TOGETHER * lines * VL);
+      if (i % TOGETHER < TOGETHER - 1 && i + 1 < count) return;
+      for (int j = i / TOGETHER * TOGETHER; j <= i; j++)
+        put_lines(right_at(group, mine.begin - first + j), right_step, staging + j % TOGETHER * lines * VL, lines * VL);
     });
   }
+
+  float* right_at(int64_t group, int64_t pixel) const { return right() + group * lines * right_step + pixel * VL; }
 
   // A patch of one group whose channels are whole vectors, from channel `channel` on. Padding is 0 after the prologue.
   void put_taps(const float* image, int channel, int y0, int x0, float* to) const {
@@ -98,17 +113,19 @@ struct WgradGemm {
   }
 
   // Tiles of dW, those of a panel of columns one after the other: it stays in the first-level cache meanwhile.
-  void multiply(int64_t size, bool add, const NextChunk& next, Team team) const {
+  void multiply(Range chunk, const NextChunk& next, Team team) const {
+    const float* first = in_place() ? task.dy + chunk.begin * BLOCK : left();
     const int64_t count = tiles.count(), panels = ceil_div(columns, NR), per_group = panels * count;
     const Range mine = share(task.shape.groups * per_group, team.thread, team.threads);
     for (int64_t i = mine.begin; i < mine.end; i++) {
       const int64_t group = i / per_group, column = i % per_group / count * NR;
       const Range part = tiles[i % count];
       if (part.empty()) continue;
-      outer(Outer{left() + group * left_group + left_offset(part.begin, longest),
-                  right() + (group * lines + column / VL) * right_step, right_step, size,
+      outer(Outer{first + group * left_group + left_offset(part.begin, longest),
+                  right_at(group, 0) + column / VL * right_step, right_step, chunk.end - chunk.begin,
                   task.dw + (group * rows + part.begin) * columns + column, columns,
-                  int(smaller<int64_t>(NR, columns - column)), add, next.part(i - mine.begin, mine.end - mine.begin)},
+                  int(smaller<int64_t>(NR, columns - column)), chunk.begin > 0,
+                  next.part(i - mine.begin, mine.end - mine.begin)},
             int(part.end - part.begin));
     }
   }

@@ -1,7 +1,7 @@
-// The gradient of a 3x3 convolution's weight by Winograd's algorithm: the adjoint of y = A' [(G w G') * (B' x B)] A, which is
-// dw = G' [sum over tiles of (A dy A') * (B' x B)] G.
+// The gradient of a 3x3 convolution's weight by Winograd's algorithm: the adjoint of y = A' [(G w G') * (B' x B)] A,
+// which is dw = G' [sum over tiles of (A dy A') * (B' x B)] G.
 //
-// As in wgrad.h, with tiles for pixels and a product for each point: the threads transform a chunk of tiles of dY and of x
+// As in wgrad.h, with tiles for pixels and a product for each point: the threads transform a chunk of tiles of dY and x
 // together, and then share blocks of dW. The products of a block for a chunk are transformed back at once, and added to
 // dW: sums for all the points would be four times as much to read and write.
 #pragma once
@@ -46,7 +46,8 @@ template <> struct Adjoint<Filter<4, 1>> {
   }
 };
 
-// A square of vectors, transformed by columns and then by rows: pixel(i, j) gives the inputs, put(i, j, v) gets the results.
+// A square of vectors, transformed by columns and then by rows: pixel(i, j) gives the inputs, put(i, j, v) gets the
+// results.
 template <int IN, int OUT, class Transform, class Pixel, class Put>
 static inline __attribute__((always_inline)) void transform_square(Transform transform, Pixel pixel, Put put) {
   vec half[OUT][IN];
@@ -81,8 +82,8 @@ template <class F> struct WgradWinograd {
       : task(task), tiles_high(ceil_div(task.shape.p, OUT)), tiles_wide(ceil_div(task.shape.q, OUT)),
         tiles(task.shape.n * tiles_high * tiles_wide), chunks(larger<int64_t>(1, ceil_div(tiles, LONGEST))),
         longest(ceil_div(tiles, chunks)), blocks(ceil_div(task.shape.k, BLOCK)), lines(ceil_div(task.shape.c, VL)),
-        panels(ceil_div(lines, NV)), left_point(odd_lines(blocks * longest * BLOCK)), right_step(odd_lines(longest * VL)),
-        right_point(odd_lines(lines * right_step)) {}
+        panels(ceil_div(lines, NV)), left_point(odd_lines(blocks * longest * BLOCK)),
+        right_step(odd_lines(longest * VL)), right_point(odd_lines(lines * right_step)) {}
 
   static bool supports(const rf_shape& s) {
     return s.r == TAPS && s.s == TAPS && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 &&
@@ -147,8 +148,8 @@ template <class F> struct WgradWinograd {
     return square;
   }
 
-  // Transforms SIDE x SIDE pixels, 0 outside the image, to POINTS points, which lie `point` floats apart, the first one of
-  // the channels from `channel` on at place(channel).
+  // Transforms SIDE x SIDE pixels, 0 outside the image, to POINTS points, which lie `point` floats apart, the first one
+  // of the channels from `channel` on at place(channel).
   template <int SIDE, bool ACTIVATED, class Transform, class Place>
   static void transform(const Square& from, Prologue by, Transform transform, Place place, int64_t point) {
     const bool inside = from.inside(0, 0) && from.inside(SIDE - 1, SIDE - 1);
@@ -210,7 +211,7 @@ template <class F> struct WgradWinograd {
         float* to = task.dw + (channel + i) * TAPS * TAPS * s.c + from_channel;
         transform_back(from, point_step, [&](int tap, vec v) __attribute__((always_inline)) {
           float* at = to + tap * s.c;
-          __builtin_prefetch(at + TAPS * TAPS * s.c, 1);
+          __builtin_prefetch(at + TAPS * TAPS * s.c, 1);  // of the next row
           store_some<Float32>(at, add ? load_some<Float32>(at, count) + v : v, count);
         });
       }
