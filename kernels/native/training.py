@@ -27,7 +27,7 @@ from resnet_fast.kernels.reference_training import Affine, Gate, Geometry, Gradi
 
 _FORWARD = ("conv_statistics", "conv_affine")
 _BACKWARD = ("dgrad", "dgrad_expand")
-_WEIGHTS = ("gram", "wgrad")
+_WEIGHTS = [function.__name__ for function in (gram, wgrad)]
 _PASSES = [function.__name__ for function in (tail, tail_pool, tail_backward, tail_pool_backward, bn_backward)]
 
 __all__ = [*_FORWARD, *_BACKWARD, *_WEIGHTS, *_PASSES, "supports"]
