@@ -8,7 +8,7 @@ COMPILED := $(VENV)/.compiled
 PEERS := .venv-peers
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: demo test install lint test-cpu test-native test-interpreter test-aot bench bench-layers bench-peers clean
+.PHONY: demo test install lint test-cpu test-native test-interpreter test-aot bench bench-training bench-layers bench-peers clean
 
 demo: install
 	$(BIN)/resnet-fast demo
@@ -53,6 +53,14 @@ bench: install bench-peers
 	$(BIN)/resnet-fast bench --model resnet18 --model resnet50 --batch 1 --batch 16 --json $(RESULTS).json
 	$(BIN)/python benchmarks/plot.py $(RESULTS).json $(RESULTS).svg
 	$(MAKE) bench-layers
+
+# Training steps, and what ResNet-50's blocks move in one at batch 128; on an idle machine, about half an hour.
+bench-training: install
+	mkdir -p benchmarks/results
+	$(BIN)/resnet-fast bench --training --model resnet18 --model resnet50 --json $(RESULTS)-training.json
+	$(BIN)/python benchmarks/plot.py $(RESULTS)-training.json $(RESULTS)-training.svg
+	$(BIN)/resnet-fast bench --training --frozen-bn --model resnet50 --json $(RESULTS)-frozen.json
+	$(BIN)/resnet-fast traffic resnet50 --batch 128 --dtype float16 --json $(RESULTS)-traffic.json
 
 # Each convolution on its own; two minutes, on an idle machine as well.
 bench-layers: install

@@ -39,9 +39,14 @@ def _panel(axes: Any, workload: dict[str, Any]) -> None:
     for position, entry in enumerate(timed):
         ratio = "" if entry["ratio"] is None or entry["provider"] == "ours" else f"  ({entry['ratio']:.2f}x)"
         place: dict[str, Any] = {"xy": (entry["median_ms"], position), "xytext": (5, 0), "textcoords": "offset points"}
-        axes.annotate(f"{entry['median_ms']:.1f}{ratio}", **place, va="center", fontsize=8, color=INK)
-    axes.set_title(f"{workload['model']}, batch {workload['batch']}, {workload['dtype']}", fontsize=10, color=INK)
-    axes.set_xlabel("milliseconds a call (times ours)", fontsize=8, color=INK)
+        kept = f"\n{entry['saved_bytes'] / 2**20:.0f} MiB kept for backward" if entry.get("saved_bytes") else ""
+        axes.annotate(f"{entry['median_ms']:.1f}{ratio}{kept}", **place, va="center", fontsize=8, color=INK)
+    training = ", training" if workload.get("training") else ""
+    frozen = ", frozen batch norm" if workload.get("frozen_bn") else ""
+    title = f"{workload['model']}{training}{frozen}, batch {workload['batch']}, {workload['dtype']}"
+    axes.set_title(title, fontsize=10, color=INK)
+    call = "step" if training else "call"
+    axes.set_xlabel(f"milliseconds a {call} (times ours)", fontsize=8, color=INK)
     axes.margins(x=0.25)
     axes.grid(axis="x", color=GRID)
     axes.set_axisbelow(True)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Optional, TypeVar
 
 from torch import nn
 
@@ -20,15 +20,15 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def accelerate(model: M, inplace: bool = True) -> M:
-    """Make the residual blocks, stem and pooling of ``model`` run fused in eval mode.
+    """Make the residual blocks, stem and pooling of ``model`` run fused, in eval and in training mode.
 
     Works on torchvision's and timm's models and on your own: a module qualifies if its forward, traced, applies
     convolution, batch norm, and possibly an addition and a ReLU, in this order. Everything else runs as before, as do
-    training mode, hooked modules and tracing; ``explain(model)`` says which and why. Parameters, buffers, state_dict
+    hooked modules and tracing; ``explain(model)`` says which and why. Parameters, buffers, state_dict
     and results (up to rounding) stay the same. Calling it again brings the model up to date after you changed its code.
 
     Args:
-        model: any module. It may be in training mode; the fused forward starts with ``model.eval()``.
+        model: any module, in either mode.
         inplace: False to leave ``model`` alone and return an accelerated copy.
 
     Returns:
@@ -89,13 +89,14 @@ def _containers(model: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class Row:
-    """What happens in one module's own forward when it runs in eval mode."""
+    """What happens in one module's own forward, first of all in eval mode."""
 
     path: str  # "" for the model itself
     kind: str  # class name
     status: str  # "fused", "partly fused" or "stock"
     steps: list[str] = field(default_factory=list)  # "conv1+bn1+relu: onednn", "conv2+bn2: native winograd4"
     reason: str = ""  # why it, or the rest of it, runs its own forward
+    training: str = ""  # in training mode: "conv1+bn1+relu+conv2+bn2+add+relu: native", or why it runs its own forward
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class Explanation:
     def __str__(self) -> str:
         cells = [("module", "class", "status", "fused steps, and what runs them; why the rest is not fused")]
         for row in self.rows:
-            text = "; ".join([*row.steps, *([row.reason] if row.reason else [])])
+            training = f"training: {row.training}" if row.training else ""
+            text = "; ".join([*row.steps, *filter(None, [row.reason, training])])
             cells.append((row.path or "(model)", row.kind, row.status, text))
         widths = [max(len(line[i]) for line in cells) for i in range(3)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[3]]) for line in cells]
@@ -119,11 +121,11 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Say for every block of ``model`` whether it runs fused in eval mode, what serves each step, and if not, why.
+    """Say for every block of ``model`` whether it runs fused, what serves each step, and if not, why.
 
     The answer is about the model as it is now: hooks, types of children, and training flags other than those that
-    ``model.eval()`` would clear count. The algorithms of the native kernels depend on the size of the images: they are
-    those of the last call.
+    ``model.eval()`` would clear count. Each row tells about eval mode first, then about training mode. The
+    algorithms of the native kernels depend on the size of the images: they are those of the last call.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -167,11 +169,12 @@ def _joined(path: str, child: Path) -> str:
 
 def _explain_fused(path: str, module: nn.Module, program: Program, algorithms: dict[str, str]) -> Row:
     kind = type(module).__name__
-    refusal = program.refusal(module, ignore_training=True)
     if "forward" in module.__dict__:
-        refusal = "has a forward of its own set on the instance"
+        return Row(path, kind, "stock", reason="has a forward of its own set on the instance")
+    training = _explain_training(module, program.in_training)
+    refusal = program.refusal(module, ignore_training=True)
     if refusal:
-        return Row(path, kind, "stock", reason=refusal)
+        return Row(path, kind, "stock", [], refusal, training)
     planned = [step.conv and algorithms.get(_joined(path, step.conv)) for step in program.steps]
     steps = [
         f"{step}: {f'native {algorithm}' if algorithm else _served_by(module, step)}"
@@ -179,7 +182,16 @@ def _explain_fused(path: str, module: nn.Module, program: Program, algorithms: d
     ]
     own = [f"{name} ({type(child).__name__})" for name in program.rest if _unusual(child := module.get_submodule(name))]
     reason = f"own forward: {', '.join(own)}" if own else ""
-    return Row(path, kind, "partly fused" if own else "fused", steps, reason)
+    return Row(path, kind, "partly fused" if own else "fused", steps, reason, training)
+
+
+def _explain_training(module: nn.Module, program: Optional[Program]) -> str:
+    if program is None:
+        return ""
+    refusal = program.refusal(module, ignore_training=True)
+    if refusal:
+        return f"own forward: {refusal}"
+    return "; ".join(f"{step}: {_served_by(module, step)}" for step in program.steps)
 
 
 def _unusual(child: nn.Module) -> bool:
@@ -196,7 +208,9 @@ def _served_by(module: nn.Module, step: Step) -> str:
         return ops.implementation_for(Case(step.op, weight.device.type, weight.dtype, 1, 1))
     conv = child_at(module, step.conv)
     assert isinstance(conv, nn.Conv2d)
+    # A chain is named by what its first convolution gets: in training mode the widths differ, the coverage does not.
+    chain = step.op == "residual_block"
     sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    return ops.implementation_for(
-        Case(step.op, conv.weight.device.type, conv.weight.dtype, *sizes, conv.groups)  # type: ignore[arg-type]
-    )
+    name = "conv_statistics" if chain else step.op
+    case = Case(name, conv.weight.device.type, conv.weight.dtype, *sizes, conv.groups)  # type: ignore[arg-type]
+    return ops.implementation_for(case, ops.TRAINING if chain else ops.IMPLEMENTATIONS)

@@ -82,12 +82,17 @@ def output_shape(shape: Any, layer: Layer) -> list[Any]:
     return conv_output(shape, layer.weight.shape, *layer.geometry[:3])
 
 
-def expands(layer: Layer, x_shape: Any) -> bool:
-    """Whether the layer, at the end of its chain or on the shortcut, takes its statistics from its input's."""
+def expands(chain: Chain, layer: Layer, x_shape: Any) -> bool:
+    """Whether the layer, at the end of its chain or on the shortcut, takes its statistics from its input's.
+
+    Before a pool, which reads raw results, none does.
+    """
+    if chain.pool or not layer.batch_statistics:
+        return False
     k, c, r, s = layer.weight.shape
     n, _, p, q = output_shape(x_shape, layer)
     pointwise = r == 1 and s == 1 and layer.geometry.padding == (0, 0) and layer.geometry.groups == 1
-    return layer.batch_statistics and pointwise and k >= EXPANSION * c and n * p * q >= EXPANSION * k
+    return pointwise and k >= EXPANSION * c and n * p * q >= EXPANSION * k
 
 
 # --- batch norm -------------------------------------------------------------------------------------------------------
@@ -171,7 +176,7 @@ def _layer_shapes(chain: Chain, layer: Layer, x: Any, last: bool) -> list[Option
         return [] if last else [output_shape(x, layer)]
     count: list[Optional[Sequence[Any]]] = [(1,)] if chain.process_group else []
     vectors: list[Optional[Sequence[Any]]] = [(k,), (k,), (k,), (k,), *count]
-    if last and expands(layer, x):
+    if last and expands(chain, layer, x):
         return [*vectors, (c,), (c, c), None]
     return [*vectors, output_shape(x, layer)]
 
@@ -201,7 +206,7 @@ def forward(chain: Chain, x: Tensor, residual: Optional[Tensor], pick: Pick) -> 
     elif residual is not None:
         shortcut = _Image(residual)
 
-    if last.batch_statistics and not expands(last, image.x.shape):
+    if last.batch_statistics and not expands(chain, last, image.x.shape):
         y, norm = _raw(chain, last, image, run, statistics, saved)
         if chain.pool:
             out = run.pass_("tail_pool", y)(y, norm.affine)
@@ -232,7 +237,7 @@ def _outer(
     chain: Chain, layer: Layer, image: _Image, run: _Primitives, statistics: list[Tensor], saved: list[Tensor]
 ) -> _Image:
     """The shortcut's layer: ready, or its raw result with the batch norm still to be applied (without a ReLU)."""
-    if layer.batch_statistics and not expands(layer, image.x.shape):
+    if layer.batch_statistics and not expands(chain, layer, image.x.shape):
         y, norm = _raw(chain, layer, image, run, statistics, saved)
         return _Image(y, norm.affine)
     affine = _affine(chain, layer, image, run, statistics, saved)
@@ -367,7 +372,7 @@ def _state(chain: Chain, layer: Layer, image: _Image, gate: Optional[Gate], read
         return _State(layer, image, gate)
     n, _, p, q = output_shape(image.x.shape, layer)
     norm = read.norm(chain, n * p * q)
-    if last and expands(layer, image.x.shape):
+    if last and expands(chain, layer, image.x.shape):
         return _State(layer, image, gate, norm, None, (read.next(), read.next(), read.next()))
     return _State(layer, image, gate, norm, read.next())
 

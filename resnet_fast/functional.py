@@ -98,10 +98,13 @@ def residual_block(
     last = len(convs) - 1 - projection
     if len(groups) > 1:
         raise NotImplementedError("batch norms of one block synchronise over different process groups")
-    if pool and not batch[last]:
-        if last == 0 and is_stem_conv(convs[0]):
+    shortcut = identity or projection or residual is not None
+    if pool and (shortcut or not relu or not batch[last]):
+        if last == 0 and not shortcut and relu and is_stem_conv(convs[0]):
             return stem(x, convs[0], norms[0])
-        return F.max_pool2d(residual_block(x, convs, norms, residual, identity, projection), 3, 2, 1)
+        return F.max_pool2d(
+            residual_block(x, convs, norms, residual, identity, projection, relu, inplace_add=inplace_add), 3, 2, 1
+        )
     if identity:
         residual = x
     if residual is not None and not projection and not _fits(residual, x, convs):

@@ -128,7 +128,8 @@ def stock_wanted(args: tuple, kwargs: dict) -> str:
     """Why the caller needs the stock forward, whatever the program could do, or ''.
 
     Symbolic tracing and ``torch.jit.trace`` must see the stock children; ``torch.onnx`` plain ops; ``torch.func`` and
-    forward-mode differentiation know no rule for a custom op, and jvp would silently be zero.
+    forward-mode differentiation know no rule for a custom op, and jvp would silently be zero. Statistics of an empty
+    batch are NaN, which batch norm does not let into its running ones.
     """
     images = [value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, fx.Proxy))]
     if not images or isinstance(images[0], fx.Proxy):
@@ -139,6 +140,8 @@ def stock_wanted(args: tuple, kwargs: dict) -> str:
         return "torch.jit tracing"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transform"
+    if images[0].numel() == 0:
+        return "empty batch"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     return ""

@@ -206,7 +206,7 @@ def chains(module: nn.Module, graph: fx.Graph, found: list[Match]) -> list[Match
     shortcuts: dict[int, Match] = {}  # by the row's last match
     for row, _ in rows:
         shortcut = by_last.get(row[-1].kwargs.get("residual"))
-        if shortcut is not None and id(shortcut) not in followers and _linear(shortcut):
+        if shortcut is not None and id(shortcut) not in followers and _linear(shortcut) and _read_once(shortcut):
             shortcuts[id(row[-1])] = shortcut
 
     chained: list[Match] = []
@@ -244,6 +244,10 @@ def _following(matcher: Matcher, match: Match, by_first: dict[fx.Node, Match]) -
 
 def _linear(match: Match) -> bool:
     return not match.kwargs.get("relu", True) and not _added(match)
+
+
+def _read_once(match: Match) -> bool:
+    return len(match.nodes[-1].users) == 1
 
 
 def _added(match: Match) -> bool:

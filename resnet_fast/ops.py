@@ -24,6 +24,7 @@ from torch import Tensor
 from resnet_fast.kernels import native, onednn, reference, reference_training, triton
 from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.native import training as native_training
+from resnet_fast.kernels.triton import training as triton_training
 
 Pair = tuple[int, int]
 
@@ -35,7 +36,11 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
 }
 """By name, best first. Each has the functions of ``reference``; ``supports(case)`` gives None, or the reason."""
 
-TRAINING: dict[str, ModuleType] = {"native": native_training, "reference": reference_training}
+TRAINING: dict[str, ModuleType] = {
+    "triton": triton_training,
+    "native": native_training,
+    "reference": reference_training,
+}
 """The same for training's primitives: each module has functions of ``reference_training``."""
 
 # Triton's interpreter is a test instrument: it serves the CPU only on request.

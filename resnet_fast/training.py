@@ -14,7 +14,7 @@ from torch import Tensor
 from resnet_fast import chain as chains
 from resnet_fast import ops
 from resnet_fast.chain import Chain, Layer, Wanted
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels import reference_training
 from resnet_fast.kernels.reference_training import Geometry, wide
 
 Tensors = Sequence[Tensor]
@@ -31,7 +31,7 @@ def flat_geometry(geometry: Geometry) -> list[int]:
     return [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
 
 
-def _chain(
+def chain_of(
     weights: Tensors, scales: Tensors, shifts: Tensors, eps: Any, geometry: Any, batch: Any, *rest: Any
 ) -> Chain:
     layers = []
@@ -100,14 +100,17 @@ ops.library.define(
 def _residual_block(
     x: Tensor, residual: Optional[Tensor], weights: Tensors, scales: Tensors, shifts: Tensors, *plain: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    chain = _chain(weights, scales, shifts, *plain)
+    chain = chain_of(weights, scales, shifts, *plain)
     _checked(chain, x, residual)
-    result = chains.forward(chain, _nhwc(x), None if residual is None else _nhwc(residual), _pick)
+    result = chains.forward(chain, _nhwc(x), None if residual is None else _nhwc(residual), _pick_for(x))
     return result.out, result.statistics, result.saved
 
 
-def _pick(case: Case) -> Any:
-    return ops.TRAINING[ops.implementation_for(case, ops.TRAINING)]
+def _pick_for(x: Tensor) -> chains.Pick:
+    """As ``ops`` picks implementations: of nothing, the definition makes nothing."""
+    if x.numel() == 0:
+        return lambda _: reference_training
+    return lambda case: ops.TRAINING[ops.implementation_for(case, ops.TRAINING)]
 
 
 def _nhwc(x: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ def _nhwc(x: Tensor) -> Tensor:
 def _residual_block_fake(
     x: Tensor, residual: Optional[Tensor], weights: Tensors, scales: Tensors, shifts: Tensors, *plain: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    chain = _chain(weights, scales, shifts, *plain)
+    chain = chain_of(weights, scales, shifts, *plain)
     out = ops.empty_channels_last(x, _checked(chain, x, residual))
     statistics = [_vector(x, 2, layer.weight.shape[0]) for layer in chain.layers if layer.batch_statistics]
     shapes = chains.saved_shapes(chain, x.shape, None if residual is None else residual.shape)
@@ -159,16 +162,16 @@ def _residual_block_backward(
 ) -> list[Tensor]:
     """Gradients for x, the residual, every weight, scale and shift; those not wanted are empty."""
     *plain_chain, saved, flags = plain
-    chain = _chain(weights, scales, shifts, *plain_chain)
+    chain = chain_of(weights, scales, shifts, *plain_chain)
     wanted = _wanted(flags)
     residual = None if residual is None else _nhwc(residual)
-    found = chains.backward(chain, _nhwc(grad), _nhwc(x), residual, out, saved, wanted, _pick)
+    found = chains.backward(chain, _nhwc(grad), _nhwc(x), residual, out, saved, wanted, _pick_for(x))
     empty = grad.new_empty(0)
     # Without a ReLU the residual's gradient is the result's, which an op may not return as its own.
     d_residual = grad.clone() if found.residual is not None and found.residual is grad else found.residual
     images = [found.x if wanted.x else None, d_residual if wanted.residual else None]
     tensors = [
-        gradient.to(tensor.dtype) if want and gradient is not None else None
+        _laid_out_as(tensor, gradient.to(tensor.dtype)) if want and gradient is not None else None
         for gradients, wants, given in (
             (found.weights, wanted.weights, weights),
             (found.scales, wanted.vectors, scales),
@@ -177,6 +180,14 @@ def _residual_block_backward(
         for gradient, want, tensor in zip(gradients, wants, given)
     ]
     return [empty if gradient is None else gradient for gradient in (*images, *tensors)]
+
+
+def _laid_out_as(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the strides of its tensor: DDP warns of others, also where a size of 1 makes them immaterial."""
+    if gradient.stride() == tensor.stride():
+        return gradient
+    same = all(a == b for size, a, b in zip(tensor.shape, gradient.stride(), tensor.stride()) if size > 1)
+    return gradient.as_strided(tensor.shape, tensor.stride()) if same else torch.empty_like(tensor).copy_(gradient)
 
 
 def _residual_block_backward_fake(
@@ -197,7 +208,7 @@ def _residual_block_backward_fake(
         if tensor is None or not flag
         else ops.empty_channels_last(tensor, list(tensor.shape))
         if i < 2
-        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        else torch.empty_like(tensor)
         for i, (tensor, flag) in enumerate(zip(given, flags))
     ]
 
@@ -208,7 +219,7 @@ def _residual_block_backward_fake(
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
     x, residual, weights, scales, shifts, *ctx.plain = inputs
     out, statistics, saved = output
-    chain = _chain(weights, scales, shifts, *ctx.plain)
+    chain = chain_of(weights, scales, shifts, *ctx.plain)
     ctx.layers = len(weights)
     ctx.mark_non_differentiable(*statistics, *saved)
     ctx.set_materialize_grads(False)
@@ -228,7 +239,9 @@ def _backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple:
         return None, None, [None] * n, [None] * n, [None] * n, *rest
     if torch.is_grad_enabled():
         given = [x, residual, *weights, *scales, *shifts]
-        grads = _differentiable_gradients(_chain(weights, scales, shifts, *ctx.plain), grad, x, residual, given, needs)
+        grads = _differentiable_gradients(
+            chain_of(weights, scales, shifts, *ctx.plain), grad, x, residual, given, needs
+        )
     else:
         need_weights, need_scales, need_shifts = needs[2 : 2 + n], needs[2 + n : 2 + 2 * n], needs[2 + 2 * n :]
         wanted = [need_x, need_residual, *need_weights, *(a or b for a, b in zip(need_scales, need_shifts))]

@@ -145,7 +145,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.rf_peak.argtypes = [ctypes.c_int]
     library.rf_peak.restype = ctypes.c_double
     pointer = ctypes.c_void_p
-    library.rf_wgrad_supports.argtypes = [shape, ctypes.c_int, ctypes.c_int]
+    library.rf_wgrad_supports.argtypes = [shape, ctypes.c_int]
     library.rf_wgrad.argtypes = [shape, ctypes.c_int, *[pointer] * 5, ctypes.c_int]
     library.rf_wgrad.restype = None
     library.rf_gram.argtypes = [shape, *[pointer] * 5, ctypes.c_int]
@@ -255,9 +255,9 @@ def peak(threads: int) -> float:
 Vectors = Optional[tuple[torch.Tensor, torch.Tensor]]  # a prologue's scale and shift, or none
 
 
-def wgrad_supports(shape: Shape, algorithm: str, prologue: bool) -> bool:
-    """Whether ``wgrad`` does; with ``prologue``, reading ``x`` through one."""
-    return bool(_loaded().rf_wgrad_supports(shape, ALGORITHMS.index(algorithm), prologue))
+def wgrad_supports(shape: Shape, algorithm: str) -> bool:
+    """Whether ``wgrad`` does."""
+    return bool(_loaded().rf_wgrad_supports(shape, ALGORITHMS.index(algorithm)))
 
 
 def wgrad(

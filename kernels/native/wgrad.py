@@ -36,10 +36,7 @@ def wgrad(dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geo
     if dw.numel() == 0:
         return dw
     shape = native.conv_shape(x.shape, weight.shape, *geometry, False, False)
-    algorithm = choose(shape)
-    if not library.wgrad_supports(shape, algorithm, prologue is not None):
-        x, prologue = reference_training.activate(x, prologue), None
-    library.wgrad(shape, algorithm, _nhwc(dy), _nhwc(x), _vectors(prologue), dw, torch.get_num_threads())
+    library.wgrad(shape, choose(shape), _nhwc(dy), _nhwc(x), _vectors(prologue), dw, torch.get_num_threads())
     return dw
 
 
@@ -60,7 +57,7 @@ _MULTIPLY_ADD, _TRANSFORM = 1 / 50e9, 0.2e-9
 
 def choose(shape: Shape) -> str:
     """The algorithm that ought to be the fastest for ``shape``, one of ``ALGORITHMS``."""
-    return min((a for a in ALGORITHMS if library.wgrad_supports(shape, a, False)), key=lambda a: _seconds(shape, a))
+    return min((a for a in ALGORITHMS if library.wgrad_supports(shape, a)), key=lambda a: _seconds(shape, a))
 
 
 def _seconds(s: Shape, algorithm: str) -> float:

@@ -20,6 +20,10 @@ tap of every window is inside, and nothing is checked.
 
 Groups: each is a convolution of its own, on the second axis of the grid.
 
+Training's convolutions differ at the two ends. With ``PROLOGUE`` the image is a raw result, which gets its batch norm
+and ReLU as it is loaded (prologue.py). With ``STATISTICS`` the sums are stored as they are, and the statistics for the
+next batch norm are left in ``partials`` (statistics.py).
+
 Images with very few channels (a ResNet's first layer) come as ``pack.pixels`` lays them out: padded in space and to 4
 or 8 channels, so that the S taps of one row lie side by side. The kernel then sees R x 1 taps of S * 4 "channels".
 """
@@ -27,6 +31,8 @@ or 8 channels, so that the S taps of one row lie side by side. The kernel then s
 import triton
 import triton.language as tl
 from resnet_fast.kernels.triton.epilogue import finish_tile
+from resnet_fast.kernels.triton.prologue import activate, load_affine
+from resnet_fast.kernels.triton.statistics import store_with_statistics
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q"])
@@ -37,6 +43,9 @@ def conv_kernel(
     shift_ptr,
     residual_ptr,
     y_ptr,
+    prologue_scale_ptr,
+    prologue_shift_ptr,
+    partials_ptr,
     N,
     H,
     W,
@@ -56,6 +65,8 @@ def conv_kernel(
     DILATION_W: tl.constexpr,
     PIXEL: tl.constexpr,
     ROW_UNIT: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    STATISTICS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -69,7 +80,8 @@ def conv_kernel(
 
     x: N images of H rows of ``row_units * ROW_UNIT`` elements, pixels PIXEL elements apart (ROW_UNIT is a constant so
     that the compiler sees the alignment of every row). w [GROUPS * K, R, S, ceil(C / BK) * BK], zero beyond C.
-    scale, shift [GROUPS * K]. residual, y [N, P, Q, GROUPS * K].
+    scale, shift [GROUPS * K]. residual, y [N, P, Q, GROUPS * K]. prologue_scale, prologue_shift [GROUPS * C].
+    partials [row tiles, 2, GROUPS * K]. Pointers that the flags leave unused are None.
     """
     COLUMN_TILES: tl.constexpr = (K + BN - 1) // BN
     BLOCKS: tl.constexpr = (C + BK - 1) // BK
@@ -82,9 +94,15 @@ def conv_kernel(
     first_column = (tile % COLUMN_TILES) * BN
     x_ptr += group * C
     w_ptr += group * (K * R * S * BLOCKS * BK)
-    scale_ptr += group * K
-    shift_ptr += group * K
-    residual_ptr += group * K
+    if PROLOGUE:
+        prologue_scale_ptr += group * C
+        prologue_shift_ptr += group * C
+    if STATISTICS:
+        partials_ptr += group * K
+    else:
+        scale_ptr += group * K
+        shift_ptr += group * K
+        residual_ptr += group * K
     y_ptr += group * K
 
     rows = first_row + tl.arange(0, BM)
@@ -130,6 +148,9 @@ def conv_kernel(
         if C % BK != 0:
             x_mask = x_mask & (first_channel + channels < C)[None, :]
         x = tl.load(x_tile + x_step, mask=x_mask, other=0.0)
+        if PROLOGUE:
+            scale, shift = load_affine(prologue_scale_ptr, prologue_shift_ptr, first_channel + channels, C, C % BK != 0)
+            x = activate(x, scale, shift, inside, CHECK_BOUNDS)
         if K % BN != 0:
             w = tl.load(w_tile + step * BK, mask=(columns < K)[None, :], other=0.0)
         else:
@@ -148,7 +169,13 @@ def conv_kernel(
         r = tl.where(next_row, r + 1, r)
         x_step += tl.where(next_row, DILATION_H * row_pitch - S * DILATION_W * PIXEL, 0)
 
-    finish_tile(
-        acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, rows * (GROUPS * K), row_mask, first_column,
-        K, BM, BN, SPLIT, HAS_RESIDUAL, RELU,
-    )  # fmt: skip
+    if STATISTICS:
+        store_with_statistics(
+            acc, y_ptr, partials_ptr, rows * (GROUPS * K), row_mask, first_row, first_column,
+            N * P * Q, K, GROUPS * K, BM, BN, SPLIT,
+        )  # fmt: skip
+    else:
+        finish_tile(
+            acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, rows * (GROUPS * K), row_mask, first_column,
+            K, BM, BN, SPLIT, HAS_RESIDUAL, RELU,
+        )  # fmt: skip

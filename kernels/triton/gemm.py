@@ -6,11 +6,15 @@ nothing is gathered. Half of ResNet-50's convolutions are of this kind.
 Each program makes a tile ``y[BM, BN]``. Pointers to ``x[rows, 0:BK]`` and ``w[columns, 0:BK]`` advance together by BK
 along the channels. Programs that share rows of x have neighbouring numbers, so that x comes from L2 after the first of
 them; the weight is small enough to stay there anyway.
+
+``PROLOGUE`` and ``STATISTICS`` are training's, as in conv.py.
 """
 
 import triton
 import triton.language as tl
 from resnet_fast.kernels.triton.epilogue import finish_tile
+from resnet_fast.kernels.triton.prologue import activate, load_affine
+from resnet_fast.kernels.triton.statistics import store_with_statistics
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -21,9 +25,14 @@ def gemm_kernel(
     shift_ptr,
     residual_ptr,
     y_ptr,
+    prologue_scale_ptr,
+    prologue_shift_ptr,
+    partials_ptr,
     M,
     C: tl.constexpr,
     K: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    STATISTICS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -35,7 +44,8 @@ def gemm_kernel(
 ):
     """``y = relu(x @ w.T * scale + shift + residual)``.
 
-    x [M, C]; w [K, ceil(C / BK) * BK], zero beyond C; scale, shift [K]; residual, y [M, K].
+    x [M, C]; w [K, ceil(C / BK) * BK], zero beyond C; scale, shift [K]; residual, y [M, K];
+    prologue_scale, prologue_shift [C]; partials [row tiles, 2, K]. Pointers that the flags leave unused are None.
     """
     COLUMN_TILES: tl.constexpr = (K + BN - 1) // BN
     BLOCKS: tl.constexpr = (C + BK - 1) // BK
@@ -58,13 +68,21 @@ def gemm_kernel(
         if C % BK != 0:
             x_mask = x_mask & (block * BK + channels < C)[None, :]
         x = tl.load(x_tile + block * BK, mask=x_mask, other=0.0)
+        if PROLOGUE:
+            scale, shift = load_affine(prologue_scale_ptr, prologue_shift_ptr, block * BK + channels, C, C % BK != 0)
+            x = activate(x, scale, shift, row_mask, False)
         if K % BN != 0:
             w = tl.load(w_tile + block * BK, mask=(columns < K)[None, :], other=0.0)
         else:
             w = tl.load(w_tile + block * BK)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
 
-    finish_tile(
-        acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, rows * K, row_mask, first_column,
-        K, BM, BN, SPLIT, HAS_RESIDUAL, RELU,
-    )  # fmt: skip
+    if STATISTICS:
+        store_with_statistics(
+            acc, y_ptr, partials_ptr, rows * K, row_mask, first_row, first_column, M, K, K, BM, BN, SPLIT
+        )
+    else:
+        finish_tile(
+            acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, rows * K, row_mask, first_column,
+            K, BM, BN, SPLIT, HAS_RESIDUAL, RELU,
+        )  # fmt: skip

@@ -24,13 +24,14 @@ _INT32_ELEMENTS = 2**31  # from here on, offsets are computed in 64 bits
 
 
 class Plan(NamedTuple):
-    """One launch: ``kernel[grid](*args, **constants)`` fills ``output``."""
+    """One launch: ``kernel[grid](*args, **constants)`` fills ``output``, and ``workspace`` for a launch after it."""
 
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     constants: dict[str, Any]
     output: torch.Tensor
+    workspace: Optional[torch.Tensor] = None
 
     def run(self) -> torch.Tensor:
         # Triton launches on the current device, which need not be the tensors'.
@@ -84,8 +85,8 @@ def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
 def plan_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    scale: Optional[torch.Tensor],
+    shift: Optional[torch.Tensor],
     residual: Optional[torch.Tensor],
     stride: Pair,
     padding: Pair,
@@ -93,18 +94,27 @@ def plan_conv(
     groups: int,
     relu: bool,
     target: str,
+    prologue: Optional[tuple[torch.Tensor, torch.Tensor]] = None,
 ) -> Plan:
-    """A convolution, as a plain matrix product where it is one. ``target`` is the architecture to choose tiles for."""
+    """A convolution, as a plain matrix product where it is one. ``target`` is the architecture to choose tiles for.
+
+    ``prologue``: scale and shift of a batch norm and ReLU that x still has to go through. Without scale and shift of
+    its own, the result is stored as it is, and ``workspace [row tiles, 2, K]`` takes its statistics (statistics.py).
+    """
     n, c, h, w = x.shape
     k, _, r, s = weight.shape
     p = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
     q = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
     y = allocate(x, (n, k, p, q))
-    scale, shift = _vector(scale), _vector(shift)
     if residual is not None:
         residual = _nhwc(residual)
+    statistics = scale is None
+    scale, shift, *prologue = (None if v is None else _vector(v) for v in (scale, shift, *(prologue or (None, None))))
+    operands = (scale, shift, y if residual is None else residual, y, *prologue)
     precision = _precision(x.dtype, target)
     shared = {
+        "PROLOGUE": prologue[0] is not None,
+        "STATISTICS": statistics,
         "HAS_RESIDUAL": residual is not None,
         "RELU": relu,
         "PRECISION": "tf32" if precision == "tf32" else "ieee",
@@ -115,15 +125,18 @@ def plan_conv(
         rows = n * h * w
         tile = tiles.pick(target, precision, rows, k, c, 1)
         packed = pack.weight(weight, x.dtype, 1, 1, tile.reduction)
+        row_tiles = _ceil_div(rows, tile.rows)
+        partials = allocate_floats(x, (row_tiles, 2, k)) if statistics else None
         return Plan(
             gemm_kernel,
-            (_ceil_div(rows, tile.rows) * _ceil_div(k, tile.columns),),
-            (x, packed, scale, shift, y if residual is None else residual, y, rows),
+            (row_tiles * _ceil_div(k, tile.columns),),
+            (x, packed, *operands, partials, rows),
             {"C": c, "K": k, **shared, "INDEX64": _index64(x, y), **tile.constants()},
             y,
+            partials,
         )
 
-    if groups == 1 and c <= STEM_CHANNELS and s > 1 and dilation[1] == 1:
+    if prologue[0] is None and groups == 1 and c <= STEM_CHANNELS and s > 1 and dilation[1] == 1:
         # Few channels: all taps of one kernel row side by side.
         pixel = pack.pixel_width(c)
         tile = tiles.pick(target, precision, n * p * q, k, s * pixel, 1)
@@ -140,10 +153,12 @@ def plan_conv(
         c, k = c // groups, k // groups
         tile = tiles.pick(target, precision, n * p * q, k, c, groups)
         packed = pack.weight(weight, x.dtype, groups_before, merge, tile.reduction)
+    row_tiles = _ceil_div(n * p * q, tile.rows)
+    partials = allocate_floats(x, (row_tiles, 2, groups * k)) if statistics else None
     return Plan(
         conv_kernel,
-        (_ceil_div(n * p * q, tile.rows) * _ceil_div(k, tile.columns), groups),
-        (x, packed, scale, shift, y if residual is None else residual, y, n, h, w, row // row_unit, p, q),
+        (row_tiles * _ceil_div(k, tile.columns), groups),
+        (x, packed, *operands, partials, n, h, w, row // row_unit, p, q),
         {
             "C": c,
             "K": k,
@@ -163,12 +178,14 @@ def plan_conv(
             **tile.constants(),
         },
         y,
+        partials,
     )
 
 
-def plan_max_pool(x: torch.Tensor, target: str) -> Plan:
-    """3x3, stride 2, padding 1."""
+def plan_max_pool(x: torch.Tensor, target: str, prologue: Optional[tuple[torch.Tensor, torch.Tensor]] = None) -> Plan:
+    """3x3, stride 2, padding 1, of x or of ``relu(x * scale + shift)``."""
     x = _nhwc(x)
+    scale, shift = (None, None) if prologue is None else map(_vector, prologue)
     n, c, h, w = x.shape
     p, q = (h - 1) // 2 + 1, (w - 1) // 2 + 1
     y = allocate(x, (n, c, p, q))
@@ -176,8 +193,15 @@ def plan_max_pool(x: torch.Tensor, target: str) -> Plan:
     return Plan(
         max_pool_kernel,
         (_ceil_div(n * p * q, bm), _ceil_div(c, bn)),
-        (x, y, n, h, w, p, q),
-        {"C": c, "INDEX64": _index64(x, y), "BM": bm, "BN": bn, "num_warps": warps},
+        (x, scale, shift, y, n, h, w, p, q),
+        {
+            "C": c,
+            "PROLOGUE": prologue is not None,
+            "INDEX64": _index64(x, y),
+            "BM": bm,
+            "BN": bn,
+            "num_warps": warps,
+        },
         y,
     )
 
@@ -199,6 +223,11 @@ def plan_average_pool(x: torch.Tensor, target: str) -> Plan:
 def allocate(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """An output like ``x``, in NHWC."""
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def allocate_floats(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Statistics or a workspace of a launch over ``x``, float32."""
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def architecture(device: torch.device) -> str:

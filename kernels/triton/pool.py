@@ -5,13 +5,30 @@ Both only move data. Programs take blocks of channels, which are contiguous, tim
 
 import triton
 import triton.language as tl
+from resnet_fast.kernels.triton.prologue import load_affine
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q"])
 def max_pool_kernel(
-    x_ptr, y_ptr, N, H, W, P, Q, C: tl.constexpr, INDEX64: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    y_ptr,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    C: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    INDEX64: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
 ):
     """3x3, stride 2, padding 1: x [N, H, W, C] -> y [N, P, Q, C]. A NaN in the window makes the maximum NaN.
+
+    With PROLOGUE, of ``relu(x * scale + shift)``, scale and shift [C] float32. The ReLU and the rounding keep the order
+    of numbers, so they come once, after the maximum.
 
     Each program makes BM pooled pixels times BN channels, and reads the nine pixels of each window; neighbouring
     windows share pixels through the cache.
@@ -27,6 +44,8 @@ def max_pool_kernel(
         pixels = pixels.to(tl.int64)
     window = ((image * H + top) * W + left) * C
 
+    if PROLOGUE:
+        scale, shift = load_affine(scale_ptr, shift_ptr, channels, C, C % BN != 0)
     best = tl.full((BM, BN), float("-inf"), tl.float32)
     for i in tl.static_range(3):
         for j in tl.static_range(3):
@@ -35,7 +54,11 @@ def max_pool_kernel(
             mask = (pixel_mask & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & (channels < C)[None, :]
             offsets = (window + (i * W + j) * C)[:, None] + channels[None, :]
             value = tl.load(x_ptr + offsets, mask=mask, other=float("-inf")).to(tl.float32)
+            if PROLOGUE:
+                value = tl.where(mask, value * scale[None, :] + shift[None, :], float("-inf"))
             best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
+    if PROLOGUE:
+        best = tl.maximum(best, 0.0, propagate_nan=tl.PropagateNan.ALL)
     mask = pixel_mask[:, None] & (channels < C)[None, :]
     tl.store(y_ptr + (pixels * C)[:, None] + channels[None, :], best.to(y_ptr.dtype.element_ty), mask=mask)
 

@@ -10,6 +10,9 @@ tested ahead of time (tests/aot).
     smallest          [BM, BN, BK] below which a tile is not cut down to fit a small problem
     half, tf32, ieee  [BM, BN, BK, warps, stages, split]; split: finish the tile in two halves (see epilogue.py)
     max_pool, average_pool  [BM, BN, warps]
+    dgrad_half, wgrad_half, ..._ieee  like half, for the gradients; never split
+    pointwise         [BM, BN, warps] of the backward passes that only move data
+    sum_rows          [BM, elements of the tile, warps]
 """
 
 import functools
@@ -72,21 +75,21 @@ def pick(architecture: str, precision: str, rows: int, columns: int, reduction: 
     """
     data = load(architecture)
     smallest_rows, smallest_columns, smallest_reduction = data["smallest"]
-    widest = max(_power_of_two(columns), smallest_columns)
+    widest = max(power_of_two(columns), smallest_columns)
     for tile in data[precision]:
         bm, bn, bk, warps, stages, split = tile
         if bn <= widest and groups * -(-rows // bm) * -(-columns // bn) >= data["multiprocessors"]:
             break
-    bm = max(min(bm, _power_of_two(rows)), smallest_rows)
+    bm = max(min(bm, power_of_two(rows)), smallest_rows)
     split = bool(split) and bn <= widest
     bn = min(bn, widest)
     # Rather more steps than a last step that is mostly padding.
-    shortest = max(smallest_reduction, min(32, _power_of_two(reduction)))
+    shortest = max(smallest_reduction, min(32, power_of_two(reduction)))
     while bk > shortest and -(-reduction // (bk // 2)) * (bk // 2) < -(-reduction // bk) * bk:
         bk //= 2
     return Tile(bm, bn, bk, min(warps, max(4, bm * bn // 2048)), stages, split)
 
 
-def _power_of_two(value: int) -> int:
+def power_of_two(value: int) -> int:
     """The next power of two from ``value`` on."""
     return 1 << (value - 1).bit_length()

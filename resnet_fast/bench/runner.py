@@ -20,13 +20,17 @@ from torch import Tensor, nn
 
 from resnet_fast.bench import apart
 from resnet_fast.bench.providers import provider
-from resnet_fast.bench.workload import REFERENCE, prepare
+from resnet_fast.bench.workload import REFERENCE, TRAINING_REFERENCE, prepare, prepare_training
 from resnet_fast.export.optional import EXTRAS
 
 OURS = "ours"
 ACCURATE = 1e-4
 """Largest error, relative to the largest result, that counts as float32: a hundred times what 50 layers in another
 order of summation give, and a tenth of what bfloat16 or TF32 arithmetic gives."""
+ACCURATE_STEP = 2e-2
+"""The same for the gradients of any module in a training step, by their norm. Behind 50 layers float32 has 1e-4 by
+direct convolutions and at most 1e-2 by Winograd's, TF32 arithmetic 4e-2 and bfloat16 2e-1. Measured where rounding
+flips no ReLU (``settle_relus``): a flip is no error, and changes a gradient by as much as 1e-2."""
 
 _WORKER = Path(__file__).with_name("worker.py")
 _LOADING_SECONDS, _ROUND_SECONDS = 900, 300  # after which a worker is given up
@@ -38,10 +42,12 @@ class Measurement:
 
     Attributes:
         status: "ok", "missing" (with its reason), "failed" (with its reason) or "inaccurate" (not timed).
-        error: largest difference from float64 PyTorch, relative to the largest result.
+        error: largest difference from float64 PyTorch, relative to the largest result; of a training step, of the
+            gradients and running statistics of a module, in the 2-norm.
         load_s: seconds until the first result, compilation included, and the import of libraries at the first workload.
         rounds_ms: median milliseconds of a call, per round.
         peak_mib: the most memory its process held, in MiB.
+        saved_bytes: what a training step's forward pass keeps for its backward pass (``saved.py``).
     """
 
     provider: str
@@ -52,6 +58,7 @@ class Measurement:
     load_s: Optional[float] = None
     rounds_ms: list[float] = field(default_factory=list)
     peak_mib: Optional[float] = None
+    saved_bytes: Optional[int] = None
 
     @property
     def median_ms(self) -> Optional[float]:
@@ -82,6 +89,7 @@ def unavailable(name: str) -> Optional[str]:
 def measure(
     model: nn.Module,
     images: Tensor,
+    labels: Optional[Tensor] = None,
     *,
     providers: Sequence[str],
     threads: int,
@@ -92,8 +100,9 @@ def measure(
     """Time ``model`` on ``images`` under each of ``providers``; one that cannot run does not stop the others.
 
     Args:
-        model: a stock classifier in eval mode, float32, on the CPU.
+        model: a stock classifier in eval mode, or with ``labels`` in training mode, float32, on the CPU.
         images: ``[N, C, H, W]``, float32.
+        labels: ``[N]``, int64: a call is a training step on them, and ``providers`` are some of ``TRAINING``.
         threads: for each provider.
         rounds: of ``seconds`` each per provider, in turn, every other one in reverse order.
         progress: told what is going on.
@@ -103,8 +112,12 @@ def measure(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="resnet-fast-bench-")))
         if bench.present:
             progress("preparing")
-            prepare(folder, model, images, onnx=any(provider(name).ONNX for name in bench.present))
-        return bench.measure(folder, rounds=rounds, seconds=seconds, progress=progress)
+            if labels is None:
+                prepare(folder, model, images, onnx=any(provider(name).ONNX for name in bench.present))
+            else:
+                prepare_training(folder, model, images, labels)
+        order = "load" if labels is None else "train"
+        return bench.measure(folder, order=order, rounds=rounds, seconds=seconds, progress=progress)
 
 
 class Bench:
@@ -137,11 +150,15 @@ class Bench:
         self,
         folder: Path,
         *,
+        order: str = "load",
         rounds: int = 5,
         seconds: float = 1.0,
         progress: Callable[[str], None] = lambda text: None,
     ) -> list[Measurement]:
-        """Time the workload in ``folder`` as ``measure`` does; ``workload.py`` says what lies there."""
+        """Time the workload in ``folder`` as ``measure`` does; ``workload.py`` says what lies there.
+
+        ``order`` is what the workers are told to do with it, "load" or "train".
+        """
         results = {
             name: Measurement(name, provider(name).TITLE, "missing", reason or "")
             for name, reason in self._missing.items()
@@ -149,13 +166,14 @@ class Bench:
         for name in self.present:
             progress(f"loading {provider(name).TITLE}")
             try:
-                answer = self._worker(name).ask(f"load {folder}", _LOADING_SECONDS)
+                answer = self._worker(name).ask(f"{order} {folder}", _LOADING_SECONDS)
             except _WorkerError as error:
                 results[name] = replace(results[name], status="failed", reason=str(error))
                 self._end(name)
                 continue
-            result = replace(results[name], load_s=round(answer["seconds"], 2))
-            results[name] = _checked(result, np.load(folder / f"{name}.npy"), np.load(folder / REFERENCE))
+            seconds, saved = round(answer["seconds"], 2), answer.get("saved_bytes")
+            result = replace(results[name], load_s=seconds, saved_bytes=saved)
+            results[name] = (_checked if order == "load" else _checked_step)(result, folder)
         timed = [name for name, result in results.items() if result.status == "ok"]
         for index in range(rounds):
             for name in list(timed) if index % 2 == 0 else list(reversed(timed)):
@@ -184,8 +202,9 @@ class Bench:
         self._workers.pop(name).kill()
 
 
-def _checked(result: Measurement, given: np.ndarray, reference: np.ndarray) -> Measurement:
+def _checked(result: Measurement, folder: Path) -> Measurement:
     """The result after loading: a wrong answer is not worth timing."""
+    given, reference = np.load(folder / f"{result.provider}.npy"), np.load(folder / REFERENCE)
     if given.shape != reference.shape:
         return replace(result, status="inaccurate", reason=f"shape {given.shape}, expected {reference.shape}")
     relative = float(np.abs(given - reference).max() / np.abs(reference).max())
@@ -194,6 +213,26 @@ def _checked(result: Measurement, given: np.ndarray, reference: np.ndarray) -> M
         return result
     reason = f"relative error {relative:.1e}, expected at most {ACCURATE:.0e}"
     return replace(result, status="inaccurate", reason=reason)
+
+
+def _checked_step(result: Measurement, folder: Path) -> Measurement:
+    """The same for a training step's loss, gradients and running statistics."""
+    with np.load(folder / f"{result.provider}.npz") as given, np.load(folder / TRAINING_REFERENCE) as reference:
+        if given.keys() != reference.keys():
+            return replace(result, status="inaccurate", reason=f"no {', '.join(reference.keys() ^ given.keys())}")
+        errors = {name: _relative(given[name], reference[name]) for name in reference}
+    loss = errors.pop("loss")
+    worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
+    result = replace(result, status="ok", error=errors[worst])
+    for name, error, limit in (("loss", loss, ACCURATE), (worst, errors[worst], ACCURATE_STEP)):
+        if not error <= limit:  # so not for a NaN
+            reason = f"{name}: relative error {error:.1e}, expected at most {limit:.0e}"
+            return replace(result, status="inaccurate", reason=reason)
+    return result
+
+
+def _relative(given: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(given - reference) / np.linalg.norm(reference))
 
 
 class _WorkerError(RuntimeError):

@@ -7,6 +7,7 @@ has numpy alone in common with this one's.
 The process does what the lines on stdin say, and answers each on stdout with a line of JSON:
 
     load FOLDER     load the workload in that folder in place of the last one, and save its result there as PROVIDER.npy
+    train FOLDER    the same for a training workload, with PROVIDER.npz; a call is a step
     time SECONDS    a round of timed calls
 
 It ends with its stdin.
@@ -52,6 +53,12 @@ def main(name: str, threads: str) -> None:
             run = provider["load"](folder, int(threads))
             np.save(folder / f"{name}.npy", run())
             answer(seconds=time.perf_counter() - start)
+        elif order == "train":
+            run = None
+            folder, start = Path(value), time.perf_counter()
+            run = provider["train"](folder, int(threads))
+            np.savez(folder / f"{name}.npz", **run.first())
+            answer(seconds=time.perf_counter() - start, saved_bytes=run.saved_bytes())
         else:
             answer(times=timed_round(run, float(value)), peak_bytes=peak_bytes())
 

@@ -1,4 +1,4 @@
-"""What every provider is given: model, images and the right result, as files in one folder."""
+"""What every provider is given: model, images, labels for training, and the right result, as files in one folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 MODEL, ONNX, IMAGES, REFERENCE = "model.pt", "model.onnx", "images.npy", "reference.npy"
+LABELS, TRAINING_REFERENCE = "labels.npy", "reference.npz"
 
 
 def prepare(folder: Path, model: nn.Module, images: Tensor, *, onnx: bool = True) -> None:
@@ -31,15 +32,37 @@ def prepare(folder: Path, model: nn.Module, images: Tensor, *, onnx: bool = True
         export_onnx(model, folder / ONNX, input_size=tuple(images.shape[1:]), verify=False)
 
 
+def prepare_training(folder: Path, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Write ``model``, ``images``, ``labels`` and the results of a step in float64 to ``folder``.
+
+    Args:
+        model: a stock classifier in training mode, float32, on the CPU; it is pickled, for the workers alone.
+        images: ``[N, C, H, W]``, float32.
+        labels: ``[N]``, int64.
+    """
+    from resnet_fast.bench.step import Step
+
+    torch.save(model, folder / MODEL)
+    np.save(folder / IMAGES, images.numpy())
+    np.save(folder / LABELS, labels.numpy())
+    precise = Step(load_model(folder).double(), images.double(), labels)
+    np.savez(folder / TRAINING_REFERENCE, **precise.first())  # type: ignore[arg-type]
+
+
 def load_model(folder: Path) -> nn.Module:
-    """The model of the workload in ``folder``, in eval mode."""
+    """The model of the workload in ``folder``, in the mode that it was saved in."""
     # Not weights_only: the file holds the module itself, and was written by this very run.
-    return torch.load(folder / MODEL, weights_only=False).eval()
+    return torch.load(folder / MODEL, weights_only=False)
 
 
 def load_images(folder: Path) -> Tensor:
     """The images of the workload in ``folder``, ``[N, C, H, W]``, float32."""
     return torch.from_numpy(np.load(folder / IMAGES))
+
+
+def load_labels(folder: Path) -> Tensor:
+    """Of the images of a training workload, ``[N]``, int64."""
+    return torch.from_numpy(np.load(folder / LABELS))
 
 
 def eager(model: nn.Module, images: Tensor) -> Callable[[], np.ndarray]:

@@ -9,14 +9,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from resnet_fast.cli import bench, doctor, explain, export, verify
+from resnet_fast.cli import bench, doctor, explain, export, finetune, traffic, verify
 from resnet_fast.cli.demo import command as demo
 
 OK, ERROR, USAGE, VERIFICATION_FAILED, MISSING, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 app = typer.Typer(
     name="resnet-fast",
-    help="ResNets with convolution, batch norm, residual add and ReLU fused: check, measure, export.",
+    help="ResNets with convolution, batch norm, residual add and ReLU fused: check, measure, train, export.",
     epilog="Exit codes: 0 ok, 1 error, 2 usage, 3 verification failed, 4 something is missing on this machine.",
     rich_markup_mode="markdown",  # which joins the lines of a paragraph
     no_args_is_help=True,
@@ -24,7 +24,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo.demo, doctor.doctor, explain.explain, verify.verify, bench.bench, export.export):
+for command in (
+    demo.demo,
+    doctor.doctor,
+    explain.explain,
+    verify.verify,
+    bench.bench,
+    traffic.traffic,
+    finetune.finetune,
+    export.export,
+):
     app.command()(command)
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from resnet_fast.bench import Measurement
 
 NUMBERS = ("median ms", "best ms", "images/s", "ratio", "error", "load s", "peak MiB")
+SAVED = ("saved MiB", "of eager's")
+CLASSES = 1000  # ImageNet's, which every model here has
 
 
 def bench(
@@ -21,6 +23,10 @@ def bench(
     ] = None,
     batch: Annotated[Optional[list[int]], typer.Option("--batch", min=1, help="Images a call; repeatable.")] = None,
     size: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 224,
+    training: Annotated[
+        bool, typer.Option("--training", help="Time a training step: forward, backward, SGD with momentum.")
+    ] = False,
+    frozen_bn: options.FrozenBatchNorm = False,
     provider: Annotated[
         Optional[str], typer.Option("--providers", help="Some of them, with commas: ours,onnxruntime.")
     ] = None,
@@ -35,18 +41,23 @@ def bench(
 
     By default resnet18 and resnet50 at batch 1, with random weights and batch norm statistics. Every result is
     compared with float64 PyTorch before it is timed. Ratio is a peer's median time over ours.
+
+    With --training, at batch 16, also what the forward pass keeps for the backward pass, parameters and buffers apart.
     """
+    if frozen_bn and not training:
+        raise typer.BadParameter("needs --training", param_hint="--frozen-bn")
     import torch
 
     from resnet_fast.bench import measure
     from resnet_fast.bench.machine import available_cores, describe, load
-    from resnet_fast.bench.providers import provider_names
-    from resnet_fast.cli.models import build, randomise_batch_norm
+    from resnet_fast.bench.providers import NAMES, TRAINING, provider_names
+    from resnet_fast.bench.traffic import blocks, compare
+    from resnet_fast.cli.models import build, freeze_batch_norm, randomise_batch_norm, settle_relus
     from resnet_fast.export import VerificationError
     from resnet_fast.export.metadata import channels_of
 
     try:
-        names = provider_names(provider)
+        names = provider_names(provider, TRAINING if training else NAMES)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--providers") from None
     cores = available_cores()
@@ -59,22 +70,38 @@ def bench(
     for name in model or ["resnet18", "resnet50"]:
         stock = build(name, seed=seed)
         randomise_batch_norm(stock, seed)
-        for images_a_call in batch or [1]:
+        if training:
+            settle_relus(stock.train())
+        for images_a_call in batch or [16 if training else 1]:
             shape = (images_a_call, channels_of(stock) or 3, size, size)
-            images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            images, labels = torch.randn(shape, generator=generator), None
+            if training:
+                labels = torch.randint(CLASSES, (images_a_call,), generator=generator)
+            if frozen_bn:
+                freeze_batch_norm(stock, images)
             with out.status(name) as status:
                 results = measure(
                     stock,
                     images,
+                    labels,
                     providers=names,
                     threads=threads,
                     rounds=rounds,
                     seconds=seconds,
                     progress=lambda text, status=status, name=name: status.update(f"{name}: {text}"),  # type: ignore[misc]
                 )
-            title = f"{name}, batch {images_a_call}, {size}x{size}, float32, {threads} threads"
+            kind = f"{', training' if training else ''}{', frozen batch norm' if frozen_bn else ''}"
+            title = f"{name}{kind}, batch {images_a_call}, {size}x{size}, float32, {threads} threads"
             out.print(measurements_table(title, results, images_a_call))
             setting = {"model": name, "batch": images_a_call, "size": size, "dtype": "float32", "threads": threads}
+            setting |= {"training": training, "frozen_bn": frozen_bn}
+            if training:
+                counted = compare(stock, shape, images.dtype)
+                moved = {name: sum(blocks(moves).values()) for name, moves in counted.items()}
+                sizes = " and ".join(f"{name} {size / 1e9:.2f} GB" for name, size in moved.items())
+                out.print(f"the blocks' forward pass reads and writes, counted: {sizes}")
+                setting["traffic_bytes"] = moved
             workloads.append({**setting, "providers": as_dicts(results)})
     run = {"rounds": rounds, "seconds": seconds, "seed": seed, "load_before": busy, "load_after": load()}
     write_json({"machine": describe(), **run, "workloads": workloads}, json)
@@ -89,14 +116,22 @@ def bench(
 
 
 def as_dicts(results: "list[Measurement]") -> list[dict[str, Any]]:
-    """The measurements for JSON, with each one's ratio to ours."""
-    ours = next((result for result in results if result.provider == "ours"), None)
-    return [result.as_dict(ours) for result in results]
+    """The measurements for JSON, with each one's ratio to ours, and of what it keeps for backward to eager's."""
+    by_name = {result.provider: result for result in results}
+    eager = by_name.get("channels_last")
+    entries = []
+    for result in results:
+        saved_ratio = None
+        if eager is not None and eager.saved_bytes and result.saved_bytes:
+            saved_ratio = result.saved_bytes / eager.saved_bytes
+        entries.append({**result.as_dict(by_name.get("ours")), "saved_ratio": saved_ratio})
+    return entries
 
 
 def measurements_table(title: str, results: "list[Measurement]", batch: int) -> "Table":
     """A table of the measurements, fastest first."""
     entries = sorted(as_dicts(results), key=lambda entry: entry["median_ms"] or float("inf"))
+    numbers = (*NUMBERS, *SAVED) if any(entry["saved_bytes"] for entry in entries) else NUMBERS
     rows = [
         (
             entry["title"],
@@ -110,13 +145,15 @@ def measurements_table(title: str, results: "list[Measurement]", batch: int) -> 
                     (entry["error"], ".1e"),
                     (entry["load_s"], ".1f"),
                     (entry["peak_mib"], ".0f"),
-                )
+                    (entry["saved_bytes"] and entry["saved_bytes"] / 2**20, ".0f"),
+                    (entry["saved_ratio"], ".1%"),
+                )[: len(numbers)]
             ),
             "" if entry["status"] == "ok" else f"{entry['status']}: {entry['reason']}",
         )
         for entry in entries
     ]
-    return table(title, ("", *NUMBERS, ""), rows, NUMBERS)
+    return table(title, ("", *numbers, ""), rows, numbers)
 
 
 def _number(value: Optional[float], form: str) -> str:

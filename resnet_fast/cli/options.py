@@ -20,4 +20,7 @@ Weights = Annotated[
 ]
 Classes = Annotated[Optional[int], typer.Option("--num-classes", min=1, help="Outputs of the last layer.")]
 Threads = Annotated[Optional[int], typer.Option(min=1, help="CPU threads; by default one per available core.")]
+FrozenBatchNorm = Annotated[
+    bool, typer.Option("--frozen-bn", help="In training, batch norms keep to their running statistics.")
+]
 Seed = Annotated[int, typer.Option(help="Of the random weights and images.")]

@@ -7,9 +7,9 @@ EXTRAS = {
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
     "timm": "timm",
-    "sklearn": "demo",
+    "sklearn": "finetune",
     "skimage": "demo",
-    "matplotlib": "demo",
+    "matplotlib": "finetune",
     "jinja2": "demo",
     "safetensors": "safetensors",
 }

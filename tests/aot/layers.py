@@ -6,6 +6,7 @@ binary: layers that differ only in how many channels they loop over, or write, c
 other constants, except where the compiler unrolls a short loop.
 """
 
+import contextlib
 from collections.abc import Hashable, Iterable, Iterator
 from typing import NamedTuple, Optional
 
@@ -20,7 +21,7 @@ BATCHES = (1, 8, 128)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 PRECISIONS = ("fp16", "bf16", "tf32", "ieee")
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 _UNROLLED = 18  # steps up to which LLVM was seen to unroll a loop with a constant count
 
 
@@ -37,6 +38,12 @@ class Layer(NamedTuple):
     groups: int
     residual: bool
     relu: bool
+
+    def name(self) -> str:
+        kernel = f"{self.kernel[0]}x{self.kernel[1]}/{self.stride[0]}"
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        tail = ("+residual" if self.residual else "") + ("+relu" if self.relu else "")
+        return f"{kernel} {self.c}->{self.k} {self.h}x{self.w}{groups} {tail}"
 
 
 class Launch(NamedTuple):
@@ -55,7 +62,7 @@ class Launch(NamedTuple):
     def kind(self) -> Hashable:
         """What makes other instructions, as far as one knows beforehand."""
         constants = dict(self.plan.constants)
-        block, tap_channels, columns = constants.get("BK", 1), constants.pop("C"), constants.pop("K", 0)
+        block, tap_channels, columns = constants.get("BK", 1), constants.pop("C", 0), constants.pop("K", 0)
         steps = constants.get("R", 1) * constants.get("S", 1) * -(-tap_channels // block)
         for name in ("PIXEL", "ROW_UNIT", "GROUPS"):
             constants.pop(name, None)
@@ -100,29 +107,32 @@ def model_layers() -> list[Layer]:
     return list(found)
 
 
-def plan_layer(layer: Layer, batch: int, precision: str, architecture: str) -> Launch:
-    """``layer`` on the meta device."""
-    dtype = _DTYPES[precision]
+@contextlib.contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """PyTorch's setting for float32 convolutions, which decides whether ours go through TF32."""
     setting = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
-        x = _image(batch, layer.c, layer.h, layer.w, dtype)
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = setting
+
+
+def plan_layer(layer: Layer, batch: int, precision: str, architecture: str) -> Launch:
+    """``layer`` on the meta device."""
+    dtype = DTYPES[precision]
+    with float32_precision(precision):
+        x = image(batch, layer.c, layer.h, layer.w, dtype)
         weight = torch.empty(layer.k, layer.c // layer.groups, *layer.kernel, dtype=dtype, device="meta")
         vector = torch.empty(layer.k, device="meta")
         residual: Optional[torch.Tensor] = None
         if layer.residual:
-            residual = _image(batch, layer.k, layer.h // layer.stride[0], layer.w // layer.stride[1], dtype)
+            residual = image(batch, layer.k, layer.h // layer.stride[0], layer.w // layer.stride[1], dtype)
         plan = launch.plan_conv(
             x, weight, vector, vector, residual, layer.stride, layer.padding, (1, 1), layer.groups, layer.relu,
             architecture,
         )  # fmt: skip
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = setting
-    kernel = f"{layer.kernel[0]}x{layer.kernel[1]}/{layer.stride[0]}"
-    groups = f" in {layer.groups} groups" if layer.groups > 1 else ""
-    tail = ("+residual" if layer.residual else "") + ("+relu" if layer.relu else "")
-    name = f"{kernel} {layer.c}->{layer.k} {layer.h}x{layer.w}{groups} {tail} batch {batch}"
-    return Launch(name, architecture, precision, plan)
+    return Launch(f"{layer.name()} batch {batch}", architecture, precision, plan)
 
 
 def launches(architecture: str, precision: str) -> Iterator[Launch]:
@@ -132,11 +142,11 @@ def launches(architecture: str, precision: str) -> Iterator[Launch]:
     for layer in model_layers():
         for batch in BATCHES:
             yield plan_layer(layer, batch, precision, architecture)
-    dtype = _DTYPES[precision]
-    max_pool = launch.plan_max_pool(_image(128, 64, 112, 112, dtype), architecture)
+    dtype = DTYPES[precision]
+    max_pool = launch.plan_max_pool(image(128, 64, 112, 112, dtype), architecture)
     yield Launch("max-pool 64 112x112 batch 128", architecture, precision, max_pool)
     for channels in (512, 2048):
-        plan = launch.plan_average_pool(_image(128, channels, 7, 7, dtype), architecture)
+        plan = launch.plan_average_pool(image(128, channels, 7, 7, dtype), architecture)
         yield Launch(f"average-pool {channels} 7x7 batch 128", architecture, precision, plan)
 
 
@@ -151,8 +161,10 @@ def representative(all_launches: Iterable[Launch]) -> list[Launch]:
 
 
 def one_per_tile(all_launches: Iterable[Launch]) -> list[Launch]:
-    """One launch per kernel, tile and kernel height, with and without a residual: the last, so one with a long loop."""
-    names = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT", "HAS_RESIDUAL", "R")
+    """One launch per kernel, tile, kernel height, and set of flags: the last, so one with a long loop."""
+    tile = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT")
+    flags = ("HAS_RESIDUAL", "RESIDUAL_AFFINE", "PROLOGUE", "STATISTICS")
+    names = (*tile, *flags, "R")
     chosen = {}
     for one in all_launches:
         key = (one.plan.kernel.__name__, tuple(one.plan.constants.get(name) for name in names))
@@ -160,5 +172,5 @@ def one_per_tile(all_launches: Iterable[Launch]) -> list[Launch]:
     return list(chosen.values())
 
 
-def _image(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:
+def image(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(n, c, h, w, dtype=dtype, device="meta", memory_format=torch.channels_last)

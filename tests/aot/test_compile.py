@@ -7,19 +7,14 @@ that differ from a compiled one in their numbers of channels only. ``python -m t
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, Optional
 
 import pytest
 import torch
 
 from resnet_fast.kernels.triton import launch, tiles
+from tests.aot.checks import SHARED_MEMORY, Compiler, Result, narrow, offenders, spills, too_large, wrong_units
 from tests.aot.layers import ARCHITECTURES, Launch, launches, one_per_tile, representative
-from tests.aot.offline import Compiled, CompilerCrash, Worker, lanes
-
-# Bytes of shared memory that one program may use, from the CUDA programming guide and AMD's CDNA 3 and 4 manuals. The
-# tiles of sm_80 also serve sm_86, sm_89 and sm_120, which have 101376 instead of 166912.
-SHARED_MEMORY = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536, "gfx950": 163840}
-REGISTERS = {"sm": 65536, "gfx": 4 * 512 * 64}  # of a multiprocessor; of the 4 SIMDs of a compute unit, 64 lanes wide
+from tests.aot.offline import Worker
 
 CHOICES: dict[str, Callable[[list[Launch]], list[Launch]]] = {
     "fp16": representative,
@@ -32,36 +27,16 @@ TARGETS = [(a, p) for a in ARCHITECTURES for p in CHOICES if not (a.startswith("
 each_target = pytest.mark.parametrize(("architecture", "precision"), TARGETS)
 
 
-class Result(NamedTuple):
-    launch: Launch
-    compiled: Optional[Compiled]  # None: the compiler crashed
-
-
 @pytest.fixture(scope="module")
 def results():
     """A function that compiles for a target, once."""
-    with Worker() as worker:
-
-        def one(item: Launch) -> Result:
-            try:
-                return Result(item, worker.compile(item.plan, item.architecture))
-            except CompilerCrash:
-                return Result(item, None)
+    with Compiler() as compiler:
 
         @functools.cache
         def all_of(architecture: str, precision: str) -> list[Result]:
-            return [one(item) for item in CHOICES[precision](list(launches(architecture, precision)))]
+            return compiler.results(CHOICES[precision](list(launches(architecture, precision))))
 
         yield all_of
-
-
-def offenders(results: list[Result], wrong: Callable[[Launch, Compiled], bool]) -> list[str]:
-    """The launches for which ``wrong`` holds, readable."""
-    return [
-        f"{item.name} {item.plan.kernel.__name__} {item.plan.constants}: {compiled}"
-        for item, compiled in results
-        if compiled is not None and wrong(item, compiled)
-    ]
 
 
 @each_target
@@ -73,44 +48,25 @@ def test_compiles(results, architecture, precision):
 
 @each_target
 def test_no_register_spills(results, architecture, precision):
-    assert not offenders(results(architecture, precision), lambda _, made: made.spilled > 0 or made.local_accesses > 0)
+    assert not offenders(results(architecture, precision), spills)
 
 
 @each_target
 def test_a_program_fits_the_multiprocessor(results, architecture, precision):
     """Triton does not check shared memory when it compiles; a kernel that takes too much fails at its first launch."""
     assert tiles.load(architecture)["shared_memory"] == SHARED_MEMORY[architecture]
-    registers = REGISTERS["gfx" if architecture.startswith("gfx") else "sm"]
-
-    def too_large(_: Launch, made: Compiled) -> bool:
-        return (
-            made.shared > SHARED_MEMORY[architecture] or made.registers * made.warps * lanes(architecture) > registers
-        )
-
     assert not offenders(results(architecture, precision), too_large)
 
 
 @each_target
 def test_tensor_cores(results, architecture, precision):
     """Used by every convolution, but for full-precision float32 on NVIDIA, which has no instruction for it."""
-    expected = precision != "ieee" or architecture.startswith("gfx")
-
-    def wrong(item: Launch, made: Compiled) -> bool:
-        return (made.tensor_core > 0) != (expected and "BK" in item.plan.constants)
-
-    assert not offenders(results(architecture, precision), wrong)
+    assert not offenders(results(architecture, precision), wrong_units)
 
 
 @each_target
 def test_loads_are_16_bytes_wide(results, architecture, precision):
     """With channels in multiples of 16 bytes: no copy to shared memory is narrower, and no load is of single halves."""
-    item_size = 2 if precision in ("fp16", "bf16") else 4
-
-    def narrow(item: Launch, made: Compiled) -> bool:
-        if item.plan.constants["C"] * item_size % 16 != 0:
-            return False
-        return made.wide_loads == 0 or made.narrow_copies > 0 or made.tiny_loads > 0
-
     assert not offenders(results(architecture, precision), narrow)
 
 

@@ -14,7 +14,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import torch
 
-from tests.interpreter import bfloat16, guard
+from resnet_fast.kernels.triton import tiles
+from tests.interpreter import bfloat16, cases, guard
 
 bfloat16.install()
 
@@ -33,3 +34,11 @@ def guarded(monkeypatch):
     guards = guard.Guards()
     guards.install(monkeypatch)
     return guards
+
+
+@pytest.fixture(params=cases.TILES)
+def tile(request, monkeypatch):
+    """The test runs once with each of the tiles."""
+    forced = cases.TILES[request.param]
+    if forced is not None:
+        monkeypatch.setattr(tiles, "pick", lambda *problem: forced)

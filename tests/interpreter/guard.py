@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, _get_np_dtype
 
-from resnet_fast.kernels.triton import launch, pack
+from resnet_fast.kernels.triton import launch, pack, training_backward
 
 
 class Guards:
@@ -31,12 +31,18 @@ class Guards:
         def registered(function):
             return lambda *args: self.operand(function(*args))
 
+        def poisoned(function):
+            return lambda *args: function(*args).fill_(torch.nan)
+
         for name in ("_nhwc", "_vector"):
             monkeypatch.setattr(launch, name, registered(getattr(launch, name)))
         for name in ("weight", "row_weight", "pixels"):
             monkeypatch.setattr(pack, name, registered(getattr(pack, name)))
-        allocate = launch.allocate
-        monkeypatch.setattr(launch, "allocate", lambda *args: self.operand(allocate(*args).fill_(torch.nan)))
+        for name in ("allocate", "allocate_floats"):
+            monkeypatch.setattr(launch, name, registered(poisoned(getattr(launch, name))))
+
+        bytes_ = training_backward.allocate_bytes
+        monkeypatch.setattr(training_backward, "allocate_bytes", registered(lambda *args: bytes_(*args).fill_(255)))
 
         for name in ("create_masked_load", "create_masked_store"):
             monkeypatch.setattr(InterpreterBuilder, name, self._checked(getattr(InterpreterBuilder, name), name))

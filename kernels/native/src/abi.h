@@ -130,7 +130,7 @@ struct rf_pass {
 void rf_run_pass(const rf_pass* pass, int threads);
 
 // Training, float32. `scale` and `shift`, [c] each, are what x is read through, relu(x * scale + shift); null: nothing.
-int rf_wgrad_supports(const rf_shape* shape, int algorithm, int prologue);
+int rf_wgrad_supports(const rf_shape* shape, int algorithm);
 // The gradient of a convolution's weight, dw: [k, r, s, c / groups], from dy, the gradient of its output.
 void rf_wgrad(const rf_shape* shape, int algorithm, const float* dy, const float* x, const float* scale,
               const float* shift, float* dw, int threads);

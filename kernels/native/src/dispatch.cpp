@@ -170,8 +170,8 @@ void rf_run_pass(const rf_pass* pass, int threads) {
   }
 }
 
-int rf_wgrad_supports(const rf_shape* shape, int algorithm, int prologue) {
-  return variants[selected]->wgrad_supports(shape, algorithm, prologue);
+int rf_wgrad_supports(const rf_shape* shape, int algorithm) {
+  return variants[selected]->wgrad_supports(shape, algorithm);
 }
 
 void rf_wgrad(const rf_shape* shape, int algorithm, const float* dy, const float* x, const float* scale,

@@ -5,6 +5,8 @@
 
 namespace RF_VARIANT {
 
+typedef double doubles __attribute__((vector_size(VL * 8), aligned(8), may_alias));
+
 struct GramTask {
   const rf_shape& shape;  // a 1x1 convolution's: its output pixels are those that count
   const float* x;
@@ -16,21 +18,21 @@ struct GramTask {
 // Deviations from the mean are multiplied, not values: a mean much larger than they are would take their digits. Its own
 // rounding changes the covariance by its square only.
 struct Gram {
-  static constexpr int64_t LONGEST = 256;  // as in wgrad.h
-  static constexpr int64_t FLOATS = 16;    // values of a channel that are added up in float32, before float64
+  static constexpr int64_t LONGEST = WgradGemm::LONGEST;
 
   const GramTask& task;
-  int64_t pixels, chunks, longest, lines, step, right_step;
+  int64_t pixels, chunks, longest, lines, right_step;
+  BlockTiles tiles;
 
   explicit Gram(const GramTask& task)
       : task(task), pixels(int64_t(task.shape.n) * task.shape.p * task.shape.q), chunks(larger<int64_t>(1, ceil_div(pixels, LONGEST))),
-        longest(ceil_div(pixels, chunks)), lines(ceil_div(task.shape.c, VL)), step(odd_lines(lines * VL)),
-        right_step(odd_lines(longest * VL)) {}
+        longest(ceil_div(pixels, chunks)), lines(ceil_div(task.shape.c, VL)), right_step(odd_lines(longest * VL)),
+        tiles{task.shape.c} {}
 
   float* left() const { return task.workspace; }
-  float* right() const { return left() + longest * step; }
+  float* right() const { return left() + tiles.blocks() * BLOCK * longest; }
   double* totals(int64_t chunk) const { return (double*)(right() + lines * right_step) + chunk * lines * VL; }
-  int64_t floats() const { return longest * step + lines * right_step + 2 * chunks * lines * VL; }
+  int64_t floats() const { return (float*)totals(chunks) - left(); }
 
   void run(Team team, Barrier& barrier) const {
     const Range mine = share(chunks, team.thread, team.threads);
@@ -45,10 +47,9 @@ struct Gram {
     barrier.wait(team.threads);
     for (int64_t i = 0; i < chunks; i++) {
       const Range chunk = share(pixels, i, chunks);
-      const int64_t size = chunk.end - chunk.begin;
-      centre(chunk.begin, share(size, team.thread, team.threads));
+      centre(part(chunk, team), chunk.begin);
       barrier.wait(team.threads);
-      multiply(size, i > 0, team);
+      multiply(chunk.end - chunk.begin, i > 0, team);
       barrier.wait(team.threads);
     }
     finish(team);
@@ -64,26 +65,24 @@ struct Gram {
   int valid(int64_t line) const { return int(smaller<int64_t>(VL, task.shape.c - line * VL)); }
 
   void add_up(Range range, double* total) const {
-    float* sums = scratch(ROWS, lines * VL);
-    const int64_t size = range.end - range.begin;
     memset(total, 0, lines * VL * sizeof *total);
-    each_pixel(range, [&](int i, const float* pixel) {
+    each_pixel(range, [&](int, const float* pixel) {
       for (int64_t line = 0; line < lines; line++) {
         const vec v = task.prologue(pixel, line * VL, valid(line));
-        store(sums + line * VL, i % FLOATS ? load(sums + line * VL) + v : v);
+        *(doubles*)(total + line * VL) += __builtin_convertvector(v, doubles);
       }
-      if (i % FLOATS == FLOATS - 1 || i == size - 1)
-        for (int64_t c = 0; c < lines * VL; c++) total[c] += double(sums[c]);
     });
   }
 
-  void centre(int64_t first, Range part) const {
-    each_pixel({first + part.begin, first + part.end}, [&](int i, const float* pixel) {
-      float *row = left() + (part.begin + i) * step, *to = right() + (part.begin + i) * VL;
+  // Some pixels of the chunk that begins with pixel `first`.
+  void centre(Range mine, int64_t first) const {
+    each_pixel(mine, [&](int i, const float* pixel) {
+      const int64_t at = mine.begin - first + i;
+      float* to = right() + at * VL;
       for (int64_t line = 0; line < lines; line++, to += right_step) {
         const int count = valid(line);
         const vec v = task.prologue(pixel, line * VL, count) - load_some<Float32>(task.mean + line * VL, count);
-        store(row + line * VL, v);
+        store(left() + left_offset(line * VL, longest) + at * BLOCK, v);
         store(to, v);
       }
     });
@@ -92,14 +91,15 @@ struct Gram {
   // The tiles that touch the diagonal or lie above it. The threads take turns: panels have more of them to the right.
   void multiply(int64_t size, bool add, Team team) const {
     const int channels = task.shape.c;
-    const Tiles tiles{channels};
     const int64_t count = tiles.count();
     for (int64_t i = team.thread; i < ceil_div(channels, NR) * count; i += team.threads) {
-      const int64_t column = i / count * NR, row = tiles.begin(i % count);
-      if (row >= column + NR) continue;
-      outer(Outer{left() + row, step, right() + column / VL * right_step, right_step, size,
-                  task.covariance + row * channels + column, channels, int(smaller<int64_t>(NR, channels - column)), add},
-            int(tiles.begin(i % count + 1) - row));
+      const int64_t column = i / count * NR;
+      const Range rows = tiles[i % count];
+      if (rows.empty() || rows.begin >= column + NR) continue;
+      outer(Outer{left() + left_offset(rows.begin, longest), right() + column / VL * right_step, right_step, size,
+                  task.covariance + rows.begin * channels + column, channels, int(smaller<int64_t>(NR, channels - column)),
+                  add, {}},
+            int(rows.end - rows.begin));
     }
   }
 

@@ -26,6 +26,7 @@ constexpr int MR = 6;
 #endif
 constexpr int NV = 2;  // vectors of output channels in a register tile
 constexpr int NR = NV * VL;
+constexpr int LINE = 64 / sizeof(float);  // floats in a line of the cache
 
 typedef float vec __attribute__((vector_size(VL * 4)));
 typedef int32_t ivec __attribute__((vector_size(VL * 4)));

@@ -5,8 +5,6 @@
 
 namespace RF_VARIANT {
 
-constexpr int LINE = 64 / sizeof(float);  // floats in a line of the cache
-
 // Operands are counted in units of 32 bits, a float32 or two bfloat16: K means as many of them.
 // Left operand: runs of K, in which row i, column k lies at a[i * STEP + k].
 //  - STEP = VL, a "panel": [ceil(K / VL)][rows][VL]. A vector copy fills a line of it, one pointer walks through it, and

@@ -122,12 +122,12 @@ static void run(const rf_op* op, void* const* buffers, int thread, int threads) 
   run_as<Float32>(*op, buffers, {thread, threads});
 }
 
-static int wgrad_supports(const rf_shape* s, int algorithm, int prologue) {
+static int wgrad_supports(const rf_shape* s, int algorithm) {
   if (s->dtype != RF_FLOAT32) return 0;
   switch (algorithm) {
-    case RF_GEMM: return WgradGemm::supports(*s, prologue);
-    case RF_WINOGRAD2:
-    case RF_WINOGRAD4: return winograd_supports(*s) && s->stride_h == 1;
+    case RF_GEMM: return 1;
+    case RF_WINOGRAD2: return WgradWinograd<Filter<2, 1>>::supports(*s);
+    case RF_WINOGRAD4: return WgradWinograd<Filter<4, 1>>::supports(*s);
   }
   return 0;
 }

@@ -45,7 +45,7 @@ struct Variant {
   void (*finish_pass)(const rf_pass*, const double* partials, int thread, int threads);
 
   // Weight gradients and covariances: the memory that the threads share, and one thread's part of the work.
-  int (*wgrad_supports)(const rf_shape*, int algorithm, int prologue);
+  int (*wgrad_supports)(const rf_shape*, int algorithm);
   size_t (*wgrad_bytes)(const WgradCall&);
   void (*wgrad)(const WgradCall&, void* workspace, int thread, int threads, Barrier&);
   size_t (*gram_bytes)(const GramCall&);

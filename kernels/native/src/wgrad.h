@@ -28,41 +28,49 @@ struct WgradGemm {
   const WgradTask& task;
   int64_t pixels, chunks, longest;  // of output; chunks, and how long they are at most
   int64_t rows, columns, lines;     // of dW, of one group; lines: of VL columns
-  int64_t left_step, right_step;
+  BlockTiles tiles;
+  int64_t left_group, right_step;
 
   explicit WgradGemm(const WgradTask& task)
-      : task(task), pixels(int64_t(task.shape.n) * task.shape.p * task.shape.q), chunks(larger<int64_t>(1, ceil_div(pixels, LONGEST))),
-        longest(ceil_div(pixels, chunks)), rows(task.shape.k / task.shape.groups), columns(patch_elements(task.shape)),
-        lines(ceil_div(columns, VL)), left_step(odd_lines(task.shape.k)), right_step(odd_lines(longest * VL)) {}
-
-  // A prologue is applied to whole vectors of channels.
-  static bool supports(const rf_shape& s, bool prologue) { return !prologue || s.c / s.groups % VL == 0; }
+      : task(task), pixels(int64_t(task.shape.n) * task.shape.p * task.shape.q),
+        chunks(larger<int64_t>(1, ceil_div(pixels, LONGEST))), longest(ceil_div(pixels, chunks)),
+        rows(task.shape.k / task.shape.groups), columns(patch_elements(task.shape)), lines(ceil_div(columns, VL)),
+        tiles{rows}, left_group(tiles.blocks() * BLOCK * longest), right_step(odd_lines(longest * VL)) {}
 
   float* left() const { return task.workspace; }
-  float* right() const { return left() + longest * left_step; }
-  int64_t floats() const { return longest * left_step + task.shape.groups * lines * right_step; }
+  float* right() const { return left() + task.shape.groups * left_group; }
+  int64_t floats() const { return task.shape.groups * (left_group + lines * right_step); }
 
   void run(Team team, Barrier& barrier) const {
     for (int64_t i = 0; i < chunks; i++) {
-      const Range chunk = share(pixels, i, chunks);
-      const int64_t size = chunk.end - chunk.begin;
-      pack(chunk.begin, share(size, team.thread, team.threads));
+      const Range chunk = share(pixels, i, chunks), mine = part(chunk, team);
+      pack(mine, chunk.begin);
       barrier.wait(team.threads);
-      multiply(size, i > 0, team);
+      const Range after = i + 1 < chunks ? part(share(pixels, i + 1, chunks), team) : Range{};
+      multiply(chunk.end - chunk.begin, i > 0, next(after), team);
       barrier.wait(team.threads);
     }
   }
 
-  // The pixels `part` of the chunk that begins with pixel `first`.
-  void pack(int64_t first, Range part) const {
+  NextChunk next(Range mine) const {
     const rf_shape& s = task.shape;
-    for (int64_t i = part.begin; i < part.end; i++)
-      memcpy(left() + i * left_step, task.dy + (first + i) * s.k, s.k * sizeof(float));
+    if (mine.empty()) return {};
+    const bool gaps = s.stride_h > s.r;  // between the rows that are read
+    return {Next::of(task.dy, pixels * s.k, mine, pixels),
+            gaps ? Next{} : Next::of(task.x, int64_t(s.n) * s.h * s.w * s.c, mine, pixels)};
+  }
+
+  // Some pixels of the chunk that begins with pixel `first`.
+  void pack(Range mine, int64_t first) const {
+    const rf_shape& s = task.shape;
+    for (int64_t i = mine.begin; i < mine.end; i++)
+      for (int g = 0; g < s.groups; g++)
+        put_left(left() + g * left_group, i - first, longest, task.dy + i * s.k + g * rows, rows);
     const int channels = s.c / s.groups;
-    const Patches<Float32> patches{s, task.x, 0, s.groups, {}};
+    const Patches<Float32> patches{s, task.x, 0, s.groups, task.prologue};
     float* staging = channels % VL ? scratch(ROWS, lines * VL) : nullptr;
-    each_patch(s, task.x, first + part.begin, int(part.end - part.begin), [&](int i, const float* image, int y0, int x0) {
-      float* to = right() + (part.begin + i) * VL;
+    each_patch(s, task.x, mine.begin, int(mine.end - mine.begin), [&](int i, const float* image, int y0, int x0) {
+      float* to = right() + (mine.begin - first + i) * VL;
       for (int g = 0; g < s.groups; g++, to += lines * right_step)
         if (staging) {
           put_patch(patches, g, image, y0, x0, staging);
@@ -90,16 +98,18 @@ struct WgradGemm {
   }
 
   // Tiles of dW, those of a panel of columns one after the other: it stays in the first-level cache meanwhile.
-  void multiply(int64_t size, bool add, Team team) const {
-    const Tiles tiles{rows};
+  void multiply(int64_t size, bool add, const NextChunk& next, Team team) const {
     const int64_t count = tiles.count(), panels = ceil_div(columns, NR), per_group = panels * count;
     const Range mine = share(task.shape.groups * per_group, team.thread, team.threads);
     for (int64_t i = mine.begin; i < mine.end; i++) {
-      const int64_t group = i / per_group, panel = i % per_group / count, tile = i % count;
-      const int64_t row = group * rows + tiles.begin(tile), column = panel * NR;
-      outer(Outer{left() + row, left_step, right() + (group * lines + panel * NV) * right_step, right_step, size,
-                  task.dw + row * columns + column, columns, int(smaller<int64_t>(NR, columns - column)), add},
-            int(tiles.begin(tile + 1) - tiles.begin(tile)));
+      const int64_t group = i / per_group, column = i % per_group / count * NR;
+      const Range part = tiles[i % count];
+      if (part.empty()) continue;
+      outer(Outer{left() + group * left_group + left_offset(part.begin, longest),
+                  right() + (group * lines + column / VL) * right_step, right_step, size,
+                  task.dw + (group * rows + part.begin) * columns + column, columns,
+                  int(smaller<int64_t>(NR, columns - column)), add, next.part(i - mine.begin, mine.end - mine.begin)},
+            int(part.end - part.begin));
     }
   }
 };

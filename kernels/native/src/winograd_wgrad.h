@@ -70,20 +70,24 @@ static inline __attribute__((always_inline)) void transform_square(Transform tra
 
 template <class F> struct WgradWinograd {
   static constexpr int IN = F::IN, OUT = F::OUT, TAPS = F::TAPS, POINTS = IN * IN;
-  static constexpr int64_t LONGEST = 64;   // tiles in a chunk
-  static constexpr int64_t BLOCK = 5;      // register tiles of rows in a block: a panel of x is read once for them
+  static constexpr int64_t LONGEST = 64;  // tiles in a chunk
 
   const WgradTask& task;
   int64_t tiles_high, tiles_wide, tiles, chunks, longest;
-  int64_t left_step, left_point, lines, right_step, right_point;  // steps from point to point
-  int64_t blocks, panels;
+  int64_t blocks, lines, panels;  // of output channels; of VL, and of NR input channels
+  int64_t left_point, right_step, right_point;
 
   explicit WgradWinograd(const WgradTask& task)
       : task(task), tiles_high(ceil_div(task.shape.p, OUT)), tiles_wide(ceil_div(task.shape.q, OUT)),
         tiles(task.shape.n * tiles_high * tiles_wide), chunks(larger<int64_t>(1, ceil_div(tiles, LONGEST))),
-        longest(ceil_div(tiles, chunks)), left_step(odd_lines(task.shape.k)), left_point(odd_lines(longest * left_step)),
-        lines(ceil_div(task.shape.c, VL)), right_step(odd_lines(longest * VL)), right_point(odd_lines(lines * right_step)),
-        blocks(ceil_div(task.shape.k, BLOCK * MR)), panels(ceil_div(lines, NV)) {}
+        longest(ceil_div(tiles, chunks)), blocks(ceil_div(task.shape.k, BLOCK)), lines(ceil_div(task.shape.c, VL)),
+        panels(ceil_div(lines, NV)), left_point(odd_lines(blocks * longest * BLOCK)), right_step(odd_lines(longest * VL)),
+        right_point(odd_lines(lines * right_step)) {}
+
+  static bool supports(const rf_shape& s) {
+    return s.r == TAPS && s.s == TAPS && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 &&
+           s.groups == 1;
+  }
 
   float* left() const { return task.workspace; }
   float* right() const { return left() + POINTS * left_point; }
@@ -91,78 +95,122 @@ template <class F> struct WgradWinograd {
 
   void run(Team team, Barrier& barrier) const {
     for (int64_t i = 0; i < chunks; i++) {
-      const Range chunk = share(tiles, i, chunks), part = share(chunk.end - chunk.begin, team.thread, team.threads);
-      for (int64_t tile = part.begin; tile < part.end; tile++) transform(chunk.begin + tile, tile);
+      const Range chunk = share(tiles, i, chunks), mine = part(chunk, team);
+      for (int64_t tile = mine.begin; tile < mine.end; tile++) transform(tile, tile - chunk.begin);
       barrier.wait(team.threads);
-      const Range mine = share(blocks * panels, team.thread, team.threads);
-      for (int64_t item = mine.begin; item < mine.end; item++)
-        multiply(share(task.shape.k, item % blocks, blocks), item / blocks, chunk.end - chunk.begin, i > 0);
+      const Range after = i + 1 < chunks ? part(share(tiles, i + 1, chunks), team) : Range{};
+      multiply(chunk.end - chunk.begin, i > 0, next(after), team);
       barrier.wait(team.threads);
     }
+  }
+
+  NextChunk next(Range mine) const {
+    const rf_shape& s = task.shape;
+    if (mine.empty()) return {};
+    return {Next::of(task.dy, int64_t(s.n) * s.p * s.q * s.k, mine, tiles),
+            Next::of(task.x, int64_t(s.n) * s.h * s.w * s.c, mine, tiles)};
   }
 
   // Tile number `tile` of all, `at` of the chunk.
   void transform(int64_t tile, int64_t at) const {
     const rf_shape& s = task.shape;
-    const int64_t image = tile / (tiles_high * tiles_wide), place = tile % (tiles_high * tiles_wide);
-    const int p = int(place / tiles_wide) * OUT, q = int(place % tiles_wide) * OUT;
-    square<OUT>(task.dy + image * s.p * s.q * s.k, s.p, s.q, s.k, p, q, {nullptr, nullptr},
-                [](auto& from, auto& to) __attribute__((always_inline)) { Adjoint<F>::output(from, to); },
-                left() + at * left_step, VL, left_point);
-    square<IN>(task.x + image * s.h * s.w * s.c, s.h, s.w, s.c, p - s.pad_h, q - s.pad_w, task.prologue,
-               [](auto& from, auto& to) __attribute__((always_inline)) { F::input(from, to); },
-               right() + at * VL, right_step, right_point);
+    const Square dy = square(task.dy, s.p, s.q, s.k, tile, 0, 0);
+    const Square x = square(task.x, s.h, s.w, s.c, tile, s.pad_h, s.pad_w);
+    auto spread = [](auto& from, auto& to) __attribute__((always_inline)) { Adjoint<F>::output(from, to); };
+    auto input = [](auto& from, auto& to) __attribute__((always_inline)) { F::input(from, to); };
+    auto rows = [&](int channel) { return left() + left_offset(channel, longest) + at * BLOCK; };
+    auto columns = [&](int channel) { return right() + channel / VL * right_step + at * VL; };
+    transform<OUT, false>(dy, {}, spread, rows, left_point);
+    if (task.prologue)
+      transform<IN, true>(x, task.prologue, input, columns, right_point);
+    else
+      transform<IN, false>(x, {}, input, columns, right_point);
   }
 
-  // Transforms SIDE x SIDE pixels of an image, 0 outside it, to POINTS points, which lie `point` floats apart; lines of
-  // channels lie `step` floats apart.
-  template <int SIDE, class Transform>
-  static void square(const float* image, int height, int width, int channels, int y0, int x0, const Prologue& prologue,
-                     Transform transform, float* to, int64_t step, int64_t point) {
-    const bool inside = y0 >= 0 && x0 >= 0 && y0 + SIDE <= height && x0 + SIDE <= width;
-    const float* corner = image + (int64_t(y0) * width + x0) * channels;
-    for (int c = 0; c < channels; c += VL, to += step) {
-      const int count = smaller(VL, channels - c);
-      auto pixel = [&](int i, int j) __attribute__((always_inline)) {
-        return prologue(corner + (int64_t(i) * width + j) * channels, c, count);
+  // Pixels of an image, from row y, column x on.
+  struct Square {
+    const float *corner, *next;  // next: the one of the next tile, to be fetched meanwhile
+    int height, width, channels, y, x;
+
+    bool inside(int i, int j) const { return y + i >= 0 && y + i < height && x + j >= 0 && x + j < width; }
+    int64_t offset(int i, int j) const { return (int64_t(i) * width + j) * channels; }
+  };
+  Square square(const float* images, int height, int width, int channels, int64_t tile, int pad_h, int pad_w) const {
+    Square square{nullptr, nullptr, height, width, channels, 0, 0};
+    auto corner = [&](int64_t tile) {
+      const int64_t image = tile / (tiles_high * tiles_wide), at = tile % (tiles_high * tiles_wide);
+      square.y = int(at / tiles_wide) * OUT - pad_h, square.x = int(at % tiles_wide) * OUT - pad_w;
+      return images + image * height * width * channels + square.offset(square.y, square.x);
+    };
+    square.next = corner(tile + 1);
+    square.corner = corner(tile);
+    return square;
+  }
+
+  // Transforms SIDE x SIDE pixels, 0 outside the image, to POINTS points, which lie `point` floats apart, the first one of
+  // the channels from `channel` on at place(channel).
+  template <int SIDE, bool ACTIVATED, class Transform, class Place>
+  static void transform(const Square& from, Prologue by, Transform transform, Place place, int64_t point) {
+    const bool inside = from.inside(0, 0) && from.inside(SIDE - 1, SIDE - 1);
+    for (int c = 0; c < from.channels; c += VL) {
+      float* to = place(c);
+      const int count = smaller(VL, from.channels - c);
+      const vec scale = ACTIVATED ? load_some<Float32>(by.scale + c, count) : vec{};
+      const vec shift = ACTIVATED ? load_some<Float32>(by.shift + c, count) : vec{};
+      auto pixel = [&](int i, int j, int count) __attribute__((always_inline)) {
+        __builtin_prefetch(from.next + from.offset(i, j) + c);
+        const vec x = load_some<Float32>(from.corner + from.offset(i, j) + c, count);
+        return ACTIVATED ? activated(x, scale, shift) : x;
       };
       auto put = [&](int i, int j, vec v) __attribute__((always_inline)) { store(to + (i * IN + j) * point, v); };
       if (inside && count == VL)
-        transform_square<SIDE, IN>(transform, pixel, put);
+        transform_square<SIDE, IN>(
+            transform, [&](int i, int j) __attribute__((always_inline)) { return pixel(i, j, VL); }, put);
       else
         transform_square<SIDE, IN>(
             transform,
             [&](int i, int j) __attribute__((always_inline)) {
-              const bool there = y0 + i >= 0 && y0 + i < height && x0 + j >= 0 && x0 + j < width;
-              return there ? pixel(i, j) : vec{};
+              return from.inside(i, j) ? pixel(i, j, count) : vec{};
             },
             put);
     }
   }
 
-  // The gradients of some output channels (`rows`) and a panel of input channels, from `size` tiles.
-  void multiply(Range rows, int64_t panel, int64_t size, bool add) const {
+  void multiply(int64_t size, bool add, const NextChunk& next, Team team) const {
+    const Range mine = share(blocks * panels, team.thread, team.threads);
+    const int64_t count = mine.end - mine.begin;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t block = (mine.begin + i) / panels, panel = (mine.begin + i) % panels;
+      multiply(block, panel, size, add, {next.dy.part(i, count), next.x.part(i, count)});
+    }
+  }
+
+  // The gradients of a block of output channels and a panel of input channels, from `size` tiles.
+  void multiply(int64_t block, int64_t panel, int64_t size, bool add, const NextChunk& next) const {
     const rf_shape& s = task.shape;
-    const Tiles parts{rows.end - rows.begin};
+    const int64_t channel = block * BLOCK;
+    const Tiles parts{smaller<int64_t>(BLOCK, s.k - channel)};
     const int width = panel * NV + 1 < lines ? NR : VL;
     const int64_t point_step = odd_lines(parts.rows * NR);
     float* products = scratch(ROWS, POINTS * point_step);
     for (int point = 0; point < POINTS; point++)
       for (int64_t i = 0; i < parts.count(); i++) {
         const int64_t first = parts.begin(i);
-        outer(Outer{left() + point * left_point + rows.begin + first, left_step,
+        outer(Outer{left() + point * left_point + left_offset(channel + first, longest),
                     right() + point * right_point + panel * NV * right_step, right_step, size,
-                    products + point * point_step + first * NR, NR, width, false},
+                    products + point * point_step + first * NR, NR, width, false,
+                    next.part(point * parts.count() + i, POINTS * parts.count())},
               int(parts.begin(i + 1) - first));
       }
     for (int64_t i = 0; i < parts.rows; i++)
       for (int c = 0; c < width; c += VL) {
-        const int64_t channel = panel * NR + c;
-        const int count = int(smaller<int64_t>(VL, s.c - channel));
+        const int64_t from_channel = panel * NR + c;
+        const int count = int(smaller<int64_t>(VL, s.c - from_channel));
         const float* from = products + i * NR + c;
-        float* to = task.dw + (rows.begin + i) * TAPS * TAPS * s.c + channel;
+        float* to = task.dw + (channel + i) * TAPS * TAPS * s.c + from_channel;
         transform_back(from, point_step, [&](int tap, vec v) __attribute__((always_inline)) {
           float* at = to + tap * s.c;
+          __builtin_prefetch(at + TAPS * TAPS * s.c, 1);
           store_some<Float32>(at, add ? load_some<Float32>(at, count) + v : v, count);
         });
       }

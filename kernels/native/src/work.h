@@ -21,6 +21,12 @@ static inline Range share(int64_t count, int64_t part, int64_t parts) {
   return {count * part / parts, count * (part + 1) / parts};
 }
 
+// A thread's part of a range.
+static inline Range part(Range all, Team team) {
+  const Range mine = share(all.end - all.begin, team.thread, team.threads);
+  return {all.begin + mine.begin, all.begin + mine.end};
+}
+
 // A grid of threads over `rows` register tiles and `columns` panels of output channels.
 struct Grid {
   Range rows, columns;

@@ -11,6 +11,8 @@ A provider's module has
                why it cannot run on this machine beside a missing module, or None
     load(folder: Path, threads: int) -> Callable[[], numpy.ndarray]
                the model of the workload in ``folder``, ready: a call runs it on the images once
+    train(folder: Path, threads: int) -> Step
+               the training workload in ``folder``, ready: a call is a step; only in those of ``TRAINING``
 
 and imports libraries, PyTorch included, only in ``load``: the process that starts the others reads the module too. One
 that runs apart has numpy and its own libraries, not PyTorch, and no programs.
@@ -18,10 +20,12 @@ that runs apart has numpy and its own libraries, not PyTorch, and no programs.
 
 import difflib
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Optional
 
 NAMES = ("ours", "eager", "channels_last", "compile", "onnxruntime", "openvino", "ncnn", "MNN")
+TRAINING = ("ours", "channels_last", "compile")
 
 
 def provider(name: str) -> ModuleType:
@@ -29,16 +33,16 @@ def provider(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def provider_names(text: Optional[str]) -> list[str]:
-    """The names in ``text``, which has commas between them; all if it is None.
+def provider_names(text: Optional[str], known: Sequence[str] = NAMES) -> list[str]:
+    """The names in ``text``, which has commas between them; all of ``known`` if it is None.
 
     Raises:
-        ValueError: a name is not in ``NAMES``; the message has the closest one that is.
+        ValueError: a name is not in ``known``; the message has the closest one that is.
     """
-    names = list(NAMES) if text is None else list(dict.fromkeys(part.strip() for part in text.split(",")))
+    names = list(known) if text is None else list(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in names:
-        if name not in NAMES:
-            close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(NAMES)}"
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(known)}"
             raise ValueError(f"no provider is called {name!r}: {hint}")
     return names

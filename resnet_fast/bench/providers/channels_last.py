@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from resnet_fast.bench.step import Step
 
 TITLE = "PyTorch eager, channels_last"
 NEEDS = None
@@ -24,3 +27,12 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
     torch.set_num_threads(threads)
     layout: Any = {"memory_format": torch.channels_last}
     return eager(load_model(folder).to(**layout), load_images(folder).to(**layout))
+
+
+def train(folder: Path, threads: int) -> "Step":
+    import torch
+
+    from resnet_fast.bench.step import load_step
+
+    layout: Any = {"memory_format": torch.channels_last}
+    return load_step(folder, threads, lambda model: model.to(**layout))

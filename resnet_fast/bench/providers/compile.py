@@ -1,14 +1,17 @@
-"""torch.compile at its best on a CPU: weights frozen, so that Inductor folds batch norms and packs for oneDNN."""
+"""torch.compile at its best on a CPU: in inference, Inductor freezes weights, folds batch norms, packs for oneDNN."""
 
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
-TITLE = "torch.compile, freezing"
+if TYPE_CHECKING:
+    from resnet_fast.bench.step import Step
+
+TITLE = "torch.compile"
 NEEDS = None
 ONNX = False
 APART = False
@@ -35,3 +38,12 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
             return model(images).numpy()
 
     return run
+
+
+def train(folder: Path, threads: int) -> "Step":
+    import torch
+
+    from resnet_fast.bench.step import load_step
+
+    layout: Any = {"memory_format": torch.channels_last}
+    return load_step(folder, threads, lambda model: model.to(**layout).compile())

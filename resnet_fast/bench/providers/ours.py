@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from resnet_fast.bench.step import Step
 
 TITLE = "resnet_fast"
 NEEDS = None
@@ -25,3 +28,10 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
     torch.set_num_threads(threads)
     images = load_images(folder).contiguous(memory_format=torch.channels_last)
     return eager(accelerate(load_model(folder)), images)
+
+
+def train(folder: Path, threads: int) -> "Step":
+    from resnet_fast import accelerate
+    from resnet_fast.bench.step import load_step
+
+    return load_step(folder, threads, accelerate)

@@ -1,0 +1,234 @@
+"""The gradient of a convolution's input, as an implicit matrix product in NHWC.
+
+Tap (r, s) took the input pixel (h, w) to the output pixel (p, q) with ``p * stride = h + padding - r * dilation``. So a
+pixel of the gradient is a sum over the taps for which that division comes out even: of ``dy`` at (p, q), times the
+weight with its two numbers of channels exchanged. It reads like ``conv.py``'s convolution, backwards.
+
+Stride: which taps divide evenly depends on (h modulo stride, w modulo stride) alone. So the pixels are sorted into
+these classes, the second axis of the grid, and each class runs over its own taps only: with a 3x3 kernel and stride 2
+that is 1, 2, 2 and 4 of the 9. Trying all taps for all pixels would compute four products and use one.
+
+Within a class, taps are STEP apart and each moves p by the same whole number of rows, so that one scalar, ``dy_step``,
+moves the whole tile of pointers, as in the forward pass.
+
+Expand: a 1x1 convolution whose batch norm's statistics came from its input's covariance has no result to go back
+through. The gradient is ``dy weight - a q - c`` instead, with ``a = prologue(x)``: a second matrix product into the
+same accumulators, before the first one. Both matrices may be small numbers, for which float16 has few digits, so they
+come multiplied by a power of two, which is taken out of the accumulators in between and at the end.
+"""
+
+import triton
+import triton.language as tl
+from resnet_fast.kernels.triton.gate import finish_gradient
+from resnet_fast.kernels.triton.prologue import activate, load_affine
+
+
+@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q"])
+def dgrad_kernel(
+    dy_ptr,
+    w_ptr,
+    x_ptr,
+    residual_ptr,
+    g_ptr,
+    prologue_scale_ptr,
+    prologue_shift_ptr,
+    q_ptr,
+    c_ptr,
+    w_factor_ptr,
+    q_factor_ptr,
+    gate_scale_ptr,
+    gate_shift_ptr,
+    mean_ptr,
+    sums_ptr,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
+    EXPAND: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr,
+    AFFINE: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX64: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """``g = gate(conv^T(dy, w) + residual)``, or with EXPAND ``g = gate(dy w - prologue(x) q - c + residual)``.
+
+    C and K count the channels of one group. dy [N, P, Q, GROUPS * K]; w [GROUPS * C, R, S, ceil(K / BK) * BK] and
+    q [C, ceil(C / BK) * BK], zero beyond K and C, to be multiplied by w_factor and q_factor [1]; x, residual, g
+    [N, H, W, GROUPS * C]; sums [1 or 2, tiles, GROUPS * C], see gate.py. STEP: taps from one of a class to its next.
+    """
+    COLUMN_TILES: tl.constexpr = (C + BN - 1) // BN
+    BLOCKS: tl.constexpr = (K + BK - 1) // BK
+    TAPS_H: tl.constexpr = (R + STEP_H - 1) // STEP_H
+    TAPS_W: tl.constexpr = (S + STEP_W - 1) // STEP_W
+    PIXEL: tl.constexpr = GROUPS * K
+    # How far one tap of a class is from the next, in pixels of dy.
+    MOVE_H: tl.constexpr = STEP_H * DILATION_H // STRIDE_H
+    MOVE_W: tl.constexpr = STEP_W * DILATION_W // STRIDE_W
+    CHECK_BOUNDS: tl.constexpr = R > 1 or S > 1 or PAD_H > 0 or PAD_W > 0
+    BOUNDS_IN_BITS: tl.constexpr = TAPS_H * TAPS_W <= 32
+
+    tile = tl.program_id(0)
+    stride_class = tl.program_id(1)
+    group = tl.program_id(2)
+    columns = (tile % COLUMN_TILES) * BN + tl.arange(0, BN)
+    channels = tl.arange(0, BK)
+    dy_ptr += group * K
+    w_ptr += group * (C * R * S * BLOCKS * BK)
+
+    # The class's pixels: every STRIDE-th of the image. And its taps: the first, and how many.
+    class_h = stride_class // STRIDE_W
+    class_w = stride_class % STRIDE_W
+    rows_h = (H + STRIDE_H - 1) // STRIDE_H
+    rows_w = (W + STRIDE_W - 1) // STRIDE_W
+    rows = (tile // COLUMN_TILES) * BM + tl.arange(0, BM)
+    image = rows // (rows_h * rows_w)
+    h = rows // rows_w % rows_h * STRIDE_H + class_h
+    w_ = rows % rows_w * STRIDE_W + class_w
+    row_mask = (rows < N * rows_h * rows_w) & (h < H) & (w_ < W)
+    first_r = R
+    for i in tl.static_range(R):
+        first_r = tl.where((class_h + PAD_H - (R - 1 - i) * DILATION_H) % STRIDE_H == 0, R - 1 - i, first_r)
+    first_s = S
+    for j in tl.static_range(S):
+        first_s = tl.where((class_w + PAD_W - (S - 1 - j) * DILATION_W) % STRIDE_W == 0, S - 1 - j, first_s)
+    taps_h = (R - first_r + STEP_H - 1) // STEP_H
+    taps_w = (S - first_s + STEP_W - 1) // STEP_W
+
+    p = (h + PAD_H - first_r * DILATION_H) // STRIDE_H
+    q = (w_ + PAD_W - first_s * DILATION_W) // STRIDE_W
+    if INDEX64:
+        image = image.to(tl.int64)
+    row_offsets = ((image * H + h) * W + w_) * (GROUPS * C)
+    if CHECK_BOUNDS and BOUNDS_IN_BITS:
+        inside_bits = tl.zeros((BM,), tl.int32)
+        for i in tl.static_range(TAPS_H):
+            for j in tl.static_range(TAPS_W):
+                above = p - i * MOVE_H
+                before = q - j * MOVE_W
+                inside = row_mask & (above >= 0) & (above < P) & (before >= 0) & (before < Q)
+                inside_bits |= inside.to(tl.int32) << (i * TAPS_W + j)
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    if EXPAND:
+        acc = _subtract_input(
+            acc, x_ptr, prologue_scale_ptr, prologue_shift_ptr, q_ptr, c_ptr, tl.load(q_factor_ptr), row_offsets,
+            row_mask, columns, taps_h * taps_w, C, PROLOGUE, PRECISION, BM, BN, BK,
+        )  # fmt: skip
+        w_factor = tl.load(w_factor_ptr)
+        acc = acc / w_factor
+
+    dy_tile = dy_ptr + (((image * P + p) * Q + q) * PIXEL)[:, None] + channels[None, :]
+    w_tile = w_ptr + (columns * (R * S * BLOCKS * BK))[None, :] + channels[:, None]
+    w_tile += (first_r * S + first_s) * (BLOCKS * BK)
+    i = 0
+    j = 0
+    first_channel = 0
+    dy_step = 0
+    w_step = 0
+    for _ in range(taps_h * taps_w * BLOCKS):
+        if not CHECK_BOUNDS:
+            inside = row_mask
+        elif BOUNDS_IN_BITS:
+            inside = ((inside_bits >> (i * TAPS_W + j)) & 1) != 0
+        else:
+            above = p - i * MOVE_H
+            before = q - j * MOVE_W
+            inside = row_mask & (above >= 0) & (above < P) & (before >= 0) & (before < Q)
+        dy_mask = inside[:, None]
+        if K % BK != 0:
+            dy_mask = dy_mask & (first_channel + channels < K)[None, :]
+        dy = tl.load(dy_tile + dy_step, mask=dy_mask, other=0.0)
+        if C % BN != 0:
+            w = tl.load(w_tile + w_step, mask=(columns < C)[None, :], other=0.0)
+        else:
+            w = tl.load(w_tile + w_step)
+        acc = tl.dot(dy, w, acc, input_precision=PRECISION)
+
+        # To the next block of channels, or the class's next tap, or the first of its next row of taps.
+        first_channel += BK
+        dy_step += BK
+        w_step += BK
+        next_tap = first_channel == BLOCKS * BK
+        first_channel = tl.where(next_tap, 0, first_channel)
+        j = tl.where(next_tap, j + 1, j)
+        dy_step -= tl.where(next_tap, MOVE_W * PIXEL + BLOCKS * BK, 0)
+        w_step += tl.where(next_tap, (STEP_W - 1) * (BLOCKS * BK), 0)
+        next_row = j == taps_w
+        j = tl.where(next_row, 0, j)
+        i = tl.where(next_row, i + 1, i)
+        dy_step += tl.where(next_row, (taps_w * MOVE_W - MOVE_H * Q) * PIXEL, 0)
+        w_step += tl.where(next_row, (STEP_H * S - taps_w * STEP_W) * (BLOCKS * BK), 0)
+
+    if EXPAND:
+        acc = acc * w_factor
+    row_tiles = tl.num_programs(0) // COLUMN_TILES
+    total_ptr = sums_ptr + (stride_class * row_tiles + tile // COLUMN_TILES) * (GROUPS * C)
+    finish_gradient(
+        acc, g_ptr, residual_ptr, x_ptr, gate_scale_ptr, gate_shift_ptr, mean_ptr,
+        total_ptr, total_ptr + STRIDE_H * STRIDE_W * row_tiles * (GROUPS * C),
+        row_offsets, row_mask, group * C + columns, columns < C,
+        GROUPS * C, C % BN != 0, HAS_RESIDUAL, GATE, AFFINE, PRODUCT,
+    )  # fmt: skip
+
+
+@triton.jit
+def _subtract_input(
+    acc,
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    q_ptr,
+    c_ptr,
+    q_factor,
+    row_offsets,
+    row_mask,
+    columns,
+    taps,
+    C: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """``acc - prologue(x) q * q_factor - c``, in the class of pixels that the convolution read: the one with a tap."""
+    BLOCKS: tl.constexpr = (C + BK - 1) // BK
+    channels = tl.arange(0, BK)
+    x_tile = x_ptr + row_offsets[:, None] + channels[None, :]
+    q_tile = q_ptr + (columns * (BLOCKS * BK))[None, :] + channels[:, None]
+    for block in range(taps * BLOCKS):
+        first = block * BK
+        x_mask = row_mask[:, None]
+        if C % BK != 0:
+            x_mask = x_mask & (first + channels < C)[None, :]
+        a = tl.load(x_tile + first, mask=x_mask, other=0.0)
+        if PROLOGUE:
+            scale, shift = load_affine(scale_ptr, shift_ptr, first + channels, C, C % BK != 0)
+            a = activate(a, scale, shift, row_mask, False)
+        if C % BN != 0:
+            q = tl.load(q_tile + first, mask=(columns < C)[None, :], other=0.0)
+        else:
+            q = tl.load(q_tile + first)
+        acc = tl.dot(a, q, acc, input_precision=PRECISION)
+    c = tl.load(c_ptr + columns, mask=columns < C, other=0.0)
+    return -acc * q_factor - tl.where(taps > 0, c, 0.0)[None, :]

@@ -1,0 +1,225 @@
+"""Training's backward passes that only move data: through a block's tail, through the stem's, through batch norm.
+
+Where batch norm's sums are wanted, each program walks over its share of the pixels, adds BM of them at a time to BM
+rows of partial sums, and leaves the sum of these rows in the workspace that ``gate.py`` describes.
+"""
+
+import triton
+import triton.language as tl
+from resnet_fast.kernels.triton.gate import centred, passes
+from resnet_fast.kernels.triton.prologue import activate, load_affine
+
+
+@triton.jit(do_not_specialize=["M", "share"])
+def tail_backward_kernel(
+    grad_ptr,
+    out_ptr,
+    y_ptr,
+    mean_ptr,
+    residual_ptr,
+    residual_mean_ptr,
+    g_ptr,
+    sums_ptr,
+    M,
+    share,
+    C: tl.constexpr,
+    RELU: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    RESIDUAL_PRODUCT: tl.constexpr,
+    INDEX64: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """``g = grad`` where ReLU's result ``out`` is positive, and the sums of g, g * (y - mean) and the residual's.
+
+    All images [M, C]. sums [1 to 3, programs, C]: of those that are asked for, in this order. share: pixels of one
+    program, a multiple of BM. Without RELU ``grad`` is ``g`` already and is only summed.
+    """
+    program = tl.program_id(0)
+    channels = tl.program_id(1) * BN + tl.arange(0, BN)
+    channel_mask = channels < C
+    total = tl.zeros((BM, BN), tl.float32)
+    product = tl.zeros((BM, BN), tl.float32)
+    residual_product = tl.zeros((BM, BN), tl.float32)
+    for first in range(program * share, tl.minimum((program + 1) * share, M), BM):
+        rows = first + tl.arange(0, BM)
+        mask = (rows < M)[:, None] & channel_mask[None, :]
+        if INDEX64:
+            rows = rows.to(tl.int64)
+        offsets = (rows * C)[:, None] + channels[None, :]
+        g = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
+        if RELU:
+            out = tl.load(out_ptr + offsets, mask=mask, other=0.0)
+            g = tl.where(passes(out, out_ptr, out_ptr, channels, C, False, False), g, tl.zeros((1, 1), g.dtype))
+            tl.store(g_ptr + offsets, g, mask=mask)
+        g = g.to(tl.float32)
+        total += g
+        if PRODUCT:
+            y = tl.load(y_ptr + offsets, mask=mask, other=0.0)
+            product += g * centred(y, mean_ptr, channels, C, C % BN != 0)
+        if RESIDUAL_PRODUCT:
+            residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
+            residual_product += g * centred(residual, residual_mean_ptr, channels, C, C % BN != 0)
+
+    layer = tl.num_programs(0) * C
+    sums_ptr += program * C + channels
+    tl.store(sums_ptr, tl.sum(total, axis=0), mask=channel_mask)
+    if PRODUCT:
+        sums_ptr += layer
+        tl.store(sums_ptr, tl.sum(product, axis=0), mask=channel_mask)
+    if RESIDUAL_PRODUCT:
+        sums_ptr += layer
+        tl.store(sums_ptr, tl.sum(residual_product, axis=0), mask=channel_mask)
+
+
+@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q"])
+def pool_winner_kernel(
+    y_ptr,
+    scale_ptr,
+    shift_ptr,
+    winner_ptr,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    C: tl.constexpr,
+    INDEX64: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Which of the 3x3 taps won the max-pool (stride 2, padding 1) of relu(y * scale + shift).
+
+    y [N, H, W, C]; scale, shift [C]; winner [N, P, Q, C] uint8, 3 * r + s of tap (r, s). The first of
+    equals in reading order; a NaN wins over all before it. Both as in PyTorch.
+    """
+    pixels = tl.program_id(0) * BM + tl.arange(0, BM)
+    channels = tl.program_id(1) * BN + tl.arange(0, BN)
+    pixel_mask = pixels < N * P * Q
+    image = pixels // (P * Q)
+    top = (pixels // Q) % P * 2 - 1
+    left = pixels % Q * 2 - 1
+    if INDEX64:
+        image = image.to(tl.int64)
+        pixels = pixels.to(tl.int64)
+    window = ((image * H + top) * W + left) * C
+    scale, shift = load_affine(scale_ptr, shift_ptr, channels, C, C % BN != 0)
+
+    best = tl.full((BM, BN), float("-inf"), tl.float32)
+    winner = tl.zeros((BM, BN), tl.int32)
+    for i in tl.static_range(3):
+        for j in tl.static_range(3):
+            h = top + i
+            w = left + j
+            inside = (pixel_mask & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & (channels < C)[None, :]
+            offsets = (window + (i * W + j) * C)[:, None] + channels[None, :]
+            y = tl.load(y_ptr + offsets, mask=inside, other=0.0)
+            value = activate(y, scale, shift, pixel_mask, False).to(tl.float32)
+            better = inside & ((value > best) | (value != value))
+            best = tl.where(better, value, best)
+            winner = tl.where(better, 3 * i + j, winner)
+    mask = pixel_mask[:, None] & (channels < C)[None, :]
+    tl.store(winner_ptr + (pixels * C)[:, None] + channels[None, :], winner.to(tl.uint8), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "share"])
+def pool_backward_kernel(
+    grad_ptr,
+    winner_ptr,
+    y_ptr,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    g_ptr,
+    sums_ptr,
+    N,
+    H,
+    W,
+    P,
+    Q,
+    share,
+    C: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    INDEX64: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Back through max-pool and ReLU: each pixel of y gathers the gradients of the windows that it won.
+
+    A pixel lies in up to two windows along each side: those of the pooled pixel at half its place, rounded up, and of
+    the one before, if its own place is odd. y, g [N, H, W, C]; grad, winner [N, P, Q, C]; sums [1 or 2, programs, C].
+    """
+    program = tl.program_id(0)
+    channels = tl.program_id(1) * BN + tl.arange(0, BN)
+    channel_mask = channels < C
+    total = tl.zeros((BM, BN), tl.float32)
+    product = tl.zeros((BM, BN), tl.float32)
+    for first in range(program * share, tl.minimum((program + 1) * share, N * H * W), BM):
+        pixels = first + tl.arange(0, BM)
+        pixel_mask = pixels < N * H * W
+        image = pixels // (H * W)
+        h = pixels // W % H
+        w = pixels % W
+        if INDEX64:
+            image = image.to(tl.int64)
+            pixels = pixels.to(tl.int64)
+        g = tl.zeros((BM, BN), tl.float32)
+        for i in tl.static_range(2):
+            for j in tl.static_range(2):
+                p = (h + 1) // 2 - 1 + i
+                q = (w + 1) // 2 - 1 + j
+                r = h + 1 - 2 * p
+                s = w + 1 - 2 * q
+                inside = pixel_mask & (p >= 0) & (p < P) & (q >= 0) & (q < Q) & (r < 3) & (s < 3)
+                mask = inside[:, None] & channel_mask[None, :]
+                offsets = (((image * P + p) * Q + q) * C)[:, None] + channels[None, :]
+                winner = tl.load(winner_ptr + offsets, mask=mask, other=255).to(tl.int32)
+                grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                g += tl.where(winner == (3 * r + s)[:, None], grad, 0.0)
+        mask = pixel_mask[:, None] & channel_mask[None, :]
+        offsets = (pixels * C)[:, None] + channels[None, :]
+        y = tl.load(y_ptr + offsets, mask=mask, other=0.0)
+        g = tl.where(passes(y, scale_ptr, shift_ptr, channels, C, C % BN != 0, True), g, 0.0)
+        stored = g.to(g_ptr.dtype.element_ty)
+        tl.store(g_ptr + offsets, stored, mask=mask)
+        g = tl.where(mask, stored.to(tl.float32), 0.0)
+        total += g
+        if PRODUCT:
+            product += g * centred(y, mean_ptr, channels, C, C % BN != 0)
+
+    sums_ptr += program * C + channels
+    tl.store(sums_ptr, tl.sum(total, axis=0), mask=channel_mask)
+    if PRODUCT:
+        tl.store(sums_ptr + tl.num_programs(0) * C, tl.sum(product, axis=0), mask=channel_mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def bn_backward_kernel(
+    g_ptr,
+    y_ptr,
+    mean_ptr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    dy_ptr,
+    M,
+    C: tl.constexpr,
+    INDEX64: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """``dy = a * g - b * (y - mean) - c``; g, y, dy [M, C], dy may be g."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    channels = tl.program_id(1) * BN + tl.arange(0, BN)
+    channel_mask = channels < C
+    mask = (rows < M)[:, None] & channel_mask[None, :]
+    if INDEX64:
+        rows = rows.to(tl.int64)
+    offsets = (rows * C)[:, None] + channels[None, :]
+    a = tl.load(a_ptr + channels, mask=channel_mask, other=0.0)
+    b = tl.load(b_ptr + channels, mask=channel_mask, other=0.0)
+    c = tl.load(c_ptr + channels, mask=channel_mask, other=0.0)
+    g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + offsets, mask=mask, other=0.0)
+    dy = a[None, :] * g - b[None, :] * centred(y, mean_ptr, channels, C, C % BN != 0) - c[None, :]
+    tl.store(dy_ptr + offsets, dy.to(dy_ptr.dtype.element_ty), mask=mask)

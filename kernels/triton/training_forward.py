@@ -1,0 +1,186 @@
+"""The forward primitives of training (``reference_training.py``), from tensors to kernel launches.
+
+As in launch.py, a ``plan_*`` function starts nothing. Where one launch needs what another made, it returns them in
+their order; the last one's output are the statistics.
+"""
+
+from collections.abc import Iterable
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from resnet_fast.kernels import reference_training
+from resnet_fast.kernels.reference_training import Affine, Geometry, Pair
+from resnet_fast.kernels.triton import launch, tiles
+from resnet_fast.kernels.triton.gram import covariance_kernel, gram_kernel
+from resnet_fast.kernels.triton.launch import Plan
+from resnet_fast.kernels.triton.statistics import combine_kernel
+from resnet_fast.kernels.triton.tail import tail_kernel
+
+
+def conv_statistics(
+    x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference_training.conv_statistics``."""
+    if x.numel() == 0 or weight.numel() == 0:
+        return reference_training.conv_statistics(x, prologue, weight, geometry)
+    plans = plan_conv_statistics(x, prologue, weight, geometry, launch.architecture(x.device))
+    y, *_, statistics = (plan.run() for plan in plans)
+    mean, variance = statistics.view(2, -1)
+    return y, mean, variance
+
+
+def gram(x: Tensor, prologue: Optional[Affine], stride: Pair) -> tuple[Tensor, Tensor]:
+    """See ``reference_training.gram``."""
+    if x.numel() == 0:
+        return reference_training.gram(x, prologue, stride)
+    for plan in plan_gram(x, prologue, stride, launch.architecture(x.device)):
+        statistics = plan.run()
+    return statistics[0], statistics[1:]
+
+
+def conv_affine(
+    x: Tensor,
+    prologue: Optional[Affine],
+    weight: Tensor,
+    affine: Affine,
+    residual: Optional[Tensor],
+    geometry: Geometry,
+    relu: bool,
+) -> Tensor:
+    """See ``reference_training.conv_affine``."""
+    if x.numel() == 0 or weight.numel() == 0:
+        return reference_training.conv_affine(x, prologue, weight, affine, residual, geometry, relu)
+    target = launch.architecture(x.device)
+    return launch.plan_conv(x, weight, *affine, residual, *geometry, relu, target, prologue).run()
+
+
+def tail(
+    y: Tensor, affine: Affine, residual: Optional[Tensor], residual_affine: Optional[Affine], relu: bool
+) -> Tensor:
+    """See ``reference_training.tail``."""
+    if y.numel() == 0:
+        return reference_training.tail(y, affine, residual, residual_affine, relu)
+    return plan_tail(y, affine, residual, residual_affine, relu, launch.architecture(y.device)).run()
+
+
+def tail_pool(y: Tensor, affine: Affine) -> Tensor:
+    """See ``reference_training.tail_pool``."""
+    if y.numel() == 0:
+        return reference_training.tail_pool(y, affine)
+    return launch.plan_max_pool(y, launch.architecture(y.device), affine).run()
+
+
+def plan_conv_statistics(
+    x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry, target: str
+) -> list[Plan]:
+    """The convolution, then rounds of combining its tiles' statistics into ``[1, 2, K]``: mean and variance."""
+    conv = launch.plan_conv(x, weight, None, None, None, *geometry, False, target, prologue)
+    rows = conv.output.numel() // conv.output.shape[1]
+    assert conv.workspace is not None
+    return [conv, *_plan_combine(conv.workspace, conv.constants["BM"], rows, target)]
+
+
+def _plan_combine(partials: Tensor, each: int, rows: int, target: str) -> Iterable[Plan]:
+    """``partials [n, 2, K]`` of ``each`` rows, ``rows`` in all."""
+    bm, bn, warps = tiles.load(target)["combine"]
+    while True:
+        count, _, k = partials.shape
+        combined = launch.allocate_floats(partials, (launch._ceil_div(count, bm), 2, k))
+        yield Plan(
+            combine_kernel,
+            (combined.shape[0], launch._ceil_div(k, bn)),
+            (partials, combined, count, each, rows),
+            {"K": k, "BM": bm, "BN": bn, "num_warps": warps},
+            combined,
+        )
+        if combined.shape[0] == 1:
+            return
+        partials, each = combined, each * bm
+
+
+def plan_gram(x: Tensor, prologue: Optional[Affine], stride: Pair, target: str) -> list[Plan]:
+    """Products of chunks of pixels, then their sum as ``[1 + C, C]``: mean and covariance."""
+    data = tiles.load(target)
+    bn, bp, warps, stages = data["gram"]["ieee" if x.dtype == torch.float32 else "half"]
+    x = launch._nhwc(x)
+    n, c, h, w = x.shape
+    p, q = (h - 1) // stride[0] + 1, (w - 1) // stride[1] + 1
+    rows = n * p * q
+    bn = min(bn, max(16, tiles.power_of_two(c)))
+    blocks = launch._ceil_div(c, bn)
+    # Two programs for every multiprocessor; a chunk is a whole number of steps of BP pixels.
+    chunks = max(1, 2 * data["multiprocessors"] // (blocks * (blocks + 1) // 2))
+    chunk = launch._ceil_div(launch._ceil_div(rows, chunks), bp) * bp
+    chunks = launch._ceil_div(rows, chunk)
+    scale, shift = (None, None) if prologue is None else map(launch._vector, prologue)
+    products = launch.allocate_floats(x, (chunks, c, c))
+    sums = launch.allocate_floats(x, (chunks, c))
+    pivot = launch.allocate_floats(x, (c,)) if x.dtype == torch.float32 else None
+    statistics = launch.allocate_floats(x, (1 + c, c))
+    bm, columns, reduce_warps = data["covariance"]
+    return [
+        Plan(
+            gram_kernel,
+            (blocks**2, chunks),
+            (x, scale, shift, products, sums, pivot, rows, chunk, h, w, p, q),
+            {
+                "C": c,
+                "STRIDE_H": stride[0],
+                "STRIDE_W": stride[1],
+                "PROLOGUE": prologue is not None,
+                "INDEX64": launch._index64(x, x),
+                "BN": bn,
+                "BP": bp,
+                "num_warps": warps,
+                "num_stages": stages,
+            },
+            products,
+            sums,
+        ),
+        Plan(
+            covariance_kernel,
+            (launch._ceil_div(c, bm), launch._ceil_div(c, columns)),
+            (products, sums, pivot, statistics, rows, chunks),
+            {"C": c, "PIVOT": pivot is not None, "BM": bm, "BN": columns, "num_warps": reduce_warps},
+            statistics,
+        ),
+    ]
+
+
+def plan_tail(
+    y: Tensor,
+    affine: Affine,
+    residual: Optional[Tensor],
+    residual_affine: Optional[Affine],
+    relu: bool,
+    target: str,
+) -> Plan:
+    y = launch._nhwc(y)
+    out = launch.allocate(y, tuple(y.shape))
+    rows, c = y.numel() // y.shape[1], y.shape[1]
+    bm, bn, warps = tiles.load(target)["tail"]
+    return Plan(
+        tail_kernel,
+        (launch._ceil_div(rows, bm), launch._ceil_div(c, bn)),
+        (
+            y,
+            *map(launch._vector, affine),
+            None if residual is None else launch._nhwc(residual),
+            *((None, None) if residual_affine is None else map(launch._vector, residual_affine)),
+            out,
+            rows,
+        ),
+        {
+            "C": c,
+            "HAS_RESIDUAL": residual is not None,
+            "RESIDUAL_AFFINE": residual_affine is not None,
+            "RELU": relu,
+            "INDEX64": launch._index64(y, y),
+            "BM": bm,
+            "BN": bn,
+            "num_warps": warps,
+        },
+        out,
+    )

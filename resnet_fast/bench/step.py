@@ -1,0 +1,59 @@
+"""A training step, and what shows that it was right."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_fast.bench.saved import saved_bytes
+from resnet_fast.bench.workload import load_images, load_labels, load_model
+
+LEARNING_RATE, MOMENTUM = 1e-4, 0.9
+"""A rate so small that the model is the same in the last round as in the first, but for its weights' versions."""
+
+
+class Step:
+    """A call is one step on the same batch: forward, cross-entropy, backward, SGD with momentum. It gives the loss.
+
+    Args:
+        model: in training mode; its parameters change.
+        images: ``[N, C, H, W]``.
+        labels: ``[N]``, int64.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        self._model, self._images, self._labels = model, images, labels
+        self._optimiser = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+
+    def __call__(self) -> float:
+        self._optimiser.zero_grad()
+        loss = F.cross_entropy(self._model(self._images), self._labels)
+        loss.backward()
+        self._optimiser.step()
+        return loss.item()
+
+    def first(self) -> dict[str, np.ndarray]:
+        """Take a step: the loss, and by module, as vectors, the gradients and the running statistics it leaves."""
+        results = {"loss": np.array([self()])}
+        for path, module in self._model.named_modules():
+            gradients = [p.grad for p in module.parameters(recurse=False) if p.grad is not None]
+            statistics = [b for b in module.buffers(recurse=False) if b.is_floating_point()]
+            for name, tensors in ((f"gradient of {path}", gradients), (f"statistics of {path}", statistics)):
+                if tensors:
+                    results[name] = torch.cat([tensor.flatten() for tensor in tensors]).numpy()
+        return results
+
+    def saved_bytes(self) -> int:
+        return saved_bytes(self._model, self._images)
+
+
+def load_step(folder: Path, threads: int, change: Callable[[nn.Module], Any] = lambda model: None) -> Step:
+    """The step of the workload in ``folder``, images in channels_last, after ``change`` to its model."""
+    torch.set_num_threads(threads)
+    model = load_model(folder)
+    change(model)
+    return Step(model, load_images(folder).contiguous(memory_format=torch.channels_last), load_labels(folder))

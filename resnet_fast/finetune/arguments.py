@@ -1,0 +1,190 @@
+"""What a run is asked for. Each field is an option of ``resnet-fast finetune``, with torchvision's or timm's name."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, Optional
+
+from typer import Option
+
+_NOT_THE_RECIPE = {"resume", "output", "overwrite", "device", "workers", "threads", "log_interval"}
+"""What a resumed run may change: it has no influence on the result, beyond the rounding of another device."""
+
+_DATA, _AUGMENTATION, _RECIPE, _FREEZING, _EXECUTION = (
+    "Data",
+    "Augmentation",
+    "Optimisation",
+    "What learns",
+    "Execution",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked for, in plain values, so that a checkpoint can hold them."""
+
+    model: Annotated[
+        str, Option(metavar="MODEL", help="A torchvision model, as resnet50, or a timm model, as timm:resnet26.")
+    ] = "resnet18"
+    weights: Annotated[
+        Optional[str],
+        Option(
+            metavar="FILE|NAME",
+            help="Where to start: a checkpoint (.pt, .pth, .safetensors), or the name of published weights, as "
+            "DEFAULT. Without it, training starts from scratch.",
+        ),
+    ] = None
+    new_head: Annotated[
+        bool, Option("--new-head", help="Start the last layer anew, if the checkpoint has other classes.")
+    ] = False
+    output: Annotated[
+        Optional[str],
+        Option(metavar="FOLDER", help="By default the first of runs/finetune, runs/finetune-2, ... that is free."),
+    ] = None
+    overwrite: Annotated[bool, Option("--overwrite", help="Even if FOLDER has a checkpoint.")] = False
+    resume: Annotated[
+        Optional[str],
+        Option(metavar="FILE", help="Go on from a last.pt, with its options; the losses are those without the stop."),
+    ] = None
+
+    image_size: Annotated[
+        Optional[int],
+        Option(min=8, help="Height and width; by default 224 for folders, 32 else.", rich_help_panel=_DATA),
+    ] = None
+    val_fraction: Annotated[
+        float,
+        Option(
+            min=0.0,
+            max=1.0,
+            help="Of each class, where a folder has no train/ and val/ of its own.",
+            rich_help_panel=_DATA,
+        ),
+    ] = 0.2
+    batch_size: Annotated[int, Option(min=1, help="Images in a step of one process.", rich_help_panel=_DATA)] = 64
+    workers: Annotated[
+        Optional[int],
+        Option(min=0, help="Processes that load images; by default one a core, at most 8.", rich_help_panel=_DATA),
+    ] = None
+
+    auto_augment: Annotated[
+        Optional[Literal["ra", "ta_wide", "augmix"]],
+        Option(help="RandAugment, TrivialAugment or AugMix.", rich_help_panel=_AUGMENTATION),
+    ] = None
+    random_erase: Annotated[float, Option(min=0.0, max=1.0, help="Probability.", rich_help_panel=_AUGMENTATION)] = 0.0
+    mixup_alpha: Annotated[float, Option(min=0.0, help="0 is none.", rich_help_panel=_AUGMENTATION)] = 0.0
+    cutmix_alpha: Annotated[
+        float,
+        Option(min=0.0, help="0 is none; with mixup, one of both for each batch.", rich_help_panel=_AUGMENTATION),
+    ] = 0.0
+    label_smoothing: Annotated[float, Option(min=0.0, max=1.0, rich_help_panel=_AUGMENTATION)] = 0.0
+
+    epochs: Annotated[int, Option(min=1, rich_help_panel=_RECIPE)] = 10
+    opt: Annotated[Literal["adamw", "sgd"], Option(help="SGD has Nesterov's momentum.", rich_help_panel=_RECIPE)] = (
+        "adamw"
+    )
+    lr: Annotated[
+        Optional[float],
+        Option(min=0.0, help="The highest; by default 0.001 for adamw, 0.05 for sgd.", rich_help_panel=_RECIPE),
+    ] = None
+    momentum: Annotated[float, Option(min=0.0, max=1.0, help="Of sgd.", rich_help_panel=_RECIPE)] = 0.9
+    weight_decay: Annotated[
+        Optional[float],
+        Option(
+            min=0.0,
+            help="Not of biases and norms; by default 0.05 for adamw, 0.0001 for sgd.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None
+    warmup_epochs: Annotated[
+        Optional[float],
+        Option(
+            min=0.0,
+            help="The learning rate rises, then falls as a cosine; by default a tenth of the epochs.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None
+    grad_accum_steps: Annotated[
+        int, Option(min=1, help="Batches in a step of the optimizer.", rich_help_panel=_RECIPE)
+    ] = 1
+    clip_grad_norm: Annotated[Optional[float], Option(min=0.0, rich_help_panel=_RECIPE)] = None
+    model_ema: Annotated[
+        bool,
+        Option(
+            "--model-ema",
+            help="Keep a moving average of the weights; it decides which epoch is best.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = False
+    model_ema_decay: Annotated[float, Option(min=0.0, max=1.0, help="After a warm-up.", rich_help_panel=_RECIPE)] = (
+        0.999
+    )
+    amp: Annotated[
+        Optional[Literal["bf16", "fp16"]],
+        Option(help="Mixed precision; fp16 with a gradient scaler.", rich_help_panel=_RECIPE),
+    ] = None
+
+    freeze: Annotated[
+        Optional[str],
+        Option(
+            metavar="NAMES",
+            help="Modules that do not learn, as conv1,bn1,layer1; nor do their batch norms' statistics change.",
+            rich_help_panel=_FREEZING,
+        ),
+    ] = None
+    freeze_bn: Annotated[
+        bool,
+        Option("--freeze-bn", help="No batch norm learns or changes its statistics.", rich_help_panel=_FREEZING),
+    ] = False
+
+    stock: Annotated[
+        bool, Option("--stock", help="Leave the model as it is, not accelerated.", rich_help_panel=_EXECUTION)
+    ] = False
+    channels_last: Annotated[bool, Option(rich_help_panel=_EXECUTION)] = True
+    sync_bn: Annotated[
+        bool,
+        Option("--sync-bn", help="Batch norm statistics over all processes of torchrun.", rich_help_panel=_EXECUTION),
+    ] = False
+    deterministic: Annotated[
+        bool,
+        Option("--deterministic", help="The same bits again on a GPU too, at some cost.", rich_help_panel=_EXECUTION),
+    ] = False
+    device: Annotated[
+        Optional[str], Option(help="By default cuda if there is one, else cpu.", rich_help_panel=_EXECUTION)
+    ] = None
+    threads: Annotated[
+        Optional[int], Option(min=1, help="CPU threads; by default PyTorch's.", rich_help_panel=_EXECUTION)
+    ] = None
+    seed: Annotated[int, Option(min=0, help="Of new weights, order and augmentation.", rich_help_panel=_EXECUTION)] = 0
+    log_interval: Annotated[
+        int, Option(min=1, help="Batches between two lines of progress.", rich_help_panel=_EXECUTION)
+    ] = 50
+
+    @property
+    def frozen_modules(self) -> list[str]:
+        return [name.strip() for name in (self.freeze or "").split(",") if name.strip()]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def resumed(self, given: Mapping[str, Any]) -> "Settings":
+        """These settings, of the run to resume, with those ``given`` that may differ from it.
+
+        Raises:
+            SettingError: another is ``given`` with another value.
+        """
+        for name, value in given.items():
+            saved = getattr(self, name)
+            if name not in _NOT_THE_RECIPE and value != saved:
+                raise SettingError(
+                    name,
+                    f"is {value}, but the run to resume has {saved}; expected the same, or --weights instead of "
+                    "--resume, for a new run that starts from its weights",
+                )
+        return Settings(**{**asdict(self), "output": None, **given})
+
+
+class SettingError(ValueError):
+    """A setting that does not go with the others, the model or the data."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        self.option, self.problem = "--" + name.replace("_", "-"), problem
+        super().__init__(f"{self.option} {problem}")

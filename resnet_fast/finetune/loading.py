@@ -1,0 +1,147 @@
+"""Batches in an order, and with an augmentation, that depend on seed and epoch alone.
+
+Not on the number of workers or of processes, nor on what was drawn before: so a resumed run sees what the
+uninterrupted one would have, and several processes share the batches that one of as many images would have.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from resnet_fast.finetune.arguments import Settings
+from resnet_fast.finetune.data import Arrays, Images
+from resnet_fast.finetune.distributed import Processes
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[int, int]  # index of an image, epoch
+
+
+def seed_of(*parts: int) -> int:
+    """A seed of 63 bits that differs for all different ``parts``, as (seed, epoch, index)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Batch(NamedTuple):
+    """Images ``[N, 3, H, W]`` and labels ``[N]``, less those that could not be read: name and reason of each."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: list[tuple[str, str]]
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is enough to learn from: beside one image that is left, batch norm may have nothing to compare."""
+        return len(self.labels) > (1 if self.unreadable else 0)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    name: str
+    reason: str
+
+
+class Augmented(Dataset):
+    """``images`` through ``transform``, whose random numbers depend on the seed, the epoch and the image."""
+
+    def __init__(self, images: Images, transform: Any, seed: int) -> None:
+        self._images, self._transform, self._seed = images, transform, seed
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, key: Key) -> Union[tuple[Tensor, int], Unreadable]:
+        index, epoch = key
+        try:
+            image = self._images.load(index)
+        except Exception as error:  # a decoder of a broken file can raise anything
+            return Unreadable(self._images.name(index), str(error) or type(error).__name__)
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed_of(self._seed, epoch, index))
+        try:
+            return self._transform(image), self._images.label(index)
+        finally:
+            torch.set_rng_state(before)
+
+
+def collate(items: Sequence[Union[tuple[Tensor, int], Unreadable]]) -> Batch:
+    readable = [item for item in items if not isinstance(item, Unreadable)]
+    unreadable = [(item.name, item.reason) for item in items if isinstance(item, Unreadable)]
+    images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0)
+    return Batch(images, torch.tensor([label for _, label in readable], dtype=torch.int64), unreadable)
+
+
+class Loader:
+    """Batches of one process, epoch by epoch; every unreadable image goes to the log once.
+
+    Args:
+        shuffled: whether they are learnt from: in another order each epoch, the same number for each process, without
+            the last few images that would make a smaller batch.
+    """
+
+    def __init__(
+        self, images: Images, transform: Any, settings: Settings, processes: Processes, *, shuffled: bool
+    ) -> None:
+        self._sampler = _Keys(len(images), settings.seed, processes, shuffled)
+        self._complained: set[str] = set()
+        workers = _default_workers(images) if settings.workers is None else settings.workers
+        self._loader = DataLoader(
+            Augmented(images, transform, settings.seed),
+            batch_size=settings.batch_size,
+            sampler=self._sampler,
+            drop_last=shuffled and len(self._sampler) >= settings.batch_size,
+            collate_fn=collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=processes.device.type == "cuda",
+            generator=torch.Generator(),  # or it would draw from the global one
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """The batches of an epoch. Batches may be empty, where no image could be read."""
+        self._sampler.epoch = number
+        for batch in self._loader:
+            for name, reason in batch.unreadable:
+                if name not in self._complained:
+                    self._complained.add(name)
+                    logger.warning("skipped %s: %s", name, reason)
+            yield batch
+
+
+class _Keys(Sampler[Key]):
+    """The images of one process, each with the epoch, which so reaches the workers."""
+
+    def __init__(self, count: int, seed: int, processes: Processes, shuffled: bool) -> None:
+        self.epoch = 0
+        rank, world = processes.rank, processes.world
+        self._shuffled: Optional[DistributedSampler] = None
+        if shuffled:
+            self._shuffled = DistributedSampler(range(count), world, rank, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        self._in_order = range(rank, count, world)  # a DistributedSampler would show some images twice
+
+    def __len__(self) -> int:
+        return len(self._in_order if self._shuffled is None else self._shuffled)
+
+    def __iter__(self) -> Iterator[Key]:
+        indices: Iterable[int] = self._in_order
+        if self._shuffled is not None:
+            self._shuffled.set_epoch(self.epoch)
+            indices = self._shuffled
+        return ((index, self.epoch) for index in indices)
+
+
+def _default_workers(images: Images) -> int:
+    if isinstance(images, Arrays) and len(images) < 10_000:
+        return 0  # sooner done than sent from one process to another
+    return min(len(os.sched_getaffinity(0)), 8)

@@ -1,0 +1,406 @@
+"""What other people's loops do to a model in training: an accelerated one gives the stock losses, gradients, parameters
+and running statistics, and runs fused where it should.
+
+Each row is a function of a model, run in float64 on the stock model and on an accelerated copy; with
+it stand the residual blocks that must run fused, forward and backward.
+"""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import freeze_batch_norm_2d
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torchvision.models import resnet
+
+import resnet_fast
+from tests.cpu.models import SEED, accelerated, fused_calls, images, randomise_norms, relative_error
+
+X = images(4, 3, 32, 32).double()
+LABELS = torch.tensor([0, 3, 6, 3])
+TOLERANCE = 1e-9  # float64 leaves 1e-13; a wrong factor or a statistic too few gives 1e-3
+STEPS = 2
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
+
+
+def short_resnet(block=resnet.BasicBlock, **kwargs):
+    """The stem and three blocks: with identity, and with strided projection."""
+    torch.manual_seed(SEED)
+    model = resnet.ResNet(block, [2, 1, 1, 1], num_classes=7, **kwargs)
+    model.layer3 = model.layer4 = nn.Identity()
+    model.fc = nn.Linear(128 * block.expansion, 7)
+    return randomise_norms(model).double().train()
+
+
+def sgd(model, **kwargs):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01, momentum=0.9, **kwargs)
+
+
+def loss_of(model, x=X):
+    return F.cross_entropy(model(x), LABELS[: len(x)])
+
+
+def gradients(model):
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def state(model):
+    """Parameters and buffers."""
+    return [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
+
+
+def train(model, x=X, optimiser=None, steps=STEPS):
+    """Losses and gradients of a few steps, and what they leave."""
+    optimiser = optimiser or sgd(model)
+    seen = []
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss = loss_of(model, x)
+        loss.backward()
+        seen += [loss.detach(), gradients(model)]
+        optimiser.step()
+    return seen, state(model)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _channels_last(model):
+    return train(model.to(memory_format=torch.channels_last), X.contiguous(memory_format=torch.channels_last))
+
+
+def _frozen(wanted):
+    """Only some parameters learn."""
+
+    def row(model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted(name))
+        return train(model)
+
+    return row
+
+
+def _gradient_of_input(model):
+    x = X.clone().requires_grad_()
+    loss_of(model.requires_grad_(False), x).backward()
+    return x.grad, state(model)
+
+
+def _norms_in_eval_mode(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return train(model)
+
+
+def _some_norms_in_eval_mode(model):
+    for path in ("layer1.0.bn2", "layer1.1.bn1", "layer2.0.downsample.1"):
+        model.get_submodule(path).eval()
+    return train(model)
+
+
+def _lightnings_freeze(model):
+    finetuning = pytest.importorskip("pytorch_lightning.callbacks").BaseFinetuning
+    finetuning.freeze([model.conv1, model.bn1, model.layer1], train_bn=False)
+    first = train(model)
+    finetuning.make_trainable(model.layer1)
+    return first, train(model)
+
+
+def _timms_freeze(model):
+    return train(freeze_batch_norm_2d(model))
+
+
+def _parametrised(model):
+    parametrizations.weight_norm(model.layer1[0].conv1)
+    parametrizations.orthogonal(model.layer2[0].conv1)
+    return train(model)
+
+
+def _pruned(model):
+    prune.l1_unstructured(model.layer1[0].conv1, "weight", 0.5)
+    return train(model)
+
+
+class LowRank(nn.Module):
+    """As LoRA wraps a convolution: it is frozen, a product of two thin ones learns."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv.requires_grad_(False)
+        self.down = nn.Conv2d(conv.in_channels, 2, conv.kernel_size, conv.stride, conv.padding, bias=False)
+        self.up = nn.Conv2d(2, conv.out_channels, 1, bias=False)
+        self.to(conv.weight.dtype)
+
+    def forward(self, x):
+        return self.conv(x) + self.up(self.down(x))
+
+
+def _low_rank(model):
+    torch.manual_seed(SEED)
+    model.layer1[0].conv1 = LowRank(model.layer1[0].conv1)
+    return train(model)
+
+
+def _hooks_on_blocks(model):
+    seen = []
+    model.layer1[0].register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+    model.layer2[0].register_full_backward_hook(
+        lambda module, into, out: seen.append([into[0].clone(), out[0].clone()])
+    )
+    return train(model), seen
+
+
+def _hook_on_a_convolution(model):
+    seen = []
+    model.layer1[0].conv2.register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+    return train(model), seen
+
+
+def _optimiser_in_backward(model):
+    """A step for each parameter as soon as its gradient is there."""
+
+    def step(parameter):
+        with torch.no_grad():
+            parameter -= 0.01 * parameter.grad
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    for _ in range(STEPS):
+        loss_of(model).backward()
+    return state(model)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, module, **kwargs):
+        super().__init__()
+        self.module, self.kwargs = module, kwargs
+
+    def forward(self, x):
+        return checkpoint(self.module, x, **self.kwargs)
+
+
+def _checkpointed(**kwargs):
+    """Also counts the batches that recomputation sees again."""
+
+    def row(model):
+        model.layer1 = Checkpointed(model.layer1, **kwargs)
+        with set_checkpoint_early_stop(False):
+            return train(model)
+
+    return row
+
+
+def _deepcopy(model):
+    first = train(model)
+    return first, train(copy.deepcopy(model)), state(model)
+
+
+def _pickle(model):
+    first = train(model)
+    return first, train(pickle.loads(pickle.dumps(model)))
+
+
+def _resume(model):
+    """From a checkpoint of model and optimiser, on a model made anew."""
+    optimiser = sgd(model)
+    first = train(model, optimiser=optimiser)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict()}, file)
+    file.seek(0)
+    kept = torch.load(file)
+    model.load_state_dict({name: torch.zeros_like(value) for name, value in kept["model"].items()})
+    model.load_state_dict(kept["model"], assign=True)
+    optimiser = sgd(model)
+    optimiser.load_state_dict(kept["optimiser"])
+    return first, train(model, optimiser=optimiser)
+
+
+def _moving_average(model):
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    optimiser = sgd(model)
+    for _ in range(STEPS):
+        train(model, optimiser=optimiser, steps=1)
+        average.update_parameters(model)
+    with torch.inference_mode():
+        return average.eval()(X), state(average), state(model)
+
+
+def _averaged_statistics(model):
+    """Stochastic weight averaging: statistics from passes without gradients, momentum None for their time."""
+    average = AveragedModel(model)
+    train(model)
+    average.update_parameters(model)
+    update_bn([X, X + 1], average)
+    return state(average)
+
+
+def _accumulated(model):
+    optimiser = sgd(model)
+    for half in X.chunk(2):
+        (loss_of(model, half) / 2).backward()
+    seen = gradients(model)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimiser.step()
+    return seen, state(model)
+
+
+def _backward_twice(model):
+    loss = loss_of(model)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return gradients(model)
+
+
+def _gradient_penalty(model):
+    x = X.clone().requires_grad_()
+    loss = loss_of(model, x)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    (loss + gradient.square().sum()).backward()
+    return gradient.detach(), gradients(model), state(model)
+
+
+def _function_transform(model):
+    def loss(parameters, buffers):
+        return F.cross_entropy(torch.func.functional_call(model, (parameters, buffers), (X,)), LABELS)
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    return torch.func.grad(loss)(parameters, buffers)
+
+
+def _functional_call(model):
+    changed = {name: (p * 1.01).detach().requires_grad_() for name, p in model.named_parameters()}
+    loss = F.cross_entropy(torch.func.functional_call(model, changed, (X,)), LABELS)
+    return torch.autograd.grad(loss, list(changed.values())), state(model)
+
+
+def _momentum_none(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    return train(model)
+
+
+def _saved_elsewhere(model):
+    with torch.autograd.graph.save_on_cpu():
+        return train(model)
+
+
+def _anomalies(model):
+    with torch.autograd.detect_anomaly():
+        return train(model)
+
+
+def _evaluated_between(model):
+    optimiser = sgd(model)
+    seen = []
+    for _ in range(STEPS):
+        seen.append(train(model, optimiser=optimiser, steps=1))
+        with torch.inference_mode():
+            seen.append(model.eval()(X))
+        model.train()
+    return seen
+
+
+def _restored_between(model):
+    first = train(model)
+    return first, train(resnet_fast.restore(model))
+
+
+def _replaced(model):
+    """A convolution for another number of channels and a head of other classes, as transfer learning does."""
+    torch.manual_seed(SEED)
+    model.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False).double()
+    model.fc = nn.Linear(model.fc.in_features, 5).double()
+    optimiser = sgd(model)
+    F.cross_entropy(model(X[:, :1]), LABELS.clamp(max=4)).backward()
+    optimiser.step()
+    return gradients(model), state(model)
+
+
+def _one_value_a_channel(model):
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(X[:1, :, :4, :4])
+    return model.bn1.running_mean
+
+
+BLOCKS = 4  # the stem counts
+EVERY = (BLOCKS * STEPS, BLOCKS * STEPS)
+ONE_STOCK = (3 * STEPS, 3 * STEPS)
+ROWS = {
+    "plain": (train, EVERY),
+    "channels_last": (_channels_last, EVERY),
+    "early layers frozen": (_frozen(lambda name: name.startswith(("layer2", "fc"))), (BLOCKS * STEPS, STEPS)),
+    "the head learns": (_frozen(lambda name: name.startswith("fc")), (BLOCKS * STEPS, 0)),
+    "norms learn": (_frozen(lambda name: "conv" not in name and "downsample.0" not in name), EVERY),
+    "biases learn": (_frozen(lambda name: name.endswith("bias")), EVERY),
+    "gradient of the input": (_gradient_of_input, (BLOCKS, BLOCKS)),
+    "norms in eval mode": (_norms_in_eval_mode, (3 * STEPS, 3 * STEPS)),  # the stem is then an op of its own
+    "some norms in eval mode": (_some_norms_in_eval_mode, EVERY),
+    "Lightning's freeze": (_lightnings_freeze, (2 * BLOCKS * STEPS, STEPS + 3 * STEPS)),
+    "timm's freeze_batch_norm_2d": (_timms_freeze, (3 * STEPS, 3 * STEPS)),
+    "SyncBatchNorm in one process": (lambda m: train(nn.SyncBatchNorm.convert_sync_batchnorm(m)), EVERY),
+    "parametrised": (_parametrised, (2 * STEPS, 2 * STEPS)),
+    "pruned": (_pruned, ONE_STOCK),
+    "LoRA": (_low_rank, ONE_STOCK),
+    "hooks on blocks": (_hooks_on_blocks, EVERY),
+    "hook on a convolution": (_hook_on_a_convolution, ONE_STOCK),
+    "optimiser in backward": (_optimiser_in_backward, EVERY),
+    "checkpointed": (_checkpointed(use_reentrant=False), (6 * STEPS, EVERY[1])),
+    "checkpointed, reentrant": (_checkpointed(use_reentrant=True), (6 * STEPS, EVERY[1])),
+    "deepcopy": (_deepcopy, (2 * EVERY[0], 2 * EVERY[1])),
+    "pickle": (_pickle, (2 * EVERY[0], 2 * EVERY[1])),
+    "resume": (_resume, (2 * EVERY[0], 2 * EVERY[1])),
+    "moving average": (_moving_average, EVERY),
+    "averaged statistics": (_averaged_statistics, (EVERY[0] + 2 * BLOCKS, EVERY[1])),
+    "accumulated, clipped": (_accumulated, EVERY),
+    "backward twice": (_backward_twice, (BLOCKS, 2 * BLOCKS)),
+    "gradient penalty": (_gradient_penalty, (BLOCKS, BLOCKS)),
+    "torch.func.grad": (_function_transform, (0, 0)),
+    "functional_call": (_functional_call, (BLOCKS, BLOCKS)),
+    "momentum None": (_momentum_none, EVERY),
+    "saved tensors elsewhere": (_saved_elsewhere, EVERY),
+    "anomaly detection": (_anomalies, EVERY),
+    "evaluated between": (_evaluated_between, EVERY),
+    "restored between": (_restored_between, EVERY),
+    "optimiser in one kernel": (lambda model: train(model, optimiser=sgd(model, fused=True)), EVERY),
+    "layers replaced": (_replaced, (BLOCKS, BLOCKS)),
+    "one value a channel": (_one_value_a_channel, (2, 0)),
+}
+
+
+def _counts(run):
+    calls = fused_calls(run)
+    return calls.count("residual_block"), calls.count("residual_block_backward")
+
+
+@pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
+@pytest.mark.parametrize("name", ROWS)
+def test_as_stock(name, block):
+    row, fused = ROWS[name]
+    stock = short_resnet(block)
+    fast, counted = accelerated(stock), accelerated(stock)
+    assert relative_error(row(fast), row(stock)) < TOLERANCE
+    if fused is not None:
+        assert _counts(lambda: row(counted)) == fused
+
+
+# --- float32 and below: the kernels that serve there ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_lie_as_their_parameters(dtype, layout):
+    """Else DDP warns and copies, and so does every optimiser that works on lists of tensors."""
+    model = accelerated(short_resnet(resnet.Bottleneck)).to(dtype, memory_format=layout)
+    loss_of(model, X.to(dtype)).backward()
+    assert [p.grad.stride() for p in model.parameters()] == [p.stride() for p in model.parameters()]
