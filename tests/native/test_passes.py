@@ -176,7 +176,7 @@ def test_bn_backward(name, memory, variant):
     data = make(name)
     copies = memory.copy(data)
     vectors = (data.mean, data.affine.scale, data.slope, data.affine.shift)
-    args = (data.grad, data.y, *vectors)
+    args = (data.grad, data.y, *vectors, False)
     actual = passes.bn_backward(copies.grad, copies.y, *vectors, overwrite=True)
     assert actual.data_ptr() == copies.grad.data_ptr()
     size = (_channels(data.affine.scale) * data.grad).abs() + _channels(data.affine.shift).abs()
