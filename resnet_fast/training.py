@@ -183,7 +183,7 @@ def _residual_block_backward(
 
 
 def _laid_out_as(tensor: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with its tensor's strides: DDP warns of others, also where a size of 1 makes them immaterial."""
+    """The gradient with its tensor's strides: DDP warns of others, also where sizes of 1 make them immaterial."""
     if gradient.stride() == tensor.stride():
         return gradient
     same = all(a == b for size, a, b in zip(tensor.shape, gradient.stride(), tensor.stride()) if size > 1)

