@@ -28,8 +28,10 @@ RECIPE = [*TINY, "--epochs", "3", "--log-interval", "1"]
 
 # A run that is sent a signal, with its workers, as a terminal does, in the middle of its second epoch.
 PROGRAM = """
-import logging, os, sys
+import logging, os, signal, sys
 from resnet_fast.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run as a shell's background job
 
 class Signal(logging.Handler):
     def emit(self, record):
