@@ -80,6 +80,7 @@ def pick(architecture: str, precision: str, rows: int, columns: int, reduction: 
         bm, bn, bk, warps, stages, split = tile
         if bn <= widest and groups * -(-rows // bm) * -(-columns // bn) >= data["multiprocessors"]:
             break
+    size = bm * bn
     bm = max(min(bm, power_of_two(rows)), smallest_rows)
     split = bool(split) and bn <= widest
     bn = min(bn, widest)
@@ -87,7 +88,7 @@ def pick(architecture: str, precision: str, rows: int, columns: int, reduction: 
     shortest = max(smallest_reduction, min(32, power_of_two(reduction)))
     while bk > shortest and -(-reduction // (bk // 2)) * (bk // 2) < -(-reduction // bk) * bk:
         bk //= 2
-    return Tile(bm, bn, bk, min(warps, max(4, bm * bn // 2048)), stages, split)
+    return Tile(bm, bn, bk, min(warps, max(4, warps * bm * bn // size)), stages, split)
 
 
 def power_of_two(value: int) -> int:
