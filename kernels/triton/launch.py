@@ -107,11 +107,11 @@ def plan_conv(
     q = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
     y = allocate(x, (n, k, p, q))
     if residual is not None:
-        residual = _nhwc(residual)
+        residual = nhwc(residual)
     statistics = scale is None
-    scale, shift, *prologue = (None if v is None else _vector(v) for v in (scale, shift, *(prologue or (None, None))))
+    scale, shift, *prologue = (None if v is None else vector(v) for v in (scale, shift, *(prologue or (None, None))))
     operands = (scale, shift, y if residual is None else residual, y, *prologue)
-    precision = _precision(x.dtype, target)
+    precision = precision_of(x.dtype, target)
     shared = {
         "PROLOGUE": prologue[0] is not None,
         "STATISTICS": statistics,
@@ -121,17 +121,17 @@ def plan_conv(
     }
 
     if (r, s, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1):
-        x = _nhwc(x)
+        x = nhwc(x)
         rows = n * h * w
         tile = tiles.pick(target, precision, rows, k, c, 1)
         packed = pack.weight(weight, x.dtype, 1, 1, tile.reduction)
-        row_tiles = _ceil_div(rows, tile.rows)
+        row_tiles = ceil_div(rows, tile.rows)
         partials = allocate_floats(x, (row_tiles, 2, k)) if statistics else None
         return Plan(
             gemm_kernel,
-            (row_tiles * _ceil_div(k, tile.columns),),
+            (row_tiles * ceil_div(k, tile.columns),),
             (x, packed, *operands, partials, rows),
-            {"C": c, "K": k, **shared, "INDEX64": _index64(x, y), **tile.constants()},
+            {"C": c, "K": k, **shared, "INDEX64": index64(x, y), **tile.constants()},
             y,
             partials,
         )
@@ -146,18 +146,18 @@ def plan_conv(
         row, row_unit = x.shape[2] * pixel, pack.ROW_UNIT
         c, s, padding = s * pixel, 1, (0, 0)
     else:
-        x = _nhwc(x)
+        x = nhwc(x)
         pixel, row, row_unit = c, w * c, c
         merge = pack.merged(groups, c // groups)
         groups_before, groups = groups, groups // merge
         c, k = c // groups, k // groups
         tile = tiles.pick(target, precision, n * p * q, k, c, groups)
         packed = pack.weight(weight, x.dtype, groups_before, merge, tile.reduction)
-    row_tiles = _ceil_div(n * p * q, tile.rows)
+    row_tiles = ceil_div(n * p * q, tile.rows)
     partials = allocate_floats(x, (row_tiles, 2, groups * k)) if statistics else None
     return Plan(
         conv_kernel,
-        (row_tiles * _ceil_div(k, tile.columns), groups),
+        (row_tiles * ceil_div(k, tile.columns), groups),
         (x, packed, *operands, partials, n, h, w, row // row_unit, p, q),
         {
             "C": c,
@@ -174,7 +174,7 @@ def plan_conv(
             "PIXEL": pixel,
             "ROW_UNIT": row_unit,
             **shared,
-            "INDEX64": _index64(x, y),
+            "INDEX64": index64(x, y),
             **tile.constants(),
         },
         y,
@@ -184,20 +184,20 @@ def plan_conv(
 
 def plan_max_pool(x: torch.Tensor, target: str, prologue: Optional[tuple[torch.Tensor, torch.Tensor]] = None) -> Plan:
     """3x3, stride 2, padding 1, of x or of ``relu(x * scale + shift)``."""
-    x = _nhwc(x)
-    scale, shift = (None, None) if prologue is None else map(_vector, prologue)
+    x = nhwc(x)
+    scale, shift = (None, None) if prologue is None else map(vector, prologue)
     n, c, h, w = x.shape
     p, q = (h - 1) // 2 + 1, (w - 1) // 2 + 1
     y = allocate(x, (n, c, p, q))
     bm, bn, warps = tiles.load(target)["max_pool"]
     return Plan(
         max_pool_kernel,
-        (_ceil_div(n * p * q, bm), _ceil_div(c, bn)),
+        (ceil_div(n * p * q, bm), ceil_div(c, bn)),
         (x, scale, shift, y, n, h, w, p, q),
         {
             "C": c,
             "PROLOGUE": prologue is not None,
-            "INDEX64": _index64(x, y),
+            "INDEX64": index64(x, y),
             "BM": bm,
             "BN": bn,
             "num_warps": warps,
@@ -207,15 +207,15 @@ def plan_max_pool(x: torch.Tensor, target: str, prologue: Optional[tuple[torch.T
 
 
 def plan_average_pool(x: torch.Tensor, target: str) -> Plan:
-    x = _nhwc(x)
+    x = nhwc(x)
     n, c, h, w = x.shape
     y = allocate(x, (n, c, 1, 1))
     bm, bn, warps = tiles.load(target)["average_pool"]
     return Plan(
         average_pool_kernel,
-        (n, _ceil_div(c, bn)),
+        (n, ceil_div(c, bn)),
         (x, y, h * w),
-        {"C": c, "INDEX64": _index64(x, y), "BM": bm, "BN": bn, "num_warps": warps},
+        {"C": c, "INDEX64": index64(x, y), "BM": bm, "BN": bn, "num_warps": warps},
         y,
     )
 
@@ -245,24 +245,24 @@ def _architecture(index: int) -> str:
     return f"sm_{major}{minor}"
 
 
-def _precision(dtype: torch.dtype, target: str) -> str:
+def precision_of(dtype: torch.dtype, target: str) -> str:
     """Which list of tiles: float32 goes through TF32 where PyTorch's own convolutions would."""
     if dtype != torch.float32:
         return "half"
     return "tf32" if target.startswith("sm_") and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
-def _nhwc(x: torch.Tensor) -> torch.Tensor:
+def nhwc(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _vector(v: torch.Tensor) -> torch.Tensor:
+def vector(v: torch.Tensor) -> torch.Tensor:
     return v.detach().contiguous()
 
 
-def _index64(x: torch.Tensor, y: torch.Tensor) -> bool:
+def index64(x: torch.Tensor, y: torch.Tensor) -> bool:
     return max(x.numel(), y.numel()) >= _INT32_ELEMENTS
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)

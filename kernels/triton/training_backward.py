@@ -119,7 +119,7 @@ def plan_tail_backward(
     residual_mean: Optional[Tensor],
     target: str,
 ) -> Steps:
-    grad = launch._nhwc(grad)
+    grad = launch.nhwc(grad)
     g = grad if out is None else launch.allocate(grad, tuple(grad.shape))
     n, c, h, w = grad.shape
     grid, share, constants = _shares(target, n * h * w, c)
@@ -137,7 +137,7 @@ def plan_tail_backward(
             "RELU": out is not None,
             "PRODUCT": y is not None,
             "RESIDUAL_PRODUCT": residual is not None,
-            "INDEX64": launch._index64(grad, grad),
+            "INDEX64": launch.index64(grad, grad),
             **constants,
         },
         g,
@@ -149,8 +149,8 @@ def plan_tail_backward(
 
 
 def plan_tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[Tensor], target: str) -> Steps:
-    grad, y = launch._nhwc(grad), launch._nhwc(y)
-    scale, shift = map(launch._vector, affine)
+    grad, y = launch.nhwc(grad), launch.nhwc(y)
+    scale, shift = map(launch.vector, affine)
     n, c, h, w = y.shape
     p, q = grad.shape[2:]
     g = launch.allocate(y, (n, c, h, w))
@@ -158,9 +158,9 @@ def plan_tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optio
     bm, bn, warps = tiles.load(target)["max_pool"]
     find = Plan(
         pool_winner_kernel,
-        (launch._ceil_div(n * p * q, bm), launch._ceil_div(c, bn)),
+        (launch.ceil_div(n * p * q, bm), launch.ceil_div(c, bn)),
         (y, scale, shift, winner, n, h, w, p, q),
-        {"C": c, "INDEX64": launch._index64(y, y), "BM": bm, "BN": bn, "num_warps": warps},
+        {"C": c, "INDEX64": launch.index64(y, y), "BM": bm, "BN": bn, "num_warps": warps},
         winner,
     )
     grid, share, constants = _shares(target, n * h * w, c)
@@ -169,7 +169,7 @@ def plan_tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optio
         pool_backward_kernel,
         grid,
         (grad, winner, y, scale, shift, _vector(mean), g, sums, n, h, w, p, q, share),
-        {"C": c, "PRODUCT": mean is not None, "INDEX64": launch._index64(y, y), **constants},
+        {"C": c, "PRODUCT": mean is not None, "INDEX64": launch.index64(y, y), **constants},
         g,
     )
     total = _plan_sum_rows(sums, target)
@@ -179,15 +179,15 @@ def plan_tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optio
 def plan_bn_backward(
     g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool, target: str
 ) -> Steps:
-    g = launch._nhwc(g)
+    g = launch.nhwc(g)
     n, channels, h, w = g.shape
     dy = g if overwrite else launch.allocate(g, (n, channels, h, w))
     bm, bn, warps = tiles.load(target)["pointwise"]
     plan = Plan(
         bn_backward_kernel,
-        (launch._ceil_div(n * h * w, bm), launch._ceil_div(channels, bn)),
-        (g, launch._nhwc(y), *map(launch._vector, (mean, a, b, c)), dy, n * h * w),
-        {"C": channels, "INDEX64": launch._index64(g, g), "BM": bm, "BN": bn, "num_warps": warps},
+        (launch.ceil_div(n * h * w, bm), launch.ceil_div(channels, bn)),
+        (g, launch.nhwc(y), *map(launch.vector, (mean, a, b, c)), dy, n * h * w),
+        {"C": channels, "INDEX64": launch.index64(g, g), "BM": bm, "BN": bn, "num_warps": warps},
         dy,
     )
     return Steps((plan,), dy)
@@ -227,7 +227,7 @@ def plan_dgrad_expand(
     tile = _dgrad_tile(target, x, weight.shape[0], geometry)
     packed, w_factor = _scaled(weight, x.dtype, tile.reduction)
     packed_q, q_factor = _scaled(q, x.dtype, tile.reduction)
-    second = _Second(prologue, packed_q, launch._vector(c), w_factor, q_factor)
+    second = _Second(prologue, packed_q, launch.vector(c), w_factor, q_factor)
     return _plan_dgrad(g, packed, (1, 1), geometry, x, second, gate, residual, tile, target)
 
 
@@ -253,12 +253,12 @@ def _plan_dgrad(
     tile: tiles.Tile,
     target: str,
 ) -> Steps:
-    dy, x = launch._nhwc(dy), launch._nhwc(x)
+    dy, x = launch.nhwc(dy), launch.nhwc(x)
     n, c, h, w = x.shape
     k, p, q = dy.shape[1:]
     stride, padding, dilation, groups = geometry
     classes = stride[0] * stride[1]
-    row_tiles = launch._ceil_div(_class_pixels(x, stride), tile.rows)
+    row_tiles = launch.ceil_div(_class_pixels(x, stride), tile.rows)
     g = launch.allocate(x, (n, c, h, w))
     prologue = None if second is None else second.prologue
     affine = None if gate is None else gate.affine
@@ -267,7 +267,7 @@ def _plan_dgrad(
     sums = g if gate is None else launch.allocate_floats(x, (1 if mean is None else 2, classes * row_tiles, c))
     plan = Plan(
         dgrad_kernel,
-        (row_tiles * launch._ceil_div(c // groups, tile.columns), classes, groups),
+        (row_tiles * launch.ceil_div(c // groups, tile.columns), classes, groups),
         (
             dy, packed, x, _nhwc(residual), g, *_vectors(prologue),
             *((None,) * 4 if second is None else second[1:]),
@@ -289,7 +289,7 @@ def _plan_dgrad(
             "AFFINE": affine is not None,
             "PRODUCT": mean is not None,
             "PRECISION": _dot_precision(x, target),
-            "INDEX64": launch._index64(dy, x),
+            "INDEX64": launch.index64(dy, x),
             **_constants(tile),
         },
         g,
@@ -306,7 +306,7 @@ def plan_wgrad(
     """Leaves ``[groups, K, R, S, C]``, for ``_diagonal``. ``shape`` is the weight's."""
     stride, padding, dilation, groups = geometry
     k, channels, r, s = shape
-    dy = launch._nhwc(dy)
+    dy = launch.nhwc(dy)
     n, _, p, q = dy.shape
     rows = groups == 1 and channels <= STEM_CHANNELS and s > 1 and dilation[1] == 1 and prologue is None
     if rows:
@@ -317,7 +317,7 @@ def plan_wgrad(
         row, row_unit = w * pixel, pack.ROW_UNIT
         c, taps_w, padding = s * pixel, 1, (0, 0)
     else:
-        x = launch._nhwc(x)
+        x = launch.nhwc(x)
         h, w = x.shape[2:]
         pixel = x.shape[1]
         row, row_unit = w * pixel, pixel
@@ -325,11 +325,11 @@ def plan_wgrad(
         c, taps_w = channels * merge, s
     groups, k = groups // merge, k // groups * merge
     pixels = n * p * q
-    most_parts = launch._ceil_div(pixels, _PART)
+    most_parts = launch.ceil_div(pixels, _PART)
     tile = tiles.pick(target, _key("wgrad", x, target), k, c, pixels, groups * r * taps_w * most_parts)
-    programs = launch._ceil_div(k, tile.rows) * launch._ceil_div(c, tile.columns) * r * taps_w
+    programs = launch.ceil_div(k, tile.rows) * launch.ceil_div(c, tile.columns) * r * taps_w
     part = _part_size(pixels, programs * groups, tile.reduction, target)
-    parts = launch._ceil_div(pixels, part)
+    parts = launch.ceil_div(pixels, part)
     sums = launch.allocate_floats(x, (1, parts, groups * k * r * taps_w * c))
     plan = Plan(
         wgrad_kernel,
@@ -346,7 +346,7 @@ def plan_wgrad(
             "ROW_UNIT": row_unit,
             "PROLOGUE": prologue is not None,
             "PRECISION": _dot_precision(x, target),
-            "INDEX64": launch._index64(x, dy),
+            "INDEX64": launch.index64(x, dy),
             **_constants(tile),
         },
         sums,
@@ -375,9 +375,9 @@ def _plan_sum_rows(x: Tensor, target: str) -> Plan:
     bn = elements // bm
     return Plan(
         sum_rows_kernel,
-        (launch._ceil_div(c, bn), layers),
+        (launch.ceil_div(c, bn), layers),
         (x, y, rows),
-        {"C": c, "INDEX64": launch._index64(x, x), "BM": bm, "BN": bn, "num_warps": warps},
+        {"C": c, "INDEX64": launch.index64(x, x), "BM": bm, "BN": bn, "num_warps": warps},
         y,
     )
 
@@ -391,16 +391,16 @@ def _shares(target: str, pixels: int, channels: int) -> tuple[tuple[int, int], i
     """For a kernel that sums over pixels: the grid, the pixels of each program, the constants."""
     data = tiles.load(target)
     bm, bn, warps = data["pointwise"]
-    columns = launch._ceil_div(channels, bn)
-    most = launch._ceil_div(_WAVES * data["multiprocessors"], columns)
-    share = launch._ceil_div(launch._ceil_div(pixels, most), bm) * bm
-    return (launch._ceil_div(pixels, share), columns), share, {"BM": bm, "BN": bn, "num_warps": warps}
+    columns = launch.ceil_div(channels, bn)
+    most = launch.ceil_div(_WAVES * data["multiprocessors"], columns)
+    share = launch.ceil_div(launch.ceil_div(pixels, most), bm) * bm
+    return (launch.ceil_div(pixels, share), columns), share, {"BM": bm, "BN": bn, "num_warps": warps}
 
 
 def _part_size(pixels: int, programs: int, step: int, target: str) -> int:
     """The pixels in one part of wgrad's sum, a multiple of ``step``, where one part has ``programs`` programs."""
     parts = max(1, min(_WAVES * tiles.load(target)["multiprocessors"] // programs, pixels // _PART))
-    return launch._ceil_div(launch._ceil_div(pixels, parts), step) * step
+    return launch.ceil_div(launch.ceil_div(pixels, parts), step) * step
 
 
 def _dgrad_tile(target: str, x: Tensor, k: int, geometry: Geometry) -> tiles.Tile:
@@ -414,7 +414,7 @@ def _dgrad_tile(target: str, x: Tensor, k: int, geometry: Geometry) -> tiles.Til
 def _class_pixels(x: Tensor, stride: Pair) -> int:
     """How many pixels of ``x`` one class of a strided dgrad has, see dgrad.py."""
     n, _, h, w = x.shape
-    return n * launch._ceil_div(h, stride[0]) * launch._ceil_div(w, stride[1])
+    return n * launch.ceil_div(h, stride[0]) * launch.ceil_div(w, stride[1])
 
 
 def _scaled(matrix: Tensor, dtype: torch.dtype, block: int) -> tuple[Tensor, Tensor]:
@@ -428,7 +428,7 @@ def _scaled(matrix: Tensor, dtype: torch.dtype, block: int) -> tuple[Tensor, Ten
     factor = largest / torch.frexp(largest).mantissa
     factor = torch.where(factor.isfinite(), factor, 1.0).reshape(1)
     packed = (matrix / factor).to(dtype).t()
-    return launch._vector(F.pad(packed, (0, -packed.shape[1] % block))), launch._vector(factor)
+    return launch.vector(F.pad(packed, (0, -packed.shape[1] % block))), launch.vector(factor)
 
 
 def _geometry(stride: Pair, padding: Pair, dilation: Pair) -> dict[str, int]:
@@ -449,20 +449,20 @@ def _constants(tile: tiles.Tile) -> dict[str, Any]:
 
 def _key(kernel: str, x: Tensor, target: str) -> str:
     """The name of a list of tiles."""
-    return f"{kernel}_{launch._precision(x.dtype, target)}"
+    return f"{kernel}_{launch.precision_of(x.dtype, target)}"
 
 
 def _dot_precision(x: Tensor, target: str) -> str:
-    return "tf32" if launch._precision(x.dtype, target) == "tf32" else "ieee"
+    return "tf32" if launch.precision_of(x.dtype, target) == "tf32" else "ieee"
 
 
 def _nhwc(x: Optional[Tensor]) -> Optional[Tensor]:
-    return None if x is None else launch._nhwc(x)
+    return None if x is None else launch.nhwc(x)
 
 
 def _vector(v: Optional[Tensor]) -> Optional[Tensor]:
-    return None if v is None else launch._vector(v)
+    return None if v is None else launch.vector(v)
 
 
 def _vectors(affine: Optional[Affine]) -> tuple[Optional[Tensor], Optional[Tensor]]:
-    return (None, None) if affine is None else (launch._vector(affine.scale), launch._vector(affine.shift))
+    return (None, None) if affine is None else (launch.vector(affine.scale), launch.vector(affine.shift))

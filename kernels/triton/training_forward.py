@@ -87,10 +87,10 @@ def _plan_combine(partials: Tensor, each: int, rows: int, target: str) -> Iterab
     bm, bn, warps = tiles.load(target)["combine"]
     while True:
         count, _, k = partials.shape
-        combined = launch.allocate_floats(partials, (launch._ceil_div(count, bm), 2, k))
+        combined = launch.allocate_floats(partials, (launch.ceil_div(count, bm), 2, k))
         yield Plan(
             combine_kernel,
-            (combined.shape[0], launch._ceil_div(k, bn)),
+            (combined.shape[0], launch.ceil_div(k, bn)),
             (partials, combined, count, each, rows),
             {"K": k, "BM": bm, "BN": bn, "num_warps": warps},
             combined,
@@ -104,17 +104,17 @@ def plan_gram(x: Tensor, prologue: Optional[Affine], stride: Pair, target: str) 
     """Products of chunks of pixels, then their sum as ``[1 + C, C]``: mean and covariance."""
     data = tiles.load(target)
     bn, bp, warps, stages = data["gram"]["ieee" if x.dtype == torch.float32 else "half"]
-    x = launch._nhwc(x)
+    x = launch.nhwc(x)
     n, c, h, w = x.shape
     p, q = (h - 1) // stride[0] + 1, (w - 1) // stride[1] + 1
     rows = n * p * q
     bn = min(bn, max(16, tiles.power_of_two(c)))
-    blocks = launch._ceil_div(c, bn)
+    blocks = launch.ceil_div(c, bn)
     # Two programs for every multiprocessor; a chunk is a whole number of steps of BP pixels.
     chunks = max(1, 2 * data["multiprocessors"] // (blocks * (blocks + 1) // 2))
-    chunk = launch._ceil_div(launch._ceil_div(rows, chunks), bp) * bp
-    chunks = launch._ceil_div(rows, chunk)
-    scale, shift = (None, None) if prologue is None else map(launch._vector, prologue)
+    chunk = launch.ceil_div(launch.ceil_div(rows, chunks), bp) * bp
+    chunks = launch.ceil_div(rows, chunk)
+    scale, shift = (None, None) if prologue is None else map(launch.vector, prologue)
     products = launch.allocate_floats(x, (chunks, c, c))
     sums = launch.allocate_floats(x, (chunks, c))
     pivot = launch.allocate_floats(x, (c,)) if x.dtype == torch.float32 else None
@@ -130,7 +130,7 @@ def plan_gram(x: Tensor, prologue: Optional[Affine], stride: Pair, target: str) 
                 "STRIDE_H": stride[0],
                 "STRIDE_W": stride[1],
                 "PROLOGUE": prologue is not None,
-                "INDEX64": launch._index64(x, x),
+                "INDEX64": launch.index64(x, x),
                 "BN": bn,
                 "BP": bp,
                 "num_warps": warps,
@@ -141,7 +141,7 @@ def plan_gram(x: Tensor, prologue: Optional[Affine], stride: Pair, target: str) 
         ),
         Plan(
             covariance_kernel,
-            (launch._ceil_div(c, bm), launch._ceil_div(c, columns)),
+            (launch.ceil_div(c, bm), launch.ceil_div(c, columns)),
             (products, sums, pivot, statistics, rows, chunks),
             {"C": c, "PIVOT": pivot is not None, "BM": bm, "BN": columns, "num_warps": reduce_warps},
             statistics,
@@ -157,18 +157,18 @@ def plan_tail(
     relu: bool,
     target: str,
 ) -> Plan:
-    y = launch._nhwc(y)
+    y = launch.nhwc(y)
     out = launch.allocate(y, tuple(y.shape))
     rows, c = y.numel() // y.shape[1], y.shape[1]
     bm, bn, warps = tiles.load(target)["tail"]
     return Plan(
         tail_kernel,
-        (launch._ceil_div(rows, bm), launch._ceil_div(c, bn)),
+        (launch.ceil_div(rows, bm), launch.ceil_div(c, bn)),
         (
             y,
-            *map(launch._vector, affine),
-            None if residual is None else launch._nhwc(residual),
-            *((None, None) if residual_affine is None else map(launch._vector, residual_affine)),
+            *map(launch.vector, affine),
+            None if residual is None else launch.nhwc(residual),
+            *((None, None) if residual_affine is None else map(launch.vector, residual_affine)),
             out,
             rows,
         ),
@@ -177,7 +177,7 @@ def plan_tail(
             "HAS_RESIDUAL": residual is not None,
             "RESIDUAL_AFFINE": residual_affine is not None,
             "RELU": relu,
-            "INDEX64": launch._index64(y, y),
+            "INDEX64": launch.index64(y, y),
             "BM": bm,
             "BN": bn,
             "num_warps": warps,

@@ -1,6 +1,9 @@
 """What must hold for every launch that is compiled: each check is a function of the launch and of what came out."""
 
+import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import NamedTuple, Optional
 
 from tests.aot.layers import Launch
@@ -17,17 +20,35 @@ class Result(NamedTuple):
     compiled: Optional[Compiled]  # None: the compiler crashed
 
 
-class Compiler(Worker):
-    """Compiles many launches; a crash is a result."""
+class Compiler:
+    """Compiles many launches, one on each processor at a time; a crash is a result."""
+
+    def __init__(self) -> None:
+        self._workers = [Worker() for _ in os.sched_getaffinity(0)]
+
+    def __enter__(self) -> "Compiler":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self._workers:
+            worker.__exit__(*exception)
 
     def results(self, launches: Iterable[Launch]) -> list[Result]:
-        return [Result(one, self._compiled(one)) for one in launches]
+        idle: SimpleQueue[Worker] = SimpleQueue()
+        for worker in self._workers:
+            idle.put(worker)
 
-    def _compiled(self, one: Launch) -> Optional[Compiled]:
-        try:
-            return self.compile(one.plan, one.architecture)
-        except CompilerCrash:
-            return None
+        def compiled(one: Launch) -> Result:
+            worker = idle.get()
+            try:
+                return Result(one, worker.compile(one.plan, one.architecture))
+            except CompilerCrash:
+                return Result(one, None)
+            finally:
+                idle.put(worker)
+
+        with ThreadPoolExecutor(len(self._workers)) as threads:
+            return list(threads.map(compiled, launches))
 
 
 def offenders(results: list[Result], wrong: Callable[[Launch, Compiled], bool]) -> list[str]:
