@@ -41,7 +41,7 @@ test-native: install
 	$(BIN)/python -m pytest tests/native
 
 test-interpreter: install
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreter
 
 test-aot: install
 	$(BIN)/python -m pytest tests/aot
