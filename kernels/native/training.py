@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast.kernels.case import Case
-from resnet_fast.kernels.native import LARGEST, conv_shape, library, passes, planner
+from resnet_fast.kernels.native import LARGEST, conv_shape, library, memory, passes, planner
 from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
 from resnet_fast.kernels.native.passes import bn_backward, tail, tail_backward, tail_pool, tail_pool_backward
 from resnet_fast.kernels.native.wgrad import gram, wgrad
@@ -221,6 +221,7 @@ def _convolve(
     ``out`` is what is returned: it may be the residual, and where ``pixels`` are named, the result is these pixels of
     it, and there is no residual.
     """
+    memory.keep_freed()
     threads = torch.get_num_threads()
     algorithm = planner.choose_native(shape, threads)
     if prologue is not None and algorithm not in library.ACTIVATING:

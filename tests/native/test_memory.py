@@ -1,0 +1,35 @@
+"""Training steps run in the memory of the step before."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+STEPS = """
+import resource, torch, resnet_fast
+from torchvision.models.resnet import BasicBlock
+block = resnet_fast.accelerate(BasicBlock(64, 64).train())
+x = torch.randn(11, 64, 112, 112, requires_grad=True)  # images of 34 MiB, which glibc would map anew
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block(x).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def _faults(**environment: str) -> int:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", STEPS]
+    return int(subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+def test_a_step_takes_no_new_memory():
+    assert _faults() < 2000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+def test_what_the_environment_says_stands():
+    assert _faults(MALLOC_ARENA_MAX="8") > 20000
