@@ -13,9 +13,9 @@ _MOST = 2**31 - 1  # an int
 def keep_freed() -> bool:
     """Have the process keep the memory that it frees, as a training step needs the same again; whether that was done.
 
-    glibc maps every image of 32 MiB and more anew and hands it back at once, and of smaller ones all beyond 64 MiB. New
-    pages cost a fault and are filled with zeros first: a tenth of a step of ResNet-50 at batch 16. What the user has set
-    in the environment stands.
+    glibc maps every image of 32 MiB and more anew and hands it back at once, and of smaller ones all beyond 64 MiB.
+    New pages cost a fault and are filled with zeros first: a tenth of a step of ResNet-50 at batch 16. What the user
+    has set in the environment stands.
     """
     chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if platform.libc_ver()[0] != "glibc" or chosen:
