@@ -34,7 +34,7 @@ class Guards:
         def poisoned(function):
             return lambda *args: function(*args).fill_(torch.nan)
 
-        for name in ("_nhwc", "_vector"):
+        for name in ("nhwc", "vector"):
             monkeypatch.setattr(launch, name, registered(getattr(launch, name)))
         for name in ("weight", "row_weight", "pixels"):
             monkeypatch.setattr(pack, name, registered(getattr(pack, name)))
