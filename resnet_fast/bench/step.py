@@ -52,8 +52,9 @@ class Step:
 
 
 def load_step(folder: Path, threads: int, change: Callable[[nn.Module], Any] = lambda model: None) -> Step:
-    """The step of the workload in ``folder``, images in channels_last, after ``change`` to its model."""
+    """The step of the workload in ``folder``, weights and images in channels_last, after ``change`` to its model."""
     torch.set_num_threads(threads)
-    model = load_model(folder)
+    layout: Any = {"memory_format": torch.channels_last}
+    model = load_model(folder).to(**layout)
     change(model)
-    return Step(model, load_images(folder).contiguous(memory_format=torch.channels_last), load_labels(folder))
+    return Step(model, load_images(folder).to(**layout), load_labels(folder))

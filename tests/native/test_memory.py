@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
+
 STEPS = """
 import resource, torch, resnet_fast
 from torchvision.models.resnet import BasicBlock
@@ -25,11 +27,9 @@ def _faults(**environment: str) -> int:
     return int(subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
 def test_a_step_takes_no_new_memory():
     assert _faults() < 2000
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
 def test_what_the_environment_says_stands():
     assert _faults(MALLOC_ARENA_MAX="8") > 20000

@@ -30,9 +30,6 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
 
 
 def train(folder: Path, threads: int) -> "Step":
-    import torch
-
     from resnet_fast.bench.step import load_step
 
-    layout: Any = {"memory_format": torch.channels_last}
-    return load_step(folder, threads, lambda model: model.to(**layout))
+    return load_step(folder, threads)

@@ -31,10 +31,7 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
 
 
 def train(folder: Path, threads: int) -> "Step":
-    import torch
-
     from resnet_fast import accelerate
     from resnet_fast.bench.step import load_step
 
-    # As the peers': gradients of weights are made in channels_last, and another layout costs a copy.
-    return load_step(folder, threads, lambda model: accelerate(model.to(memory_format=torch.channels_last)))
+    return load_step(folder, threads, accelerate)
