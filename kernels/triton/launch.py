@@ -95,8 +95,10 @@ def plan_conv(
     relu: bool,
     target: str,
     prologue: Optional[tuple[torch.Tensor, torch.Tensor]] = None,
+    tile: Optional[tiles.Tile] = None,
 ) -> Plan:
-    """A convolution, as a plain matrix product where it is one. ``target`` is the architecture to choose tiles for.
+    """A convolution, as a plain matrix product where it is one. ``target`` is the architecture to choose the tile for,
+    unless one is given.
 
     ``prologue``: scale and shift of a batch norm and ReLU that x still has to go through. Without scale and shift of
     its own, the result is stored as it is, and ``workspace [row tiles, 2, K]`` takes its statistics (statistics.py).
@@ -123,7 +125,7 @@ def plan_conv(
     if (r, s, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1):
         x = nhwc(x)
         rows = n * h * w
-        tile = tiles.pick(target, precision, rows, k, c, 1)
+        tile = tile or tiles.pick(target, precision, rows, k, c, 1)
         packed = pack.weight(weight, x.dtype, 1, 1, tile.reduction)
         row_tiles = ceil_div(rows, tile.rows)
         partials = allocate_floats(x, (row_tiles, 2, k)) if statistics else None
@@ -139,7 +141,7 @@ def plan_conv(
     if prologue[0] is None and groups == 1 and c <= STEM_CHANNELS and s > 1 and dilation[1] == 1:
         # Few channels: all taps of one kernel row side by side.
         pixel = pack.pixel_width(c)
-        tile = tiles.pick(target, precision, n * p * q, k, s * pixel, 1)
+        tile = tile or tiles.pick(target, precision, n * p * q, k, s * pixel, 1)
         packed = pack.row_weight(weight, x.dtype, pixel, tile.reduction)
         x = pack.pixels(x, padding)
         h = x.shape[1]
@@ -151,7 +153,7 @@ def plan_conv(
         merge = pack.merged(groups, c // groups)
         groups_before, groups = groups, groups // merge
         c, k = c // groups, k // groups
-        tile = tiles.pick(target, precision, n * p * q, k, c, groups)
+        tile = tile or tiles.pick(target, precision, n * p * q, k, c, groups)
         packed = pack.weight(weight, x.dtype, groups_before, merge, tile.reduction)
     row_tiles = ceil_div(n * p * q, tile.rows)
     partials = allocate_floats(x, (row_tiles, 2, groups * k)) if statistics else None

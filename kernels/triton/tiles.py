@@ -24,7 +24,11 @@ _FOLDER = Path(__file__).parent / "tiles"
 
 
 class Tile(NamedTuple):
-    """One program makes [rows, columns] of the output, ``reduction`` elements of the inner dimension at a time."""
+    """One program makes [rows, columns] of the output, ``reduction`` elements of the inner dimension at a time.
+
+    kernel: "pointers", or another way to the same result, where there is one (launch.py). parts: of the inner
+    dimension, each made by programs of its own and summed afterwards.
+    """
 
     rows: int
     columns: int
@@ -32,6 +36,8 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     split: bool
+    kernel: str = "pointers"
+    parts: int = 1
 
     def constants(self) -> dict[str, Any]:
         return {
