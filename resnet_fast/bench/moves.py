@@ -1,6 +1,7 @@
 """Operations by what they move, and the ledger in which a count enters them."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional
 
@@ -104,7 +105,7 @@ class Ledger:
         self.at = Place()  # of the last move
         self.backward = False  # whether the backward pass has begun
         self._known: dict[int, Contents] = {}
-        self._ids = iter(range(1 << 62))
+        self._ids = itertools.count()
 
     def contents(self, tensor: Tensor) -> Contents:
         key = _memory(tensor)
@@ -118,8 +119,8 @@ class Ledger:
         image = tensor.dim() == 4 and not contents.parameter
         return Value(contents.id, tuple(tensor.shape), tensor.nbytes if size is None else size, image)
 
-    def values(self, tensors: Iterator[Optional[Tensor]] | Sequence[Optional[Tensor]]) -> list[Value]:
-        return [self.value(tensor) for tensor in tensors if tensor is not None]
+    def values(self, tensors: Iterable[Tensor]) -> list[Value]:
+        return [self.value(tensor) for tensor in tensors]
 
     def made(self, tensor: Tensor, place: Optional[Place] = None, parameter: bool = False) -> Value:
         """The tensor, whose contents are new."""

@@ -4,6 +4,7 @@ Nothing here was measured or compiled. What a kernel reads from memory and write
 derived from the operations that ``traffic.py`` counts.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ MOST_CHANNELS = 256
 
 _TILE_ROWS, _COMBINED = 128, 128  # of a convolution's tile, whose statistics are combined so many tiles at a time
 _STEM_CHANNELS = 8  # with so few, images are padded first: zeros, and a copy
-_SUMS = {"gram": 1, "wgrad": 1, "tail_backward": 1}  # launches that sum what programs left in a workspace
-_GATED = ("dgrad", "dgrad_expand")  # they also sum, where the gradient goes through a ReLU and batch norm
+_SUMMED = ("gram", "wgrad", "tail_backward")  # a second launch sums what the programs of the first left
+_GATED = ("dgrad", "dgrad_expand")  # so it does here, where the gradient goes through a ReLU and batch norm
 _REDUCTIONS = ("mean", "sum", "native_batch_norm", "native_batch_norm_backward")
 
 
@@ -86,8 +87,8 @@ class _Fusion:
         for move in fused:
             for value in set(move.reads):
                 self._unread[value.id] -= 1
-                if value.id not in made and value.size > (reads[value.id].size if value.id in reads else -1):
-                    reads[value.id] = value
+                if value.id not in made:
+                    reads[value.id] = max(value, reads.get(value.id, value), key=lambda read: read.size)
         results = {value.id for value in last.writes}
         writes = [value for value in made.values() if value.id in results or self._unread[value.id] > 0]
         op = "+".join(move.op for move in fused)
@@ -124,15 +125,18 @@ def _parts(move: Move) -> list[Move]:
 
 
 def ours(moves: list[Move]) -> list[Kernel]:
-    """The kernels behind our ops on a GPU (``kernels/triton/``). Workspaces are not counted, but for the stem, of which
-    one kernel writes the convolution's result for another."""
+    """The kernels behind our ops on a GPU (``kernels/triton/``): launches at most, as small sums need no second one.
+
+    Workspaces are not counted, but for the stem, of which one kernel writes the convolution's result for another. Nor
+    is the packing of weights, once in inference and after every step in training.
+    """
     return [kernel for move in moves for kernel in _kernels(move)]
 
 
 def _kernels(move: Move) -> list[Kernel]:
     if move.op == "stem":
         return _stem(move)
-    launches = 1 + _SUMS.get(move.op, 0)
+    launches = 1 + (move.op in _SUMMED or _needs_sums(move))
     if move.op in _GATED:
         launches += any(not value.image and len(value.shape) == 1 for value in move.writes)
     elif move.op == "conv_statistics":
@@ -150,7 +154,7 @@ def _stem(move: Move) -> list[Kernel]:
     (out,) = move.writes
     n, k, *_ = out.shape
     p, q = ((size - 1) // 2 + 1 for size in x.shape[2:])
-    size = n * k * p * q * (out.size // (out.shape[0] * out.shape[1] * out.shape[2] * out.shape[3]))
+    size = out.size // math.prod(out.shape) * n * k * p * q
     convolved = Value(-1 - out.id, (n, k, p, q), size, True)
     return [
         Kernel(replace(move, op="stem convolution", writes=(convolved,)), 1 + 2 * _padded(move)),

@@ -32,8 +32,8 @@ class Primitives:
     def __init__(self, ledger: Ledger, chain: Chain) -> None:
         self._ledger = ledger
         self._block = ledger.at.block
-        self._last = self._owner(chain.main[-1].weight)
-        self._layer = self._last  # of the primitive before
+        self._layer = ledger.at.layer  # of the primitive before
+        self._last = self._layer = self._owner(chain.main[-1].weight)
         self._grams: list[int] = []  # moves that belong to the next convolution
 
     def pick(self, case: Case) -> "Primitives":

@@ -20,10 +20,10 @@ from resnet_fast.kernels.triton.gpus import Gpu
 
 NOTE = "A model: nothing was measured on a GPU."
 PIPELINES = {
-    "eager": "eager PyTorch",
-    "compile": "torch.compile-style: cuDNN and fused pointwise passes",
-    "ours": "ours",
-    "back_to_back": "ours, back to back",
+    "eager": "eager PyTorch, a kernel for every operation",
+    "compile": "torch.compile-style, cuDNN's convolutions and fused pointwise passes",
+    "ours": "ours, as the accelerated model calls its ops",
+    "back_to_back": "ours, with each block's end fused with the next block's begin",
 }
 
 
@@ -83,7 +83,7 @@ class Layer:
     @property
     def intensity(self) -> float:
         """Operations a byte, at the limit."""
-        return self.limit.flops / self.limit.bytes
+        return self.limit.flops / self.limit.bytes if self.limit.bytes else 0.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Roofline:
     totals: dict[str, Total] = field(default_factory=dict)
 
     def bound(self, layer: Layer) -> str:
-        """"compute" or "memory": which of the two takes longer at the layer's limit."""
+        """Which of "compute" and "memory" takes longer at the layer's limit."""
         return "compute" if layer.intensity > self.ridge else "memory"
 
     @property
@@ -218,10 +218,16 @@ def predict(
             layer = kernel.move.layer
             costs[layer] = costs.get(layer, Cost()) + _cost(kernel, *rates, assumptions.launch_us)
     limits = _limits(moves["stock"], peak, gpu.bandwidth * 1e9)
-    blocks_of = {move.layer: move.block for move in reversed(moves["stock"])}
+    blocks_of = {move.layer: move.block for found in moves.values() for move in reversed(found)}
+    names = dict.fromkeys([*limits, *(layer for costs in by_layer.values() for layer in costs)])
     layers = [
-        Layer(layer, blocks_of[layer], limit, {name: costs.get(layer, Cost()) for name, costs in by_layer.items()})
-        for layer, limit in limits.items()
+        Layer(
+            layer,
+            blocks_of[layer],
+            limits.get(layer, Cost()),
+            {name: costs.get(layer, Cost()) for name, costs in by_layer.items()},
+        )
+        for layer in names
     ]
     totals = {name: _total(kernels[name], by_layer[name].values()) for name in kernels}
     return Roofline(gpu, peak, assumptions, shape[0], layers, sum(limits.values(), Cost()), totals)

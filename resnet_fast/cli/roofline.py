@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 DTYPES = ("float16", "bfloat16", "float32")
 MODES = ("eval", "train")
 CHARTS = (".svg", ".png")
+_SHORT = {"back_to_back": "b2b"}
 
 
 def roofline(
@@ -67,7 +68,8 @@ def roofline(
         raise typer.BadParameter("is for --mode eval", param_hint="--back-to-back")
     if plot is not None:
         require("matplotlib", "--plot")
-    stock = build(model).train(mode == "train")
+    with torch.device("meta"):  # without numbers, which nobody needs
+        stock = build(model).train(mode == "train")
     shape = (batch, channels_of(stock) or 3, size, size)
     assumptions = Assumptions(compute_efficiency, memory_efficiency, launch)
     result = predict(stock, shape, getattr(torch, dtype), GPUS[gpu], assumptions, back_to_back)
@@ -93,28 +95,27 @@ def show(result: "Roofline", title: str) -> None:
     out.print(_totals(result))
     assumed = result.assumptions
     out.print(
-        f"Assumed: {result.peak / 1e12:.0f} TFLOP/s and {result.bandwidth / 1e9:.0f} GB/s from the data sheet, of which "
-        f"kernels reach {assumed.compute_efficiency:.0%} and {assumed.memory_efficiency:.0%}; {assumed.launch_us:g} us a "
-        "launch; caches ignored. The limit: all of both, no launches, and of each layer by itself inputs read and "
+        f"Assumed: {result.peak / 1e12:.0f} TFLOP/s and {result.bandwidth / 1e9:.0f} GB/s (data sheet), of which "
+        f"kernels reach {assumed.compute_efficiency:.0%} and {assumed.memory_efficiency:.0%};",
+        f"{assumed.launch_us:g} us a launch; caches ignored. The limit: all of both, no launches, and of each layer by "
+        "itself inputs read and",
         f"results written once. Bound by compute from {result.ridge:.0f} operations a byte.",
-        f"Pipelines: {'; '.join(f'{name}: {PIPELINES[name]}' for name in result.totals)}. Small launches move vectors "
-        "of channels or weights alone.",
         sep="\n",
     )
+    out.print(*(f"{name}: {PIPELINES[name]}" for name in result.totals), sep="\n")
 
 
 def _layers(result: "Roofline", title: str) -> "Table":
-    names = list(result.totals)
-    columns = ("GFLOP", "FLOP/byte", "limit MB", *(f"{name} MB" for name in names))
-    columns += ("limit us", *(f"{name} us" for name in names))
+    names = {name: _SHORT.get(name, name) for name in result.totals}
+    columns = ("GFLOP", "FLOP/byte", "limit MB", "ours MB", "limit us", *(f"{short} us" for short in names.values()))
     rows = [
         (
-            layer.name,
+            layer.name or "(input)",
             result.bound(layer),
             f"{layer.limit.flops / 1e9:.2f}",
             f"{layer.intensity:.0f}",
-            *(f"{cost.bytes / 1e6:.1f}" for cost in (layer.limit, *layer.costs.values())),
-            *(f"{cost.us:.1f}" for cost in (layer.limit, *layer.costs.values())),
+            *(f"{cost.bytes / 1e6:.1f}" if cost.bytes else "-" for cost in (layer.limit, layer.costs["ours"])),
+            *(f"{cost.us:.1f}" if cost.bytes else "-" for cost in (layer.limit, *layer.costs.values())),
         )
         for layer in result.layers
     ]
@@ -122,7 +123,7 @@ def _layers(result: "Roofline", title: str) -> "Table":
 
 
 def _totals(result: "Roofline") -> "Table":
-    columns = ("ms", "images/s", "GB", "MB an image", "blocks GB", "backward GB", "launches", "small")
+    columns = ("ms", "images/s", "GB", "images MB", "blocks GB", "backward GB", "launches", "small")
     rows: list[tuple[Any, ...]] = [("limit", *_speed(result.limit, result.batch), *[""] * 5)]
     for name, total in result.totals.items():
         rows.append(
@@ -136,7 +137,7 @@ def _totals(result: "Roofline") -> "Table":
                 total.small_launches,
             )
         )
-    title = "all layers; of images alone: MB an image, and residual blocks' GB, forward and backward"
+    title = "all layers; images' MB for each, residual blocks' GB forward and backward; small launches move no image"
     return table(title, ("", *columns), rows, columns)
 
 
