@@ -163,13 +163,14 @@ class _Counter(TorchDispatchMode):
         value, flops = self.ledger.value, 2 * grad.numel() * weight[0].numel()
         pixels = value(x, pixels_needed(x, weight, stride, grad.shape))
         kernels = (
-            ("dgrad", (value(grad), value(weight)), flops),
-            ("wgrad", (value(grad), pixels), flops),
-            ("bias_grad", (value(grad),), 0),
+            ("convolution_dgrad", (value(grad), value(weight)), flops),
+            ("convolution_wgrad", (value(grad), pixels), flops),
+            ("convolution_bias_grad", (value(grad),), 0),
         )
         for wants, (name, reads, products), tensor in zip(wanted, kernels, _spread(made, wanted)):
             if wants:
-                self.ledger.add(place, name, reads, [self.ledger.made(tensor, place, name != "dgrad")], products)
+                written = self.ledger.made(tensor, place, parameter=name != "convolution_dgrad")
+                self.ledger.add(place, name, reads, [written], products)
 
     def _flops(self, func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> int:
         if func in _PRODUCTS:
