@@ -1,14 +1,16 @@
-"""How many bytes a forward pass in training moves, counted from the operations that it is made of.
+"""What a pass through a model moves and multiplies, counted from the operations that it is made of.
 
 The model runs without data (on the ``meta`` device). Every operation reads each of its operands once and writes each of
 its results once, whatever its kernel keeps in caches and workspaces; a convolution reads the pixels that it needs, and
-batch norm by batch statistics reads its input twice, for the statistics and to apply them. A chain counts as the
-primitives that ``chain.forward`` asks for, so the count follows that code.
+batch norm by batch statistics reads its operands twice: for the sums, and to apply them. A chain counts as the
+primitives that ``chain.py`` asks for and what it computes between them, so the count follows that code. Other fused ops
+need no mention here: they have operands like any.
 """
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -16,64 +18,63 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from resnet_fast import accelerate
+from resnet_fast import accelerate, training
 from resnet_fast import chain as chains
-from resnet_fast.kernels.case import Case
-from resnet_fast.kernels.reference_training import Affine, Geometry, Pair, wide
-from resnet_fast.ops import conv_output, pooled
-from resnet_fast.training import chain_of
+from resnet_fast.bench.moves import Ledger, Move, Place, pixels_needed
+from resnet_fast.bench.primitives import Primitives
+from resnet_fast.ops import conv_output
 
 _aten, _ours = torch.ops.aten, torch.ops.resnet_fast
+_STRIDES = {_aten.convolution.default: 3, _ours.conv_bn_act.default: 5}
+"""Convolutions of an image, the first operand, by a weight, the second: where their arguments have the stride."""
+_PRODUCTS = {
+    _aten.mm.default: 0,
+    _aten.mv.default: 0,
+    _aten.bmm.default: 0,
+    _aten.addmm.default: 1,
+    _aten.baddbmm.default: 1,
+}
+"""Matrix products: where their arguments have the left matrix."""
+_FACTORIES = ("new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like", "full_like")
+"""They read no more than the shape of their operand."""
 
 
-@dataclass(frozen=True)
-class Move:
-    """One operation's bytes.
-
-    Attributes:
-        block: path of the module whose forward it is part of; "" for the model itself.
-        read, written: of images, ``[N, C, H, W]``.
-        other: read and written of everything else: weights, vectors of channels, statistics, logits.
-    """
-
-    block: str
-    op: str
-    read: int
-    written: int
-    other: int
-
-    @property
-    def images(self) -> int:
-        return self.read + self.written
-
-
-def compare(model: nn.Module, shape: Any, dtype: torch.dtype) -> dict[str, list[Move]]:
+def compare(model: nn.Module, shape: Any, dtype: torch.dtype, backward: bool = False) -> dict[str, list[Move]]:
     """What ``model(images)`` moves, operation by operation: "stock", and accelerated, "ours".
 
     Args:
-        model: a stock one, in the mode that it is to be counted in.
+        model: a stock one, in the mode that it is to be counted in. What eval mode computes from parameters alone
+            (batch norms folded into scales and shifts) is not counted: it is done once.
         shape: of the images, ``[N, C, H, W]``.
         dtype: of images, weights and vectors alike.
+        backward: whether the gradients of the parameters follow.
     """
+    layers: dict[str, str] = {}
     return {
-        "stock": _count(copy.deepcopy(model), shape, dtype),
-        "ours": _count(accelerate(model, inplace=False), shape, dtype),
+        "stock": _count(copy.deepcopy(model), shape, dtype, backward, layers),
+        "ours": _count(accelerate(model, inplace=False), shape, dtype, backward, layers),
     }
 
 
-def _count(model: nn.Module, shape: Any, dtype: torch.dtype) -> list[Move]:
+def _count(model: nn.Module, shape: Any, dtype: torch.dtype, backward: bool, layers: dict[str, str]) -> list[Move]:
+    """``layers``: by the path of a module with vectors of channels, the layer whose results go through it. What the
+    count learns of that is added: in the stock model, more of it is seen."""
     model = model.to("meta", dtype)
     images = torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
-    with torch.no_grad(), _Counter(model) as counter:
-        model(images)
-    return counter.moves
+    counter = _Counter(model, layers)
+    with torch.set_grad_enabled(backward), counter:
+        results = model(images)
+    if backward:
+        outputs = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        gradients = counter.turn(outputs)
+        with counter:
+            torch.autograd.backward(outputs, gradients)
+    return counter.moves()
 
 
 def blocks(moves: list[Move]) -> dict[str, int]:
-    """Bytes of images by block, in order; the stem is left out, and with it what else has parameters outside blocks.
-
-    The pooling at the end has none, and counts with the last block.
-    """
+    """Bytes of images by block, in order; stem and head are left out: what has parameters outside of blocks, and the
+    pooling before it."""
     found: dict[str, int] = {}
     for move in moves:
         if move.block:
@@ -82,55 +83,191 @@ def blocks(moves: list[Move]) -> dict[str, int]:
 
 
 class _Counter(TorchDispatchMode):
-    """Sees every operation below autograd. One without parameters belongs to the block of the one before."""
+    """Sees every operation below autograd, and enters it in its ledger."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: dict[str, str]) -> None:
         super().__init__()
-        self.moves: list[Move] = []
-        self._owners = dict(_owners(model))
-        self._block = ""
+        self.ledger = Ledger()
+        self._layers = layers
+        self._in_chain = False
+        self._ready = not model.training  # whether what is made of parameters alone is made before
+        self._head = 0  # the moves after the last one of the forward pass with parameters of a block
+        for tensor, owner in _owners(model):
+            self.ledger.own(tensor, owner)
+
+    def moves(self) -> list[Move]:
+        """All, the head's told from the last block's: after that block's last parameters, it is what is no addition or
+        ReLU, but a pooling."""
+        return [
+            replace(move, place=Place("", move.layer))
+            if i >= self._head and not move.pointwise and not move.backward
+            else move
+            for i, move in enumerate(self.ledger.moves)
+        ]
+
+    def turn(self, outputs: list[Tensor]) -> list[Tensor]:
+        """The backward pass begins with the gradients of ``outputs``, which are returned."""
+        self.ledger.backward = True
+        gradients = [torch.empty_like(output) for output in outputs]
+        for output, gradient in zip(outputs, gradients):
+            self.ledger.made(gradient, self.ledger.contents(output).place)
+        return gradients
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if self._in_chain:  # below autograd already, where nothing else takes operations apart
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self._block = next((self._owners[id(t)] for t in given if id(t) in self._owners), self._block)
+        place = self._place(func, given)
+        owners = [self.ledger.contents(tensor).owner for tensor in given]
+        reads = self.ledger.values(given)  # what they are now: the operation may overwrite them
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if func is _ours.residual_block.default:
-            x, residual, *rest = args
-            self._count_chain(chain_of(*rest), x, residual)
+            self._chain(place, args, made)
+        elif func is _ours.residual_block_backward.default:
+            self._chain_backward(place, args, made)
+        elif func is _aten.convolution_backward.default:
+            self._convolution_backward(place, args, made)
         elif not func.is_view and func is not _aten.detach.default:
-            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            self._count(func, args, given, made)
+            self._operation(func, place, args, given, reads, made)
+        if not self.ledger.backward and any(owner.block for owner in owners if owner):
+            self._head = len(self.ledger.moves)
         return result
 
-    def _count(self, func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> None:
-        sizes = [(tensor, tensor.nbytes) for tensor in given]
-        if func is _aten.convolution.default:
-            x, weight, _, stride, *_ = args
-            sizes[0] = x, _needed(x, weight, stride, made[0].shape)
+    def _operation(
+        self, func: Any, place: Place, args: Any, given: list[Tensor], reads: list[Any], made: list[Tensor]
+    ) -> None:
+        name = func.overloadpacket.__name__
+        of_parameters = bool(given) and all(self.ledger.contents(tensor).parameter for tensor in given)
+        flops = self._flops(func, args, given, made)
+        writes = [self.ledger.made(tensor, place, of_parameters) for tensor in made]
+        if (of_parameters and self._ready) or (not given and name.startswith("empty")):
+            return
+        if name in _FACTORIES:
+            reads = []
+        elif func in _STRIDES:
+            reads[0] = reads[0]._replace(size=pixels_needed(args[0], args[1], args[_STRIDES[func]], made[0].shape))
         elif func is _aten.native_batch_norm.default and args[5]:
-            sizes.append((args[0], args[0].nbytes))
-        read = sum(size for tensor, size in sizes if tensor.dim() == 4 and id(tensor) not in self._owners)
-        written = sum(tensor.nbytes for tensor in made if tensor.dim() == 4)
-        every = sum(size for _, size in sizes) + sum(tensor.nbytes for tensor in made)
-        if every:
-            self.moves.append(Move(self._block, func.overloadpacket.__name__, read, written, every - read - written))
+            reads = [*reads, reads[0]]
+        elif func is _aten.native_batch_norm_backward.default and args[7]:
+            reads = [*reads, *reads[:2]]
+        pointwise = torch.Tag.pointwise in func.tags or name in ("_to_copy", "copy_")
+        self.ledger.add(place, name, reads, writes, flops, pointwise)
 
-    def _count_chain(self, chain: chains.Chain, x: Tensor, residual: Optional[Tensor]) -> None:
-        def real(tensor: Tensor) -> Tensor:
-            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    def _convolution_backward(self, place: Place, args: Any, made: list[Tensor]) -> None:
+        """Its gradients are made by kernels of their own."""
+        grad, x, weight, _, stride, *_, wanted = args
+        value, flops = self.ledger.value, 2 * grad.numel() * weight[0].numel()
+        pixels = value(x, pixels_needed(x, weight, stride, grad.shape))
+        kernels = (
+            ("convolution_dgrad", (value(grad), value(weight)), flops),
+            ("convolution_wgrad", (value(grad), pixels), flops),
+            ("convolution_bias_grad", (value(grad),), 0),
+        )
+        for wants, (name, reads, products), tensor in zip(wanted, kernels, _spread(made, wanted)):
+            if wants:
+                written = self.ledger.made(tensor, place, parameter=name != "convolution_dgrad")
+                self.ledger.add(place, name, reads, [written], products)
 
-        # The images have no data, but what is decided by statistics needs some: of zeros, none are lost.
-        layers = [
-            layer._replace(weight=real(layer.weight), scale=real(layer.scale), shift=real(layer.shift))
-            for layer in chain.layers
-        ]
-        counting = _Primitives(self._block, self.moves)
-        with torch.utils._python_dispatch._disable_current_modes():
-            chains.forward(chain._replace(layers=tuple(layers)), x, residual, counting.pick)
+    def _flops(self, func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> int:
+        if func in _PRODUCTS:
+            return 2 * made[0].numel() * args[_PRODUCTS[func]].shape[-1]
+        if func is _aten.convolution.default:
+            transposed = args[6]
+            return 2 * (args[0] if transposed else made[0]).numel() * args[1][0].numel()
+        if func.namespace != "resnet_fast":
+            return 0
+        if func is _ours.stem.default:
+            convolved = conv_output(args[0].shape, args[1].shape, (2, 2), (3, 3), (1, 1))
+            return 2 * torch.Size(convolved).numel() * args[1][0].numel()
+        # Its weights, each with the result that it gives.
+        matrices = [tensor for tensor in given if tensor.dim() > 1 and self.ledger.contents(tensor).owner]
+        return sum(2 * result.numel() * matrix[0].numel() for result, matrix in zip(made, matrices))
+
+    def _place(self, func: Any, given: Sequence[Tensor]) -> Place:
+        """An operation's layer is its weight's, else that of its first operand; its block is its parameters'.
+
+        Without parameters, it is in the block of the operation before. Backward, it follows the first operand that the
+        forward pass made, but for matrix products, which are layers' gradients.
+        """
+        known = [self.ledger.contents(tensor) for tensor in given]
+        owned = [contents.owner for contents in known if contents.owner]
+        weights = [contents.owner for contents, tensor in zip(known, given) if contents.owner and tensor.dim() > 1]
+        sources = [contents for contents in known if contents.place]
+        if self.ledger.backward and func not in _PRODUCTS:
+            sources.sort(key=lambda contents: contents.backward)
+        source = (sources[0].place if sources else None) or self.ledger.at
+        follows = source if self.ledger.backward else self.ledger.at
+        if weights:
+            layer = weights[0].layer
+        elif owned and sources:
+            layer = self._layers.setdefault(owned[0].layer, source.layer)
+        else:
+            layer = self._layers.get(owned[0].layer, source.layer) if owned else source.layer
+        return Place(owned[0].block if owned else follows.block, layer)
+
+    # --- chains ---
+
+    def _chain(self, place: Place, args: Any, made: list[Tensor]) -> None:
+        x, residual, weights, scales, shifts, *plain = args
+        chain = training.chain_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
+        self.ledger.at = place
+        with self._seen():
+            result = chains.forward(chain, _nhwc(x), _nhwc(residual), Primitives(self.ledger, chain).pick)
+        self._same(made, [result.out, *result.statistics, *result.saved])
+
+    def _chain_backward(self, place: Place, args: Any, made: list[Tensor]) -> None:
+        grad, x, residual, out, weights, scales, shifts, *plain, saved, flags = args
+        chain = training.chain_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
+        wanted = training._wanted(flags)
+        vectors = iter(self._real([tensor for tensor in saved if tensor.dim() != 4]))
+        saved = [tensor if tensor.dim() == 4 else next(vectors) for tensor in saved]
+        self.ledger.at = place
+        with self._seen():
+            pick = Primitives(self.ledger, chain).pick
+            found = chains.backward(chain, _nhwc(grad), _nhwc(x), _nhwc(residual), out, saved, wanted, pick)
+            for gradient in found.weights:
+                if gradient is not None:
+                    self.ledger.contents(gradient).parameter = True
+            gradients = [
+                gradient.to(tensor.dtype) if want and gradient is not None else None
+                for given, wants, tensors in (
+                    (found.weights, wanted.weights, weights),
+                    (found.scales, wanted.vectors, scales),
+                    (found.shifts, wanted.vectors, shifts),
+                )
+                for gradient, want, tensor in zip(given, wants, tensors)
+            ]
+        images = [found.x if wanted.x else None, found.residual if wanted.residual else None]
+        self._same(made, [*images, *gradients])
+
+    @contextmanager
+    def _seen(self) -> Iterator[None]:
+        """What a chain does between its primitives is counted like everything else."""
+        self._in_chain = True
+        try:
+            with self:
+                yield
+        finally:
+            self._in_chain = False
+
+    def _real(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The images have no data, but what is decided by statistics needs some: of zeros, none are lost."""
+        zeros = [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
+        self._same(zeros, tensors)
+        return zeros
+
+    def _same(self, tensors: Sequence[Tensor], others: Sequence[Optional[Tensor]]) -> None:
+        for tensor, other in zip(tensors, others):
+            if other is not None:
+                self.ledger.alias(tensor, other)
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[int, str]]:
-    """The block of every parameter: the innermost module around the layer that has it which is no Sequential."""
+def _owners(model: nn.Module) -> Iterator[tuple[Tensor, Place]]:
+    """Every parameter and buffer with its module and block: the innermost module around that which is no Sequential."""
     for path, module in model.named_modules():
         above = path
         while above:
@@ -138,70 +275,14 @@ def _owners(model: nn.Module) -> Iterator[tuple[int, str]]:
             if not isinstance(model.get_submodule(above), (nn.Sequential, nn.ModuleList)):
                 break
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            yield id(tensor), above
+            yield tensor, Place(above, path)
 
 
-def _needed(x: Tensor, weight: Tensor, stride: Any, out: Any) -> int:
-    """Bytes of the pixels of ``x`` that a convolution reads."""
-    n, c, *size = x.shape
-    h, w = (min(size[i], out[2 + i] * weight.shape[2 + i]) for i in range(2))
-    return n * c * h * w * x.itemsize
+def _nhwc(x: Any) -> Any:
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
-class _Primitives:
-    """The forward primitives of ``reference_training.py`` by their operands' sizes alone."""
-
-    def __init__(self, block: str, moves: list[Move]) -> None:
-        self._block, self._moves = block, moves
-
-    def pick(self, case: Case) -> "_Primitives":
-        return self
-
-    def conv_statistics(
-        self, x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y = self._convolved(x, weight, geometry)
-        mean, variance = torch.zeros(2, y.shape[1], dtype=wide(x))
-        self._move("conv_statistics", _needed(x, weight, geometry.stride, y.shape), y, prologue, weight, mean, variance)
-        return y, mean, variance
-
-    def gram(self, x: Tensor, prologue: Optional[Affine], stride: Pair) -> tuple[Tensor, Tensor]:
-        c = x.shape[1]
-        statistics = torch.zeros(1 + c, c, dtype=wide(x))
-        self._move("gram", x[:, :, :: stride[0], :: stride[1]].nbytes, None, prologue, statistics)
-        return statistics[0], statistics[1:]
-
-    def conv_affine(
-        self,
-        x: Tensor,
-        prologue: Optional[Affine],
-        weight: Tensor,
-        affine: Affine,
-        residual: Optional[Tensor],
-        geometry: Geometry,
-        relu: bool,
-    ) -> Tensor:
-        y = self._convolved(x, weight, geometry)
-        read = _needed(x, weight, geometry.stride, y.shape) + (0 if residual is None else residual.nbytes)
-        self._move("conv_affine", read, y, prologue, weight, affine)
-        return y
-
-    def tail(
-        self, y: Tensor, affine: Affine, residual: Optional[Tensor], residual_affine: Optional[Affine], relu: bool
-    ) -> Tensor:
-        read = y.nbytes + (0 if residual is None else residual.nbytes)
-        self._move("tail", read, y, affine, residual_affine)
-        return torch.empty_like(y)
-
-    def tail_pool(self, y: Tensor, affine: Affine) -> Tensor:
-        n, c, h, w = y.shape
-        out = y.new_empty(n, c, pooled(h), pooled(w))
-        self._move("tail_pool", y.nbytes, out, affine)
-        return out
-
-    def _convolved(self, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        return x.new_empty(conv_output(x.shape, weight.shape, *geometry[:3]))
-
-    def _move(self, op: str, read: int, out: Optional[Tensor], *others: Any) -> None:
-        other = sum(leaf.nbytes for leaf in tree_leaves(others) if isinstance(leaf, Tensor))
-        self._moves.append(Move(self._block, op, read, 0 if out is None else out.nbytes, other))
+def _spread(made: list[Tensor], wanted: Sequence[bool]) -> list[Any]:
+    """The results at the places of those that were wanted: the others are None, or not there at all."""
+    results = iter(made)
+    return [next(results) if wants else None for wants in wanted]

@@ -1,7 +1,6 @@
 """``resnet-fast traffic``: the bytes that a forward pass in training moves, stock and fused."""
 
 from collections import Counter
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +9,7 @@ from resnet_fast.cli import options
 from resnet_fast.cli.output import console, table, write_json
 
 if TYPE_CHECKING:
-    from resnet_fast.bench.traffic import Move
+    from resnet_fast.bench.moves import Move
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -55,8 +54,12 @@ def traffic(
         out.print(table(f"{name}, all blocks by operation", ("", *columns), _by_operation(found), columns))
     setting: dict[str, Any] = {"model": model, "batch": batch, "size": size, "dtype": dtype, "frozen_bn": frozen_bn}
     for name, found in moves.items():
-        setting[name] = {"total": total[name], "blocks": by_block[name], "moves": [asdict(move) for move in found]}
+        setting[name] = {"total": total[name], "blocks": by_block[name], "moves": [_as_dict(move) for move in found]}
     write_json(setting, json)
+
+
+def _as_dict(move: "Move") -> dict[str, Any]:
+    return {name: getattr(move, name) for name in ("block", "op", "read", "written", "other")}
 
 
 def _by_operation(moves: "list[Move]") -> list[tuple[Any, ...]]:
