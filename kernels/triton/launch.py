@@ -130,7 +130,7 @@ def carry_out(
 
 def _pointwise(scale: torch.Tensor, shift: torch.Tensor, relu: bool) -> prepared.Call:
     """``relu(y * scale + shift + residual)`` in one pass, for convolutions of one shape that are not ours."""
-    kept: Optional[prepared.Launch] = None
+    kept: Optional[prepared.Call] = None
 
     def call(y: torch.Tensor, residual: Optional[torch.Tensor]) -> torch.Tensor:
         nonlocal kept

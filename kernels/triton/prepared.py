@@ -1,21 +1,22 @@
 """Calls of convolutions on a GPU, prepared once and then repeated.
 
 Deciding a launch (layout, pack, tile, what was measured) and Triton's own way from arguments to a binary are Python, and
-take longer than a small convolution. All that they decide follows from shapes, dtypes and flags, and from the weights.
-So the first call keeps what it found, and later calls allocate the output and start the binary.
+take longer than a small convolution does on a GPU. All that they decide follows from shapes, dtypes and flags, and from
+the weights. So the first call keeps what it found, and later calls allocate the output and start the binary.
 
-A prepared call holds packed weights. It is kept as they are (``kernels/packing.py``): it goes when the weight, scale or
-shift changes or dies, when an optimiser steps, and with ``packing.clear_all``. Importing this module does not import
-Triton.
+A prepared call holds packed weights, and is found only while these are up to date: by the very weight, scale and shift,
+as long as their versions and addresses are the same and ``packing.clearings`` has not risen. What that cannot see is
+what ``kernels/packing.py`` cannot see on a GPU. Importing this module does not import Triton.
 """
 
 import os
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
-from resnet_fast.kernels.packing import PackCache
+from resnet_fast.kernels import packing
 from resnet_fast.kernels.triton import planner
 
 if TYPE_CHECKING:
@@ -27,7 +28,27 @@ Call = Callable[[torch.Tensor, Optional[torch.Tensor]], Optional[torch.Tensor]]
 _CALLS_KEPT = 64  # per weight: detectors see many sizes
 _ALIGNMENT = 15  # Triton compiles for pointers that are multiples of 16; these bits of an address must be 0
 
-_kept = PackCache()
+# os.environ.get takes 1 to 3 microseconds for a name that is not there, a third of all that a call may take.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_IMPLEMENTATION: Any = os.environ.encodekey("RESNET_FAST_IMPLEMENTATION") if _environment is not os.environ else (
+    "RESNET_FAST_IMPLEMENTATION"
+)  # fmt: skip
+
+
+class _Weights:
+    """The calls of one weight, with one scale and shift, all as they were."""
+
+    __slots__ = ("calls", "reference", "scale", "shift", "state")
+
+    def __init__(
+        self, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, forget: Callable[[weakref.ref], None]
+    ) -> None:
+        self.reference = weakref.ref(weight, forget)
+        self.scale, self.shift, self.state = scale, shift, _state(weight, scale, shift)
+        self.calls: dict[Hashable, Call] = {}
+
+
+_kept: dict[int, _Weights] = {}  # by the id of the weight, which removes its entry when it dies
 
 
 def run(
@@ -46,11 +67,13 @@ def run(
 
     What a prepared call is found by has passed all checks of ``ops.py`` when it was kept.
     """
-    calls = _kept.get((weight, scale, shift), None, dict)
-    if not calls:
+    weights = _kept.get(id(weight))
+    if weights is None or weights.scale is not scale or weights.shift is not shift:
         return None
-    call = calls.get(_key(x, residual, stride, padding, dilation, groups, relu))
-    return None if call is None else call(x, residual)
+    call = weights.calls.get(_key(x, residual, stride, padding, dilation, groups, relu))
+    if call is None or weights.state != _state(weight, scale, shift):
+        return None
+    return call(x, residual)
 
 
 def keep(
@@ -66,13 +89,44 @@ def keep(
     groups: int,
     relu: bool,
 ) -> None:
-    """Have ``run`` use ``call`` for these arguments from now on; None is not kept."""
-    if call is None:
+    """Have ``run`` use ``call`` for these arguments from now on; None is not kept.
+
+    Nor is anything for tensors made under ``torch.inference_mode``, which carry no version.
+    """
+    if call is None or weight.is_inference() or scale.is_inference() or shift.is_inference():
         return
-    calls = _kept.get((weight, scale, shift), None, dict)
-    if len(calls) >= _CALLS_KEPT:
-        calls.clear()
-    calls[_key(x, residual, stride, padding, dilation, groups, relu)] = call
+    weights = _kept.get(id(weight))
+    if (
+        weights is None
+        or weights.scale is not scale
+        or weights.shift is not shift
+        or weights.state != _state(weight, scale, shift)
+        or len(weights.calls) >= _CALLS_KEPT
+    ):
+        weights = _kept[id(weight)] = _Weights(weight, scale, shift, _forgetting(id(weight)))
+    weights.calls[_key(x, residual, stride, padding, dilation, groups, relu)] = call
+
+
+def _forgetting(identity: int) -> Callable[[weakref.ref], None]:
+    def forget(reference: weakref.ref) -> None:
+        weights = _kept.get(identity)
+        if weights is not None and weights.reference is reference:
+            _kept.pop(identity, None)
+
+    return forget
+
+
+def _state(weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> tuple[int, ...]:
+    """What changes when a pack made of these tensors is stale."""
+    return (
+        weight._version,
+        weight.data_ptr(),
+        scale._version,
+        scale.data_ptr(),
+        shift._version,
+        shift.data_ptr(),
+        packing.clearings,
+    )
 
 
 def _key(
@@ -97,79 +151,12 @@ def _key(
         groups,
         relu,
         planner.version,
-        os.environ.get("RESNET_FAST_IMPLEMENTATION"),
+        _environment.get(_IMPLEMENTATION),
         torch.backends.cudnn.conv.fp32_precision if dtype is torch.float32 else None,
     )
 
 
-class Launch:
-    """A compiled kernel with all its arguments but the images': what ``JITFunction.run`` comes to.
-
-    Where that would do more than start the binary (a hook is set, as profilers do; an image is not aligned as the
-    kernel was compiled for), a call gives None.
-    """
-
-    __slots__ = (
-        "_arguments", "_compiled", "_device", "_driver", "_function", "_grid", "_image", "_kernel",
-        "_metadata", "_owners", "_residual_at", "_run", "_runtime", "_shape", "_strides", "_y_at",
-    )  # fmt: skip
-
-    def __init__(
-        self, plan: "Plan", compiled: Any, arguments: list[Any], residual: Optional[torch.Tensor], triton: Any
-    ) -> None:
-        self._image = plan.image
-        # From 1 on: the residual of a block is often the very image.
-        self._residual_at = next((i for i, one in enumerate(arguments) if i and one is residual), 0)
-        self._y_at = [i for i, one in enumerate(arguments) if one is plan.output]
-        fixed = [one for one in arguments[1:] if isinstance(one, torch.Tensor)]
-        self._owners = [one for one in fixed if one is not residual and one is not plan.output]  # of these addresses
-        self._arguments = [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in arguments]
-        self._shape, self._strides = plan.output.shape, plan.output.stride()
-        self._grid = (*plan.grid, 1, 1)[:3]
-        self._kernel, self._compiled = plan.kernel, compiled
-        self._run, self._function, self._metadata = compiled.run, compiled.function, compiled.packed_metadata
-        self._runtime, self._driver = triton.knobs.runtime, triton.runtime.driver
-        self._device = self._driver.active.get_current_device()
-
-    def __call__(self, x: torch.Tensor, residual: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-        image = self._image(x)
-        y = x.new_empty_strided(self._shape, self._strides)
-        arguments = self._arguments.copy()
-        arguments[0] = addresses = image.data_ptr()
-        address = y.data_ptr()
-        addresses |= address
-        for i in self._y_at:
-            arguments[i] = address
-        if residual is not None:
-            residual = residual.contiguous(memory_format=torch.channels_last)
-            arguments[self._residual_at] = address = residual.data_ptr()
-            addresses |= address
-        runtime = self._runtime
-        if (
-            addresses & _ALIGNMENT
-            or _set(runtime.launch_enter_hook)
-            or _set(runtime.launch_exit_hook)
-            or self._kernel.pre_run_hooks
-        ):
-            return None
-        driver, device = self._driver.active, self._device
-        if driver.get_current_device() == device:
-            self._start(driver.get_current_stream(device), arguments)
-        else:  # Triton launches on the current device, which need not be the tensors'
-            with torch.cuda.device(device):
-                self._start(driver.get_current_stream(device), arguments)
-        return y
-
-    def _start(self, stream: int, arguments: list[Any]) -> None:
-        self._run(*self._grid, stream, self._function, self._metadata, None, None, None, *arguments)
-
-
-def _set(hook: Any) -> bool:
-    """Whether calling a launch hook, by default an empty chain, does anything."""
-    return hook is not None and bool(getattr(hook, "calls", True))
-
-
-def launch_of(plan: "Plan", compiled: Any, residual: Optional[torch.Tensor]) -> Optional[Launch]:
+def launch_of(plan: "Plan", compiled: Any, residual: Optional[torch.Tensor]) -> Optional[Call]:
     """``plan``, which was launched and came to the binary ``compiled``, prepared for other images of the same shapes.
 
     None where that is not known to be enough: in the interpreter, with tensor descriptors, which hold addresses, or a
@@ -179,15 +166,66 @@ def launch_of(plan: "Plan", compiled: Any, residual: Optional[torch.Tensor]) -> 
 
     if plan.image is None or plan.workspace is not None or not isinstance(compiled, triton.compiler.CompiledKernel):
         return None
-    kernel = plan.kernel
-    given = dict(zip(kernel.arg_names, plan.args)) | plan.constants
+    kernel, names = plan.kernel, plan.kernel.arg_names
+    given = dict(zip(names, plan.args)) | plan.constants
     simple = all(isinstance(kind, str) and not kind.startswith("tensordesc") for kind in compiled.src.signature.values())
-    if not simple or kernel.launch_metadata is not None or not all(name in given for name in kernel.arg_names):
+    if not simple or kernel.launch_metadata is not None or not all(name in given for name in names):
         return None
-    arguments = [given[name] for name in kernel.arg_names]
-    if arguments[0].dtype != plan.output.dtype or (residual is not None and all(one is not residual for one in arguments[1:])):
+    arguments = [given[name] for name in names]
+    # From 1 on: a block's residual is often the very image.
+    residual_at = next((i for i, one in enumerate(arguments) if i and one is residual), None)
+    if arguments[0].dtype != plan.output.dtype or (residual is not None and residual_at is None):
         return None
-    tensors = [one.data_ptr() for one in arguments if isinstance(one, torch.Tensor)]
-    if any(address & _ALIGNMENT for address in tensors):
+    if any(one.data_ptr() & _ALIGNMENT for one in arguments if isinstance(one, torch.Tensor)):
         return None
-    return Launch(plan, compiled, arguments, residual, triton)
+    return _launch(plan, compiled, arguments, residual_at)
+
+
+def _launch(plan: "Plan", compiled: Any, arguments: list[Any], residual_at: Optional[int]) -> Call:
+    """What ``JITFunction.run`` comes to. Where that would do more than start the binary (a hook is set, as profilers do;
+    an image is not aligned as the kernel was compiled for), a call gives None.
+    """
+    import triton
+
+    y_at = [i for i, one in enumerate(arguments) if one is plan.output]
+    moving = {0, residual_at, *y_at}
+    owners = [one for i, one in enumerate(arguments) if isinstance(one, torch.Tensor) and i not in moving]
+    fixed = [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in arguments]
+    image_of, kernel, grid = plan.image, plan.kernel, (*plan.grid, 1, 1)[:3]
+    shape, strides = tuple(plan.output.shape), plan.output.stride()
+    start, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    runtime, drivers = triton.knobs.runtime, triton.runtime.driver
+    device = drivers.active.get_current_device() if not plan.output.is_cuda else plan.output.device.index
+    nhwc = torch.channels_last
+
+    def call(x: torch.Tensor, residual: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        image = image_of(x)
+        y = x.new_empty_strided(shape, strides)
+        values = fixed.copy()
+        values[0] = addresses = image.data_ptr()
+        address = y.data_ptr()
+        addresses |= address
+        for i in y_at:
+            values[i] = address
+        if residual is not None:
+            residual = residual.contiguous(memory_format=nhwc)
+            values[residual_at] = address = residual.data_ptr()
+            addresses |= address
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if (
+            addresses & _ALIGNMENT
+            or (enter is not None and getattr(enter, "calls", True))
+            or (leave is not None and getattr(leave, "calls", True))
+            or kernel.pre_run_hooks
+        ):
+            return None
+        driver = drivers.active
+        if driver.get_current_device() == device:
+            start(*grid, driver.get_current_stream(device), function, metadata, None, None, None, *values)
+        else:  # Triton launches on the current device, which need not be the tensors'
+            with torch.cuda.device(device):
+                start(*grid, driver.get_current_stream(device), function, metadata, None, None, None, *values)
+        return y
+
+    call.owners = owners, compiled  # type: ignore[attr-defined]  # of the addresses, and of the function
+    return call
