@@ -86,10 +86,14 @@ def on_gpu(tensor: torch.Tensor) -> OnGpu:
     return tensor.as_subclass(OnGpu)
 
 
+_driver = Driver()  # one for all: what Triton has compiled keeps the launcher it was given
+
+
 @contextlib.contextmanager
 def installed() -> Iterator[Driver]:
     """Makes a fake GPU of compute capability 9.0 the active one, for Triton and for ``launch``."""
-    fake = Driver()
+    fake = _driver
+    fake.stream, fake.device, fake.started = 0, 0, None
     names = ("architecture", "allocate")
     before = [getattr(launch, name) for name in names]
     launcher = nvidia.PyKernelArg

@@ -1,8 +1,8 @@
 """PyTorch's own convolutions on a GPU, as the planner's candidates: cuDNN's, or MIOpen's on AMD.
 
 Where a ReLU comes last there is one fused op for convolution, bias, residual and ReLU: the scale goes into the weight
-and the shift is the bias, both in the precision of the images. In every case there is the plain convolution, followed by
-one pass for scale, shift, residual and ReLU, which is a kernel of ours (tail.py).
+and the shift is the bias, both in the precision of the images. In every case there is the plain convolution, followed
+by one pass for scale, shift, residual and ReLU, which is a kernel of ours (tail.py).
 """
 
 from collections.abc import Callable

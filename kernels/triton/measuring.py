@@ -4,6 +4,7 @@ Every candidate runs on images and weights of its own problem, random ones: time
 win, its results are compared with the definition in float64, and NaN must stay NaN.
 """
 
+import functools
 import statistics
 import warnings
 from collections.abc import Callable
@@ -60,7 +61,7 @@ class Measurement:
     """What was found for one problem."""
 
     problem: Problem
-    fastest: Optional[str]  # None: every candidate was rejected
+    chosen: str  # the fastest; the table's if every candidate was rejected
     milliseconds: dict[str, float]  # median, by the candidate's name
     rejected: dict[str, str] = field(default_factory=dict)  # the reasons, by name
 
@@ -101,30 +102,29 @@ def measure(
     Runs on the current stream. A candidate that fails, for whatever reason, is rejected.
     """
     milliseconds, rejected = {}, {}
+    candidates = planner.candidates(problem)
     with torch.inference_mode(False), torch.no_grad():
         operands = _operands(problem, device)
         check = _Check(problem, operands)
-        for name, candidate in planner.candidates(problem).items():
+        for name, candidate in candidates.items():
             try:
                 run = make(candidate, problem, operands)
                 reason = check.refusal(run)
                 if reason:
                     rejected[name] = reason
                 else:
-                    milliseconds[name] = statistics.median(timer.milliseconds(lambda: run(operands), runs))
+                    milliseconds[name] = statistics.median(timer.milliseconds(functools.partial(run, operands), runs))
             except Exception as error:  # a compiler's, a library's, out of memory: it cannot serve here
                 rejected[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    fastest = min(milliseconds, key=lambda name: milliseconds[name]) if milliseconds else None
-    return Measurement(problem, fastest, milliseconds, rejected)
+    chosen = min(milliseconds, key=lambda name: milliseconds[name], default=next(iter(candidates)))
+    return Measurement(problem, chosen, milliseconds, rejected)
 
 
 def measure_and_keep(problem: Problem, device: torch.device) -> None:
     """Measure, and have the planner choose accordingly; a file that cannot be written is warned of."""
     found = measure(problem, device, Events(device))
-    # Without any, the table's tile, so that the problem is not measured at every call.
-    chosen = found.fastest or next(iter(planner.candidates(problem)))
     try:
-        planner.keep(device.index, {problem.key(): chosen})
+        planner.keep(device.index, {problem.key(): found.chosen})
     except OSError as error:
         warnings.warn(f"{planner.choices.path()} is not written: {error}", stacklevel=2)
 

@@ -1,8 +1,8 @@
 """Calls of convolutions on a GPU, prepared once and then repeated.
 
-Deciding a launch (layout, pack, tile, what was measured) and Triton's own way from arguments to a binary are Python, and
-take longer than a small convolution does on a GPU. All that they decide follows from shapes, dtypes and flags, and from
-the weights. So the first call keeps what it found, and later calls allocate the output and start the binary.
+Deciding a launch (layout, pack, tile, what was measured) and Triton's own way from arguments to a binary are Python,
+which may take longer than the kernel. All that they decide follows from shapes, dtypes and flags, and from the weights.
+So the first call keeps what it found, and later calls allocate the output and start the binary.
 
 A prepared call holds packed weights, and is found only while these are up to date: by the very weight, scale and shift,
 as long as their versions and addresses are the same and ``packing.clearings`` has not risen. What that cannot see is
@@ -12,15 +12,12 @@ what ``kernels/packing.py`` cannot see on a GPU. Importing this module does not 
 import os
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
 
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.triton import planner
-
-if TYPE_CHECKING:
-    from resnet_fast.kernels.triton.launch import Plan
 
 Call = Callable[[torch.Tensor, Optional[torch.Tensor]], Optional[torch.Tensor]]
 """Takes x and the residual, gives the result, or None where the call has to be decided anew."""
@@ -73,6 +70,8 @@ def run(
     call = weights.calls.get(_key(x, residual, stride, padding, dilation, groups, relu))
     if call is None or weights.state != _state(weight, scale, shift):
         return None
+    if packing.holders is not None:
+        packing.holders.append(call)
     return call(x, residual)
 
 
@@ -156,8 +155,8 @@ def _key(
     )
 
 
-def launch_of(plan: "Plan", compiled: Any, residual: Optional[torch.Tensor]) -> Optional[Call]:
-    """``plan``, which was launched and came to the binary ``compiled``, prepared for other images of the same shapes.
+def launch_of(plan: Any, compiled: Any, residual: Optional[torch.Tensor]) -> Optional[Call]:
+    """``plan``, a ``launch.Plan`` that was launched as the binary ``compiled``, prepared for other images like its own.
 
     None where that is not known to be enough: in the interpreter, with tensor descriptors, which hold addresses, or a
     workspace, and for plans that do not say how their image is made (``Plan.image``).
@@ -168,7 +167,9 @@ def launch_of(plan: "Plan", compiled: Any, residual: Optional[torch.Tensor]) -> 
         return None
     kernel, names = plan.kernel, plan.kernel.arg_names
     given = dict(zip(names, plan.args)) | plan.constants
-    simple = all(isinstance(kind, str) and not kind.startswith("tensordesc") for kind in compiled.src.signature.values())
+    simple = all(
+        isinstance(kind, str) and not kind.startswith("tensordesc") for kind in compiled.src.signature.values()
+    )
     if not simple or kernel.launch_metadata is not None or not all(name in given for name in names):
         return None
     arguments = [given[name] for name in names]
@@ -181,9 +182,9 @@ def launch_of(plan: "Plan", compiled: Any, residual: Optional[torch.Tensor]) -> 
     return _launch(plan, compiled, arguments, residual_at)
 
 
-def _launch(plan: "Plan", compiled: Any, arguments: list[Any], residual_at: Optional[int]) -> Call:
-    """What ``JITFunction.run`` comes to. Where that would do more than start the binary (a hook is set, as profilers do;
-    an image is not aligned as the kernel was compiled for), a call gives None.
+def _launch(plan: Any, compiled: Any, arguments: list[Any], residual_at: Optional[int]) -> Call:
+    """What ``JITFunction.run`` comes to. Where that would do more than start the binary (a hook is set, as profilers
+    do; an image is not aligned as the kernel was compiled for), a call gives None.
     """
     import triton
 
@@ -196,6 +197,7 @@ def _launch(plan: "Plan", compiled: Any, arguments: list[Any], residual_at: Opti
     start, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     runtime, drivers = triton.knobs.runtime, triton.runtime.driver
     device = drivers.active.get_current_device() if not plan.output.is_cuda else plan.output.device.index
+    at: Any = residual_at
     nhwc = torch.channels_last
 
     def call(x: torch.Tensor, residual: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
@@ -209,7 +211,7 @@ def _launch(plan: "Plan", compiled: Any, arguments: list[Any], residual_at: Opti
             values[i] = address
         if residual is not None:
             residual = residual.contiguous(memory_format=nhwc)
-            values[residual_at] = address = residual.data_ptr()
+            values[at] = address = residual.data_ptr()
             addresses |= address
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if (
