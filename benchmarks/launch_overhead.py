@@ -23,7 +23,7 @@ import torch
 
 from resnet_fast import ops
 from resnet_fast.bench.machine import describe, load
-from resnet_fast.kernels.triton import launch, planner, prepared
+from resnet_fast.kernels.triton import planner, prepared
 from tests import fake_gpu
 from tests.fake_gpu import on_gpu
 
@@ -63,7 +63,9 @@ def measure(c: int, k: int, kernel: int, residual: bool) -> dict[str, float]:
     """One image of 56x56 in float16."""
 
     def image(channels: int) -> torch.Tensor:
-        return on_gpu(torch.zeros(1, channels, 56, 56, dtype=torch.float16).contiguous(memory_format=torch.channels_last))
+        return on_gpu(
+            torch.zeros(1, channels, 56, 56, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+        )
 
     tensors = (
         image(c),
