@@ -228,7 +228,7 @@ def plan_conv(
         pixel = pack.pixel_width(c)
         tile = tile or tiles.pick(target, precision, n * p * q, k, s * pixel, 1)
         packed = pack.row_weight(weight, x.dtype, pixel, tile.reduction)
-        image = functools.partial(pack.pixels, padding=padding)
+        image = _padded(padding)
         x = image(x)
         h = x.shape[1]
         row, row_unit = x.shape[2] * pixel, pack.ROW_UNIT
@@ -269,6 +269,10 @@ def plan_conv(
         partials,
         image if prologue[0] is None else None,
     )
+
+
+def _padded(padding: Pair) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: pack.pixels(x, padding)
 
 
 def plan_tail(
