@@ -69,38 +69,39 @@ def conv_bn_act(
     """See ``reference.conv_bn_act``."""
     if x.numel() == 0 or weight.numel() == 0:
         return reference.conv_bn_act(x, weight, scale, shift, residual, stride, padding, dilation, groups, relu)
-    choice = _choice(x, weight, residual, stride, padding, dilation, groups, relu)
-    y, call = carry_out(choice, x, weight, scale, shift, residual, stride, padding, dilation, groups, relu)
-    prepared.keep(call, x, weight, scale, shift, residual, stride, padding, dilation, groups, relu)
-    return y
-
-
-def _choice(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: Optional[torch.Tensor],
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    relu: bool,
-) -> Optional[planner.Candidate]:
-    """What was measured to be the fastest, or None."""
-    if not x.is_cuda:
-        return None  # the interpreter
+    arguments = (x, weight, scale, shift, residual, stride, padding, dilation, groups, relu)
+    if not x.is_cuda:  # the interpreter
+        return carry_out(None, *arguments).y
+    target = architecture(x.device)
+    kernel = (weight.shape[2], weight.shape[3])
     problem = planner.Problem(
-        architecture(x.device), x.dtype, precision_of(x.dtype, architecture(x.device)), *x.shape, weight.shape[0],
-        (weight.shape[2], weight.shape[3]), stride, padding, dilation, groups, residual is not None, relu,
+        target, x.dtype, precision_of(x.dtype, target), *x.shape, weight.shape[0], kernel, stride, padding, dilation,
+        groups, residual is not None, relu,
     )  # fmt: skip
-    index = x.device.index
-    choice = planner.choose(problem, index)
+    outcome = carry_out(_choice(problem, x.device), *arguments)
+    planner.note(weight, problem, outcome.choice)
+    prepared.keep(outcome.call, *arguments)
+    return outcome.y
+
+
+def _choice(problem: planner.Problem, device: torch.device) -> Optional[planner.Candidate]:
+    """What was measured to be the fastest, or None."""
+    choice = planner.choose(problem, device.index)
     wanted = choice is None and os.environ.get("RESNET_FAST_AUTOTUNE") == "1"
     if wanted and not torch.cuda.is_current_stream_capturing():
         from resnet_fast.kernels.triton import measuring  # which calls back to carry_out
 
-        measuring.measure_and_keep(problem, x.device)
-        choice = planner.choose(problem, index)
+        measuring.measure_and_keep(problem, device)
+        choice = planner.choose(problem, device.index)
     return choice
+
+
+class Outcome(NamedTuple):
+    """A result; how to get it again for other images of the same shapes, if that is known; and what served."""
+
+    y: Any
+    call: Optional[prepared.Call]
+    choice: Optional[planner.Candidate]  # None: our kernel with the table's tile
 
 
 def carry_out(
@@ -115,17 +116,18 @@ def carry_out(
     dilation: Pair,
     groups: int,
     relu: bool,
-) -> tuple[torch.Tensor, Optional[prepared.Call]]:
-    """The result by ``choice``, None: by the kernel with the table's tile; and how to do it again for other images."""
+) -> Outcome:
+    """``reference.conv_bn_act`` by ``choice``; with None, or where it cannot hold the weight, by the table's tile."""
     geometry = (stride, padding, dilation, groups)
     if choice is not None and choice.tile is None:
         call = cudnn.prepare(choice.name, x.dtype, weight, scale, shift, geometry, relu, _pointwise)
         if call is not None:
-            return call(x, residual), call
+            return Outcome(call(x, residual), call, choice)
+        choice = None
     residual = None if residual is None else nhwc(residual)
     tile = None if choice is None else choice.tile
     plan = plan_conv(x, weight, scale, shift, residual, *geometry, relu, architecture(x.device), tile=tile)
-    return plan.output, prepared.launch_of(plan, plan.start(), residual)
+    return Outcome(plan.output, prepared.launch_of(plan, plan.start(), residual), choice)
 
 
 def _pointwise(scale: torch.Tensor, shift: torch.Tensor, relu: bool) -> prepared.Call:

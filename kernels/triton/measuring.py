@@ -85,11 +85,13 @@ def runner(candidate: Candidate, problem: Problem, operands: Operands) -> Callab
     """The candidate as the ops call it: prepared, where it can be."""
     o, p = operands, problem
     flags = (p.stride, p.padding, p.dilation, p.groups, p.relu)
-    _, call = launch.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags)
+    first = launch.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags)
+    if first.choice is not candidate:
+        raise ValueError(f"{p.dtype} does not hold the scaled weight")
 
     def run(o: Operands) -> torch.Tensor:
-        y = None if call is None else call(o.x, o.residual)
-        return launch.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags)[0] if y is None else y
+        y = None if first.call is None else first.call(o.x, o.residual)
+        return launch.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags).y if y is None else y
 
     return run
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from resnet_fast.kernels.choices import Choices, own_version
 from resnet_fast.kernels.triton import cudnn, pack, tiles
@@ -28,6 +29,7 @@ version = 0
 choices = Choices("gpu-choices.json")
 
 _recorder: Optional[list["Problem"]] = None
+_served = WeakTensorKeyDictionary()
 
 
 class Problem(NamedTuple):
@@ -118,6 +120,17 @@ def choose(problem: Problem, index: int) -> Optional[Candidate]:
         _recorder.append(problem)
     name = choices.measured(machine(index), problem.key())
     return None if name is None else candidates(problem).get(name)
+
+
+def note(weight: torch.Tensor, problem: Problem, choice: Optional[Candidate]) -> None:
+    """Remember what served a call with ``weight``, for ``served``."""
+    name = next(iter(candidates(problem))) if choice is None else choice.name
+    _served[weight] = f"{name} ({'table' if choice is None else 'measured'})"
+
+
+def served(weight: torch.Tensor) -> Optional[str]:
+    """What served the last call with ``weight`` that was not prepared: ``cudnn fused (measured)``; None before any."""
+    return _served.get(weight)
 
 
 def keep(index: int, chosen: dict[str, str]) -> None:

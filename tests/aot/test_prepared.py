@@ -9,7 +9,7 @@ import torch
 
 from resnet_fast import ops
 from resnet_fast.kernels import packing, reference
-from resnet_fast.kernels.triton import planner, prepared
+from resnet_fast.kernels.triton import cudnn, measuring, planner, prepared
 from tests import fake_gpu
 from tests.fake_gpu import on_gpu
 
@@ -23,7 +23,7 @@ class Conv:
         self.padding = (kernel // 2, kernel // 2)
         self.x = image(c)
         self.weight = on_gpu(torch.randn(k, c, kernel, kernel).half())
-        self.scale, self.shift = on_gpu(torch.rand(k)), on_gpu(torch.randn(k))
+        self.scale, self.shift = on_gpu(torch.rand(k) + 0.5), on_gpu(torch.randn(k))
         self.residual = image(k) if residual else None
 
     def arguments(self) -> tuple:
@@ -132,15 +132,16 @@ def test_nothing_stale_is_used(change, gpu):
     conv.call()
     before = conv.started(gpu)
     assert was_prepared(before)
+    alive = list(prepared._kept[id(conv.weight)].calls.values()), conv.shift  # so that no address is taken again
     CHANGES[change](conv)
     assert not was_prepared(conv.started(gpu)), "decided anew"
     after = conv.started(gpu)
     assert was_prepared(after)
     if change in ("weight in place", "another weight"):
-        packed = next(one for one in gpu.started[0].arguments[1:2])
-        assert packed != before.arguments[1]
-    if change.endswith("shift"):
+        assert after.arguments[1] != before.arguments[1], "packed again"
+    if change == "another shift":
         assert after.arguments[3] == conv.shift.data_ptr() != before.arguments[3]
+    assert alive
 
 
 def test_a_weight_that_dies_takes_its_calls_along():
@@ -267,6 +268,71 @@ def test_tensors_without_a_version_are_decided_anew_every_time(gpu):
         conv.call()
         assert not was_prepared(conv.started(gpu))
     assert not prepared._kept
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_measured_choice_serves_at_once_and_is_prepared(residual, gpu, monkeypatch, tmp_path):
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
+    planner.choices.forget()
+    conv = Conv(residual=residual)
+    conv.call()
+    assert planner.served(conv.weight) == "triton 64x32x64 4 warps 4 stages (table)"
+    p = planner.Problem(
+        "sm_90", torch.float16, "half", 1, 64, 8, 8, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, residual, relu=True
+    )
+    tile = list(planner.candidates(p))[1]
+    before = conv.started(gpu)
+    planner.keep(0, {p.key(): tile})
+    other = conv.started(gpu)
+    assert not was_prepared(other)
+    assert other.arguments[-4:-1] != before.arguments[-4:-1], "another tile"
+    assert was_prepared(conv.started(gpu))
+    assert planner.served(conv.weight) == f"{tile} (measured)"
+
+    # PyTorch's convolution, on the CPU here, and our pass after it.
+    planner.keep(0, {p.key(): cudnn.POINTWISE})
+    started = conv.started(gpu)
+    assert started.function == "tail_kernel on 0"
+    assert not was_prepared(started)
+    started = conv.started(gpu)
+    assert was_prepared(started)
+    if residual:
+        assert started.arguments[3] == conv.residual.data_ptr()
+
+    calls = []
+
+    def fused(x, weight, *rest):
+        calls.append(x)
+        return torch.zeros(1, 64, 8, 8, dtype=x.dtype)
+
+    monkeypatch.setattr(torch, f"cudnn_convolution{'_add' if residual else ''}_relu", fused)
+    planner.keep(0, {p.key(): cudnn.FUSED})
+    for _ in range(2):
+        gpu.started = []
+        conv.call()
+        assert not gpu.started
+    assert len(calls) == 2
+    conv.scale.mul_(1e-9)  # too small for float16: our kernel serves
+    assert not was_prepared(conv.started(gpu))
+    assert planner.served(conv.weight).endswith("(table)")
+    planner.choices.forget()
+
+
+def test_nothing_is_measured_unless_asked(gpu, monkeypatch):
+    asked = []
+    monkeypatch.setattr(measuring, "measure_and_keep", lambda problem, device: asked.append((problem.k, device)))
+    Conv().call()
+    assert not asked
+    monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    Conv().call()
+    assert not asked
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    conv = Conv()
+    conv.call()
+    assert asked == [(64, torch.device("cuda", 0))]
+    conv.call()
+    assert len(asked) == 1
 
 
 def test_packs_of_prepared_calls_are_held_for_a_graph():

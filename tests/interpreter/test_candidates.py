@@ -53,7 +53,7 @@ def test_a_convolution_and_our_pass(name, dtype):
     conv = CONVS[name]
     inputs, geometry = conv.inputs(dtype), conv.geometry()
     for repetition in range(2):  # decided, and from what was kept
-        actual, call = launch.carry_out(_candidate(cudnn.POINTWISE), *inputs, *geometry)
+        actual, call, _ = launch.carry_out(_candidate(cudnn.POINTWISE), *inputs, *geometry)
         if repetition:
             actual = call(inputs[0].contiguous(), inputs[4])
         exact = conv_exact(*inputs, *geometry)
@@ -69,7 +69,7 @@ def test_the_fused_ops_get_what_they_expect(name, dtype, played):
     conv = CONVS[name]
     inputs, geometry = conv.inputs(dtype), conv.geometry()
     inputs[2][0] = 0.5  # a scale of 0 is fine as well, but float16's refusal is asked below
-    actual, call = launch.carry_out(_candidate(cudnn.FUSED), *inputs, *geometry)
+    actual, call, _ = launch.carry_out(_candidate(cudnn.FUSED), *inputs, *geometry)
     again = call(inputs[0].contiguous(), None if inputs[4] is None else inputs[4].contiguous())
     assert played == ["relu" if inputs[4] is None else "add_relu"] * 2
     assert torch.equal(actual, again)
@@ -87,9 +87,10 @@ def test_float16_that_cannot_hold_the_scaled_weight_takes_our_kernel(played):
     conv = CONVS["round"]
     inputs, geometry = conv.inputs(torch.float16), conv.geometry()
     inputs[2].mul_(1e-6)
-    actual, call = launch.carry_out(_candidate(cudnn.FUSED), *inputs, *geometry)
+    actual, call, choice = launch.carry_out(_candidate(cudnn.FUSED), *inputs, *geometry)
     assert not played
-    assert call is None  # and the interpreter's launches are not prepared
+    assert choice is None
+    assert call is None, "the interpreter's launches are not prepared"
     exact = conv_exact(*inputs, *geometry)
     assert_within(actual, exact, conv_tolerance(exact, *inputs, *geometry))
 
@@ -108,7 +109,7 @@ def test_every_tile_that_may_be_measured(dtype):
     ours = [one for one in planner.candidates(problem).values() if one.tile is not None]
     assert len(ours) >= 2
     for candidate in ours:
-        actual, _ = launch.carry_out(candidate, *inputs, *geometry)
+        actual = launch.carry_out(candidate, *inputs, *geometry).y
         assert_within(actual, exact, tolerance)
 
 
