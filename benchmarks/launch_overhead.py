@@ -80,11 +80,11 @@ def measure(c: int, k: int, kernel: int, residual: bool) -> dict[str, float]:
     decided = ops._conv_bn_act
     run, prepared.run = prepared.run, lambda *arguments: None
     keep, prepared.keep = prepared.keep, lambda *arguments: None
-    launch_of, prepared.launch_of = prepared.launch_of, lambda *arguments: None
+    launches_of, prepared.launches_of = prepared.launches_of, lambda *arguments: None
     try:
         times = {"decided": microseconds(lambda: decided(*arguments), _DECIDED_CALLS)}
     finally:
-        prepared.run, prepared.keep, prepared.launch_of = run, keep, launch_of
+        prepared.run, prepared.keep, prepared.launches_of = run, keep, launches_of
     ops._conv_bn_act(*arguments)
     times["prepared"] = microseconds(lambda: ops._conv_bn_act(*arguments), _CALLS)
     times["op"] = microseconds(lambda: torch.ops.resnet_fast.conv_bn_act(*arguments), _CALLS)

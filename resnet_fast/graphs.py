@@ -96,6 +96,7 @@ class Graphed:
 
     def __init__(self, model: nn.Module, examples: tuple[Tensor, ...], copy_outputs: bool, cuda: Cuda) -> None:
         self.model = model
+        self._guarded = nn.ModuleList([model])  # a guard looks at what is below its module
         self.__signature__ = inspect.signature(model.forward)
         self._copy_outputs, self._cuda, self._lock = copy_outputs, cuda, threading.Lock()
         self._names = _names(self.__signature__, len(examples))
@@ -129,7 +130,7 @@ class Graphed:
 
     def _valid(self) -> bool:
         """Whether the graph is still what the model would do."""
-        return self._guard is not None and self._settings == self._cuda.settings() and self._guard.holds(self.model)
+        return self._guard is not None and self._settings == self._cuda.settings() and self._guard.holds(self._guarded)
 
     def _capture(self) -> None:
         model = self.model
@@ -146,9 +147,9 @@ class Graphed:
                 self._replay, result = self._cuda.capture(lambda: model(*self._inputs), self._device)
             except RuntimeError as error:
                 raise RuntimeError(f"model cannot be captured as a CUDA graph: {error}") from error
-        self._packs = packs  # whose addresses are in the graph
+        self._packs = list({id(pack): pack for pack in packs}.values())  # whose addresses are in the graph
         self._leaves, self._structure = tree_flatten(result)
-        self._settings, self._guard = self._cuda.settings(), Guard(model)
+        self._settings, self._guard = self._cuda.settings(), Guard(self._guarded)
 
     def _ordered(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
         for name in self._names[len(args) :]:

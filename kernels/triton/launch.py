@@ -127,7 +127,7 @@ def carry_out(
     residual = None if residual is None else nhwc(residual)
     tile = None if choice is None else choice.tile
     plan = plan_conv(x, weight, scale, shift, residual, *geometry, relu, architecture(x.device), tile=tile)
-    return Outcome(plan.output, prepared.launch_of(plan, plan.start(), residual), choice)
+    return Outcome(plan.output, prepared.launches_of([plan], [plan.start()], residual), choice)
 
 
 def _pointwise(scale: torch.Tensor, shift: torch.Tensor, relu: bool) -> prepared.Call:
@@ -141,7 +141,7 @@ def _pointwise(scale: torch.Tensor, shift: torch.Tensor, relu: bool) -> prepared
             return result
         residual = None if residual is None else nhwc(residual)
         plan = plan_tail(y, (scale, shift), residual, None, relu, architecture(y.device))
-        kept = prepared.launch_of(plan._replace(image=nhwc), plan.start(), residual)
+        kept = prepared.launches_of([plan._replace(image=nhwc)], [plan.start()], residual)
         return plan.output
 
     return call

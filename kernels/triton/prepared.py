@@ -155,79 +155,103 @@ def _key(
     )
 
 
-def launch_of(plan: Any, compiled: Any, residual: Optional[torch.Tensor]) -> Optional[Call]:
-    """``plan``, a ``launch.Plan`` that was launched as the binary ``compiled``, prepared for other images like its own.
+def launches_of(plans: Sequence[Any], compiled: Sequence[Any], residual: Optional[torch.Tensor]) -> Optional[Call]:
+    """``plans``, of the kind ``launch.Plan``, prepared for other images of the same shapes.
 
-    None where that is not known to be enough: in the interpreter, with tensor descriptors, which hold addresses, or a
-    workspace, and for plans that do not say how their image is made (``Plan.image``).
+    They were launched in this order as the binaries ``compiled``, and the last one's output is the result. A workspace
+    is allocated in every call, as the output is.
+
+    None where that is not known to be enough: in the interpreter, with tensor descriptors, which hold addresses, and
+    for plans that do not say how their image is made (``Plan.image``).
     """
     import triton
 
-    if plan.image is None or plan.workspace is not None or not isinstance(compiled, triton.compiler.CompiledKernel):
+    image_of, y = plans[0].image, plans[-1].output
+    if image_of is None or not all(isinstance(one, triton.compiler.CompiledKernel) for one in compiled):
         return None
-    kernel, names = plan.kernel, plan.kernel.arg_names
-    given = dict(zip(names, plan.args)) | plan.constants
-    simple = all(
-        isinstance(kind, str) and not kind.startswith("tensordesc") for kind in compiled.src.signature.values()
-    )
-    if not simple or kernel.launch_metadata is not None or not all(name in given for name in names):
+    workspaces = [plan.workspace for plan in plans if plan.workspace is not None]
+    images = [plans[0].args[0], y, residual, *workspaces]
+    if images[0].dtype != y.dtype:
         return None
-    arguments = [given[name] for name in names]
-    # From 1 on: a block's residual is often the very image.
-    residual_at = next((i for i, one in enumerate(arguments) if i and one is residual), None)
-    if arguments[0].dtype != plan.output.dtype or (residual is not None and residual_at is None):
+    starts, owners, seen = [], [], set()
+    for plan, binary in zip(plans, compiled):
+        names = plan.kernel.arg_names
+        given = dict(zip(names, plan.args)) | plan.constants
+        kinds = binary.src.signature.values()
+        simple = all(isinstance(kind, str) and not kind.startswith("tensordesc") for kind in kinds)
+        if not simple or plan.kernel.launch_metadata is not None or not all(name in given for name in names):
+            return None
+        fixed, slots = [], []
+        for i, name in enumerate(names):
+            value = given[name]
+            if isinstance(value, torch.Tensor):
+                # A block's residual is often the very image, which the first kernel has in the first place.
+                known = images if i == 0 and plan is plans[0] else [None, *images[1:]]
+                at = next((j for j, image in enumerate(known) if image is value), None)
+                if at is None:
+                    owners.append(value)
+                else:
+                    slots.append((i, at))
+                value = value.data_ptr()
+                if value & _ALIGNMENT:
+                    return None
+            fixed.append(value)
+        seen |= {at for _, at in slots}
+        grid = (*plan.grid, 1, 1)[:3]
+        starts.append((binary.run, grid, binary.function, binary.packed_metadata, plan.kernel, fixed, tuple(slots)))
+    if seen != {j for j, image in enumerate(images) if image is not None}:
         return None
-    if any(one.data_ptr() & _ALIGNMENT for one in arguments if isinstance(one, torch.Tensor)):
-        return None
-    return _launch(plan, compiled, arguments, residual_at)
+    device = y.device.index if y.is_cuda else triton.runtime.driver.active.get_current_device()
+    shapes = [(tuple(one.shape), one.dtype) for one in workspaces]
+    call = _launches(image_of, tuple(y.shape), y.stride(), shapes, starts, device, triton)
+    call.owners = owners, compiled  # type: ignore[attr-defined]  # of the addresses, and of the functions
+    return call
 
 
-def _launch(plan: Any, compiled: Any, arguments: list[Any], residual_at: Optional[int]) -> Call:
+def _launches(
+    image_of: Callable[[torch.Tensor], torch.Tensor],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    workspaces: list[tuple[tuple[int, ...], torch.dtype]],
+    starts: list[tuple],
+    device: int,
+    triton: Any,
+) -> Call:
     """What ``JITFunction.run`` comes to. Where that would do more than start the binary (a hook is set, as profilers
     do; an image is not aligned as the kernel was compiled for), a call gives None.
     """
-    import triton
-
-    y_at = [i for i, one in enumerate(arguments) if one is plan.output]
-    moving = {0, residual_at, *y_at}
-    owners = [one for i, one in enumerate(arguments) if isinstance(one, torch.Tensor) and i not in moving]
-    fixed = [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in arguments]
-    image_of, kernel, grid = plan.image, plan.kernel, (*plan.grid, 1, 1)[:3]
-    shape, strides = tuple(plan.output.shape), plan.output.stride()
-    start, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    runtime, drivers = triton.knobs.runtime, triton.runtime.driver
-    device = drivers.active.get_current_device() if not plan.output.is_cuda else plan.output.device.index
-    at: Any = residual_at
-    nhwc = torch.channels_last
+    runtime, drivers, nhwc = triton.knobs.runtime, triton.runtime.driver, torch.channels_last
 
     def call(x: torch.Tensor, residual: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
         image = image_of(x)
         y = x.new_empty_strided(shape, strides)
-        values = fixed.copy()
-        values[0] = addresses = image.data_ptr()
-        address = y.data_ptr()
-        addresses |= address
-        for i in y_at:
-            values[i] = address
+        addresses = [image.data_ptr(), y.data_ptr(), 0]
         if residual is not None:
             residual = residual.contiguous(memory_format=nhwc)
-            values[at] = address = residual.data_ptr()
-            addresses |= address
+            addresses[2] = residual.data_ptr()
+        alive = [x.new_empty(size, dtype=dtype) for size, dtype in workspaces] if workspaces else ()
+        for one in alive:
+            addresses.append(one.data_ptr())
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if (
-            addresses & _ALIGNMENT
+            (addresses[0] | addresses[1] | addresses[2]) & _ALIGNMENT
             or (enter is not None and getattr(enter, "calls", True))
             or (leave is not None and getattr(leave, "calls", True))
-            or kernel.pre_run_hooks
         ):
             return None
         driver = drivers.active
-        if driver.get_current_device() == device:
-            start(*grid, driver.get_current_stream(device), function, metadata, None, None, None, *values)
-        else:  # Triton launches on the current device, which need not be the tensors'
+        if driver.get_current_device() != device:
+            # Triton launches on the current device, which need not be the tensors'.
             with torch.cuda.device(device):
-                start(*grid, driver.get_current_stream(device), function, metadata, None, None, None, *values)
+                return call(x, residual)
+        stream = driver.get_current_stream(device)
+        for start, grid, function, metadata, kernel, fixed, slots in starts:
+            if kernel.pre_run_hooks:
+                return None
+            values = fixed.copy()
+            for i, at in slots:
+                values[i] = addresses[at]
+            start(*grid, stream, function, metadata, None, None, None, *values)
         return y
 
-    call.owners = owners, compiled  # type: ignore[attr-defined]  # of the addresses, and of the function
     return call

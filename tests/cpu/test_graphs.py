@@ -65,10 +65,11 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 5)
+        self.gain = nn.Parameter(torch.ones(5))
 
     def forward(self, x, weight=None):
         y = torch.relu(self.bn(self.conv(x)))
-        y = self.fc(y.mean((2, 3)))
+        y = self.gain * self.fc(y.mean((2, 3)))
         return y if weight is None else {"y": y * weight, "name": "weighted"}
 
 
@@ -138,6 +139,8 @@ CHANGES = {
     "a module is replaced": lambda net, cuda: setattr(net, "bn", nn.Identity()),
     "a running statistic": lambda net, cuda: net.bn.running_mean.add_(1),
     "a hook": lambda net, cuda: net.fc.register_forward_hook(lambda module, args, y: y + 1),
+    "a hook on the model": lambda net, cuda: net.register_forward_hook(lambda module, args, y: y + 1),
+    "a parameter of the model": lambda net, cuda: net.gain.mul_(3),
     "packs are dropped": lambda net, cuda: packing.clear_all(),
     "a setting": lambda net, cuda: setattr(cuda, "setting", 1),
 }
