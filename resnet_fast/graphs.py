@@ -87,8 +87,9 @@ class Turns:
         self._done.record(self._stream)
 
     def finish(self) -> None:
-        """Wait until the last turn is over."""
-        self._done.synchronize()
+        """Wait until the work of this turn, and so of all before it, is over."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 class Graphed:
@@ -119,14 +120,20 @@ class Graphed:
         if torch.is_grad_enabled():
             self._refuse_gradients(inputs)
         with self._lock, torch.no_grad(), self._turns:
+            self._start(inputs)  # before the model is looked at: the GPU works meanwhile
             if not self._valid():
                 self._capture()
+                self._start(inputs)
+            leaves = self._leaves
+            if self._copy_outputs:
+                leaves = [one.clone() if isinstance(one, Tensor) else one for one in leaves]
+            return tree_unflatten(leaves, self._structure)
+
+    def _start(self, inputs: tuple[Tensor, ...]) -> None:
+        if self._replay is not None:
             for given, own in zip(inputs, self._inputs):
                 own.copy_(given)
-            assert self._replay is not None
             self._replay()
-            leaves = [one.clone() if isinstance(one, Tensor) else one for one in self._leaves]
-            return tree_unflatten(leaves if self._copy_outputs else self._leaves, self._structure)
 
     def _valid(self) -> bool:
         """Whether the graph is still what the model would do."""
@@ -148,6 +155,8 @@ class Graphed:
             except RuntimeError as error:
                 raise RuntimeError(f"model cannot be captured as a CUDA graph: {error}") from error
         self._packs = list({id(pack): pack for pack in packs}.values())  # whose addresses are in the graph
+        # A stale graph may still be started once, and reads the parameters that it was captured with.
+        self._memory = [t.untyped_storage() for t in chain(model.parameters(), model.buffers())]
         self._leaves, self._structure = tree_flatten(result)
         self._settings, self._guard = self._cuda.settings(), Guard(self._guarded)
 

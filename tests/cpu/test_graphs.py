@@ -154,9 +154,11 @@ def test_what_changes_the_kernels_is_captured_again(change, net, cuda):
         assert cuda.captures == 1
         CHANGES[change](net, cuda)
         cuda.log.clear()
+        replays = cuda.replays
         torch.testing.assert_close(run(images(1)), net(images(1)))
         assert cuda.captures == 2
-        assert cuda.log == ["enter", "finish", "exit"], "the last replay is over before its memory goes"
+        assert cuda.replays == replays + 2, "the stale graph is started before the model is looked at"
+        assert cuda.log == ["enter", "finish", "exit"], "and is over before its memory goes"
         run(images(2))
     assert cuda.captures == 2
 
@@ -314,23 +316,25 @@ def test_turns_wait_for_each_other_across_streams(monkeypatch):
         def record(self, stream):
             log.append(f"{stream} records")
 
-        def synchronize(self):
-            log.append("host waits")
-
     class Stream(str):
         def wait_event(self, event):
             log.append(f"{self} waits")
+
+        def synchronize(self):
+            log.append(f"host waits for {self}")
 
     current = [Stream("a")]
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
     turns = graphs.Turns(torch.device("cuda", 0))
+    turns.finish()
     for name in "aab":
         current[0] = Stream(name)
         with turns:
             log.append(f"{name} works")
-    turns.finish()
+            if name == "b":
+                turns.finish()
     assert log == [
         *["a works", "a records", "a works", "a records"],
-        *["b waits", "b works", "b records", "host waits"],
+        *["b waits", "b works", "host waits for b", "b records"],
     ]
