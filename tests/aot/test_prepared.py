@@ -364,6 +364,14 @@ def test_nothing_is_measured_unless_asked(gpu, monkeypatch):
     assert len(asked) == 1
 
 
+def test_tune_sees_what_is_prepared_too(gpu):
+    conv = Conv()
+    conv.call()
+    with planner.recorded() as problems:
+        conv.call()
+    assert [(one.k, one.h, one.relu, one.architecture) for one in problems] == [(64, 8, True, "sm_90")]
+
+
 def test_packs_of_prepared_calls_are_held_for_a_graph():
     conv = Conv()
     conv.call()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from resnet_fast.kernels import reference
-from resnet_fast.kernels.triton import cudnn, measuring, planner, tiles
+from resnet_fast.kernels.triton import cudnn, launch, measuring, planner, tiles
 from resnet_fast.kernels.triton.planner import Problem
 
 CPU = torch.device("cpu")
@@ -56,6 +56,37 @@ def test_tiles_fit_what_the_kernel_will_see():
     assert few[0] == tiles.pick("sm_90", "ieee", 2 * 112 * 112, 64, 7 * 4, 1)
     grouped = planner._tiles(problem(c=128, k=128, groups=32, h=56, w=56))
     assert grouped[0] == tiles.pick("sm_90", "ieee", 2 * 56 * 56, 32, 32, 4)  # 32 groups of 4 channels as 4 of 32
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kernel": (1, 1), "padding": (0, 0), "n": 16, "h": 56, "w": 56, "residual": True},
+        {"kernel": (1, 1), "padding": (0, 0), "stride": (2, 2)},
+        {"c": 3, "kernel": (7, 7), "stride": (2, 2), "padding": (3, 3), "h": 224, "w": 224, "k": 64},
+        {"c": 3, "kernel": (1, 1), "padding": (0, 0)},
+        {"c": 128, "k": 256, "groups": 32},
+        {"c": 64, "k": 64, "dilation": (2, 2), "padding": (2, 2)},
+    ],
+    ids=str,
+)
+def test_the_tables_tile_is_the_one_that_a_launch_takes(changes):
+    p = problem(dtype=torch.float16, precision="half", **changes)
+
+    def image(c, h, w):
+        return torch.empty(p.n, c, h, w, dtype=p.dtype, device="meta").to(memory_format=torch.channels_last)
+
+    weight = torch.empty(p.k, p.c // p.groups, *p.kernel, dtype=p.dtype, device="meta")
+    vector = torch.empty(p.k, device="meta")
+    residual = image(p.k, *p.output()) if p.residual else None
+    plan = launch.plan_conv(
+        image(p.c, p.h, p.w), weight, vector, vector, residual, p.stride, p.padding, p.dilation, p.groups, p.relu,
+        p.architecture,
+    )  # fmt: skip
+    first = next(iter(planner.candidates(p).values())).tile
+    assert first is not None
+    assert first.constants().items() <= plan.constants.items()
 
 
 def test_key():
