@@ -12,13 +12,10 @@ import torch.nn.functional as F
 
 from resnet_fast.kernels import reference
 from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.folding import fold
 from resnet_fast.kernels.packing import PackCache
 
 Pair = tuple[int, int]
-
-# A channel whose largest weight lies in this range keeps the precision of float16 for all weights that matter
-# (its smallest normal number is 6.1e-5); running variances far from 1 can push the product outside.
-_FLOAT16_SAFE = (2.0**-7, 2.0**15)
 
 _packs = PackCache()
 
@@ -97,17 +94,12 @@ def _pack(
     groups: int,
 ) -> Optional[tuple[torch.Tensor, torch.Tensor]]:
     """The scaled weight in oneDNN's layout for an input like ``x``, and the bias; None where float16 cannot hold it."""
-    folded = weight.to(scale.dtype) * scale.view(-1, 1, 1, 1)
-    if x.dtype == torch.float16:
-        largest = folded.abs().amax((1, 2, 3))
-        if ((largest > 0) & ((largest < _FLOAT16_SAFE[0]) | (largest > _FLOAT16_SAFE[1]))).any():
-            return None
-        if shift.abs().max() > torch.finfo(torch.float16).max:
-            return None
-    plain = folded.to(x.dtype).contiguous(memory_format=torch.channels_last).to_mkldnn()
+    folded = fold(weight, scale, shift, x.dtype)
+    if folded is None:
+        return None
+    plain, bias = folded
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-    blocked = reorder(plain, padding, stride, dilation, groups, x.shape)
-    return blocked, shift.to(x.dtype).contiguous()
+    return reorder(plain.to_mkldnn(), padding, stride, dilation, groups, x.shape), bias
 
 
 def stem(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

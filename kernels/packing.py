@@ -10,10 +10,11 @@ else there is ``clear_all``. (Batch norm does not raise the version of its runni
 makes a pack of those names ``num_batches_tracked`` among its sources.)
 """
 
+import contextlib
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from ctypes import string_at
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -23,6 +24,9 @@ _PACKS_KEPT = 4  # per weight: oneDNN's layout depends on the input size, and de
 
 clearings = 0
 """Rises with every ``clear_all``: whoever keeps something else made from tensors keeps this number with it."""
+
+holders: Optional[list[Any]] = None
+"""Within ``held``, takes every pack that is asked for."""
 
 _MISSING = object()
 _caches: "weakref.WeakSet[PackCache]" = weakref.WeakSet()
@@ -91,6 +95,8 @@ class PackCache:
             if len(packs) >= _PACKS_KEPT:
                 packs.pop(next(iter(packs), None), None)
             packs[key] = pack
+        if holders is not None:
+            holders.append(pack)
         return pack
 
     def _new_entry(self, sources: tuple[torch.Tensor, ...]) -> _Entry:
@@ -111,6 +117,21 @@ class PackCache:
 
 def _all_unchanged(remembered: tuple[_Source, ...], sources: tuple[torch.Tensor, ...]) -> bool:
     return len(remembered) == len(sources) and all(map(_Source.unchanged, remembered, sources))
+
+
+@contextlib.contextmanager
+def held() -> Iterator[list[Any]]:
+    """Collects all packs that are asked for meanwhile, in any thread.
+
+    For whoever keeps their addresses, as a CUDA graph does: a cache drops packs that are still up to date when it has
+    too many.
+    """
+    global holders
+    before, holders = holders, []
+    try:
+        yield holders
+    finally:
+        holders = before
 
 
 def clear_all() -> None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnet_fast.accelerate import accelerate, explain, restore
 from resnet_fast.blocks import BasicBlock, Bottleneck
+from resnet_fast.graphs import graphed
 from resnet_fast.resnet import (
     ResNet,
     ResNet18_Weights,
@@ -46,6 +47,7 @@ __all__ = [
     "accelerate",
     "explain",
     "export_onnx",
+    "graphed",
     "resnet18",
     "resnet34",
     "resnet50",

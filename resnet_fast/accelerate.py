@@ -12,6 +12,7 @@ from resnet_fast.fused import accelerated_class
 from resnet_fast.fusion import Fused, Program, build
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.triton import planner
 from resnet_fast.matching import Step
 from resnet_fast.programs import drop_program, program_of, rebuild
 from resnet_fast.refusals import Path, child_at
@@ -125,7 +126,8 @@ def explain(model: nn.Module) -> Explanation:
 
     The answer is about the model as it is now: hooks, types of children, and training flags other than those that
     ``model.eval()`` would clear count. Each row tells about eval mode first, then about training mode. The
-    algorithms of the native kernels depend on the size of the images: they are those of the last call.
+    algorithms of the native kernels, and the choices on a GPU, measured or from the table of tiles, depend on the size
+    of the images: they are those of the last call.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -213,4 +215,6 @@ def _served_by(module: nn.Module, step: Step) -> str:
     sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     name = "conv_statistics" if chain else step.op
     case = Case(name, conv.weight.device.type, conv.weight.dtype, *sizes, conv.groups)  # type: ignore[arg-type]
-    return ops.implementation_for(case, ops.TRAINING if chain else ops.IMPLEMENTATIONS)
+    implementation = ops.implementation_for(case, ops.TRAINING if chain else ops.IMPLEMENTATIONS)
+    planned = planner.served(conv.weight) if implementation == "triton" and not chain else None
+    return planned or implementation

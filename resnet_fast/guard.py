@@ -1,4 +1,4 @@
-"""What a plan took for granted about a module: attributes, flags, hooks, tensors. Asked at every call."""
+"""What a plan or a graph took for granted about a module: attributes, flags, hooks, tensors. Asked at every call."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -36,7 +36,8 @@ class Guard:
         self._tensors = [t for t in _values(chain.from_iterable(map(_tensors_of, self._dicts))) if t is not None]
         self._versions = list(map(_version_of, self._tensors))
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
-        self._probes = library.Probes(self._pointers, list(map(packing.probed_bytes, self._tensors)))
+        probed = [t for t in self._tensors if t.device.type == "cpu"]
+        self._probes = library.Probes(list(map(Tensor.data_ptr, probed)), list(map(packing.probed_bytes, probed)))
         self._clearings = packing.clearings
 
     def holds(self, root: nn.Module) -> bool:
@@ -53,7 +54,7 @@ class Guard:
             and _identical(_contents(containers), self._contents)
             and list(map(_version_of, self._tensors)) == self._versions
             and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
-            and self._probes.hold()
+            and (not self._probes or self._probes.hold())
         )
 
     def hooked(self) -> bool:

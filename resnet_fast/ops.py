@@ -8,6 +8,8 @@ Environment variables, for tests and for finding faults:
 
 - ``RESNET_FAST_IMPLEMENTATION``: ``triton``, ``native``, ``onednn`` or ``reference``. That one is tried first; the
   reference still runs what it does not cover. Triton serves CPU tensors only so, and only in its interpreter.
+- ``RESNET_FAST_AUTOTUNE``: with 1, the first call of every convolution on a GPU measures which kernel is fastest, as
+  ``resnet_fast.tune`` does, and waits for it.
 - ``RESNET_FAST_ISA``: ``portable``, ``avx2``, ``avx512`` or ``avx512_bf16``. The instruction set of the native kernels,
   read when they are first used; without it, the best that the CPU runs.
 """
@@ -24,6 +26,7 @@ from torch import Tensor
 from resnet_fast.kernels import native, onednn, reference, reference_training, triton
 from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.native import training as native_training
+from resnet_fast.kernels.triton import prepared
 from resnet_fast.kernels.triton import training as triton_training
 
 Pair = tuple[int, int]
@@ -166,6 +169,10 @@ def _conv_bn_act(
     groups: int,
     relu: bool,
 ) -> Tensor:
+    if x.is_cuda:  # where Python would take longer than a small convolution
+        y = prepared.run(x, weight, scale, shift, residual, stride, padding, dilation, groups, relu)
+        if y is not None:
+            return y
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     out = conv_output(x.shape, weight.shape, stride, padding, dilation)
     check_conv(x, weight, scale, shift, residual, groups, out)

@@ -1,7 +1,7 @@
-"""``tune(model, example_input)``: measure which algorithm is fastest for each convolution of a model on this CPU."""
+"""``tune(model, example_input)``: measure which algorithm is fastest for each convolution of a model, on CPU or GPU."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from resnet_fast.accelerate import check_module
 from resnet_fast.fusion import Fused
 from resnet_fast.kernels.native import choices, library, planner
+from resnet_fast.kernels.triton import planner as gpu_planner
 
 _WARM_UP_CALLS = 2
 
@@ -20,6 +21,7 @@ class Choice:
     shape: str
     algorithm: str  # the fastest
     milliseconds: dict[str, float]  # median, by algorithm
+    rejected: dict[str, str] = field(default_factory=dict)  # why an algorithm cannot serve, on a GPU
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Tuning:
         for choice in self.choices:
             times = ", ".join(f"{name} {ms:.3f}" for name, ms in choice.milliseconds.items())
             lines.append(f"{choice.shape}: {choice.algorithm} (ms: {times})")
+            lines += [f"    rejected: {name}: {reason}" for name, reason in choice.rejected.items()]
         return "\n".join(lines)
 
 
@@ -46,19 +49,49 @@ def tune(model: nn.Module, example_input: Tensor, calls: int = 7) -> Tuning:
     such a layer, and are kept in a file of this user for this CPU and these versions. Nothing else should run
     meanwhile. A few seconds for a ResNet.
 
+    On a GPU every convolution that the model runs is measured by itself, on random images and weights and with cold
+    caches: our kernel with several tiles against cuDNN's (MIOpen's) convolutions, with their fused epilogue and with a
+    pass after them. A candidate whose result is not as right as PyTorch's is rejected. The choices hold for images of
+    this size, for batches up to the same power of two, and for this GPU and these versions. Most of the time goes into
+    compiling, the first time.
+
     Args:
-        model: accelerated, in eval mode, float32, on the CPU.
-        example_input: ``[N, C, H, W]``, as in the calls to come.
+        model: accelerated, in eval mode; float32 on the CPU; float32, float16 or bfloat16 on a GPU.
+        example_input: ``[N, C, H, W]``, as in the calls to come, on the model's device.
         calls: timed ones with each algorithm.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: ``model`` is not accelerated, or in training mode; ``calls`` is below 1; or no convolution of it ran
-            in the native kernels.
-        RuntimeError: the native kernels are not there.
+            in our kernels.
+        RuntimeError: on the CPU, the native kernels are not there.
         OSError: the file cannot be written.
     """
     _check(model, calls)
+    return _tune_gpu(model, example_input, calls) if example_input.is_cuda else _tune_cpu(model, example_input, calls)
+
+
+def _tune_gpu(model: nn.Module, example_input: Tensor, calls: int) -> Tuning:
+    with torch.inference_mode(), gpu_planner.recorded() as problems:
+        model(example_input)
+    if not problems:
+        raise ValueError("model ran no convolution in the Triton kernels: see explain(model)")
+    from resnet_fast.kernels.triton import measuring  # imports Triton, which is there: it has run
+
+    device = example_input.device
+    timer = measuring.Events(device)
+    result = []
+    for key, problem in {problem.key(): problem for problem in problems}.items():
+        found = measuring.measure(problem, device, timer, calls)
+        result.append(Choice(key, found.chosen, found.milliseconds, found.rejected))
+    gpu_planner.keep(device.index, {choice.shape: choice.algorithm for choice in result})
+    return Tuning(result)
+
+
+def _tune_cpu(model: nn.Module, example_input: Tensor, calls: int) -> Tuning:
+    reason = library.unavailable()
+    if reason is not None:
+        raise RuntimeError(reason)
     shapes: dict[str, dict[str, list[float]]] = {}
     with torch.inference_mode():
         for algorithm in planner.CANDIDATES:
@@ -92,9 +125,6 @@ def _check(model: nn.Module, calls: int) -> None:
         raise ValueError("model is in training mode, expected eval mode")
     if calls < 1:
         raise ValueError(f"calls is {calls}, expected at least 1")
-    reason = library.unavailable()
-    if reason is not None:
-        raise RuntimeError(reason)
 
 
 def _choice(shape: str, times: dict[str, list[float]]) -> Choice:

@@ -289,6 +289,9 @@ class Probes:
         self._lengths = (_int * self._count)(*lengths)
         self._held = b"".join(map(ctypes.string_at, addresses, lengths))
 
+    def __len__(self) -> int:
+        return self._count
+
     def hold(self) -> bool:
         """Whether it is what they hold now. The addresses must still be readable."""
         return bool(_loaded().rf_same(self._addresses, self._lengths, self._count, self._held))

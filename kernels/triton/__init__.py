@@ -2,7 +2,8 @@
 
     support.py    which cases are covered
     launch.py     from tensors to launches: layout, packs, tiles, grid, output
-    schedule.py   the tile and the compile-time constants of a launch
+    prepared.py   launches kept, so that a repeated call is little Python
+    planner.py    what was measured: our tiles against PyTorch's convolutions (cudnn.py), timed by measuring.py
     pack.py       the shapes in which the kernels want to read weights and images
     tiles.py      tile sizes per architecture, read from tiles/*.json
     conv.py, gemm.py, pool.py, epilogue.py    the kernels

@@ -7,24 +7,32 @@ the tests compile exactly what would be launched, for a GPU that is not there.
 
 import contextlib
 import functools
+import os
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch
 
 from resnet_fast.kernels import reference
-from resnet_fast.kernels.triton import pack, tiles
+from resnet_fast.kernels.triton import cudnn, pack, planner, prepared, tiles
 from resnet_fast.kernels.triton.conv import conv_kernel
 from resnet_fast.kernels.triton.gemm import gemm_kernel
 from resnet_fast.kernels.triton.pool import average_pool_kernel, max_pool_kernel
 from resnet_fast.kernels.triton.support import STEM_CHANNELS, interpreted
+from resnet_fast.kernels.triton.tail import tail_kernel
 
 Pair = tuple[int, int]
+Affine = tuple[torch.Tensor, torch.Tensor]  # scale and shift
 
 _INT32_ELEMENTS = 2**31  # from here on, offsets are computed in 64 bits
 
 
 class Plan(NamedTuple):
-    """One launch: ``kernel[grid](*args, **constants)`` fills ``output``, and ``workspace`` for a launch after it."""
+    """One launch: ``kernel[grid](*args, **constants)`` fills ``output``, and ``workspace`` for a launch after it.
+
+    ``image`` makes the first argument of x, in a plan that holds for other images of the same shapes as well: all other
+    tensors in ``args`` but the residual and the output are then made of the weights alone (see prepared.py).
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -32,13 +40,18 @@ class Plan(NamedTuple):
     constants: dict[str, Any]
     output: torch.Tensor
     workspace: Optional[torch.Tensor] = None
+    image: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
 
     def run(self) -> torch.Tensor:
+        self.start()
+        return self.output
+
+    def start(self) -> Any:
+        """Launch; gives the compiled kernel, None in the interpreter."""
         # Triton launches on the current device, which need not be the tensors'.
         on_device = torch.cuda.device(self.output.device) if self.output.is_cuda else contextlib.nullcontext()
         with on_device:
-            self.kernel[self.grid](*self.args, **self.constants)
-        return self.output
+            return self.kernel[self.grid](*self.args, **self.constants)
 
 
 def conv_bn_act(
@@ -56,9 +69,82 @@ def conv_bn_act(
     """See ``reference.conv_bn_act``."""
     if x.numel() == 0 or weight.numel() == 0:
         return reference.conv_bn_act(x, weight, scale, shift, residual, stride, padding, dilation, groups, relu)
-    return plan_conv(
-        x, weight, scale, shift, residual, stride, padding, dilation, groups, relu, architecture(x.device)
-    ).run()
+    arguments = (x, weight, scale, shift, residual, stride, padding, dilation, groups, relu)
+    if not x.is_cuda:  # the interpreter
+        return carry_out(None, *arguments).y
+    target = architecture(x.device)
+    kernel = (weight.shape[2], weight.shape[3])
+    problem = planner.Problem(
+        target, x.dtype, precision_of(x.dtype, target), *x.shape, weight.shape[0], kernel, stride, padding, dilation,
+        groups, residual is not None, relu,
+    )  # fmt: skip
+    outcome = carry_out(_choice(problem, x.device), *arguments)
+    planner.note(weight, problem, outcome.choice)
+    prepared.keep(outcome.call, *arguments)
+    return outcome.y
+
+
+def _choice(problem: planner.Problem, device: torch.device) -> Optional[planner.Candidate]:
+    """What was measured to be the fastest, or None."""
+    choice = planner.choose(problem, device.index)
+    wanted = choice is None and os.environ.get("RESNET_FAST_AUTOTUNE") == "1"
+    if wanted and not torch.cuda.is_current_stream_capturing():
+        from resnet_fast.kernels.triton import measuring  # which calls back to carry_out
+
+        measuring.measure_and_keep(problem, device)
+        choice = planner.choose(problem, device.index)
+    return choice
+
+
+class Outcome(NamedTuple):
+    """A result; how to get it again for other images of the same shapes, if that is known; and what served."""
+
+    y: Any
+    call: Optional[prepared.Call]
+    choice: Optional[planner.Candidate]  # None: our kernel with the table's tile
+
+
+def carry_out(
+    choice: Optional[planner.Candidate],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    residual: Optional[torch.Tensor],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    relu: bool,
+) -> Outcome:
+    """``reference.conv_bn_act`` by ``choice``; with None, or where it cannot hold the weight, by the table's tile."""
+    geometry = (stride, padding, dilation, groups)
+    if choice is not None and choice.tile is None:
+        call = cudnn.prepare(choice.name, x.dtype, weight, scale, shift, geometry, relu, _pointwise)
+        if call is not None:
+            return Outcome(call(x, residual), call, choice)
+        choice = None
+    residual = None if residual is None else nhwc(residual)
+    tile = None if choice is None else choice.tile
+    plan = plan_conv(x, weight, scale, shift, residual, *geometry, relu, architecture(x.device), tile=tile)
+    return Outcome(plan.output, prepared.launches_of([plan], [plan.start()], residual), choice)
+
+
+def _pointwise(scale: torch.Tensor, shift: torch.Tensor, relu: bool) -> prepared.Call:
+    """``relu(y * scale + shift + residual)`` in one pass, for convolutions of one shape that are not ours."""
+    kept: Optional[prepared.Call] = None
+
+    def call(y: torch.Tensor, residual: Optional[torch.Tensor]) -> torch.Tensor:
+        nonlocal kept
+        result = None if kept is None else kept(y, residual)
+        if result is not None:
+            return result
+        residual = None if residual is None else nhwc(residual)
+        plan = plan_tail(y, (scale, shift), residual, None, relu, architecture(y.device))
+        kept = prepared.launches_of([plan._replace(image=nhwc)], [plan.start()], residual)
+        return plan.output
+
+    return call
 
 
 def stem(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -70,9 +156,9 @@ def stem(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torc
     """
     if x.numel() == 0 or weight.numel() == 0:
         return reference.stem(x, weight, scale, shift)
-    target = architecture(x.device)
-    y = plan_conv(x, weight, scale, shift, None, (2, 2), (3, 3), (1, 1), 1, True, target).run()
-    return plan_max_pool(y, target).run()
+    convolution = (x, weight, scale, shift, None, (2, 2), (3, 3), (1, 1), 1, True)
+    y = prepared.run(*convolution) if x.is_cuda else None
+    return plan_max_pool(conv_bn_act(*convolution) if y is None else y, architecture(x.device)).run()
 
 
 def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
@@ -136,6 +222,7 @@ def plan_conv(
             {"C": c, "K": k, **shared, "INDEX64": index64(x, y), **tile.constants()},
             y,
             partials,
+            nhwc if prologue[0] is None else None,
         )
 
     if prologue[0] is None and groups == 1 and c <= STEM_CHANNELS and s > 1 and dilation[1] == 1:
@@ -143,12 +230,13 @@ def plan_conv(
         pixel = pack.pixel_width(c)
         tile = tile or tiles.pick(target, precision, n * p * q, k, s * pixel, 1)
         packed = pack.row_weight(weight, x.dtype, pixel, tile.reduction)
-        x = pack.pixels(x, padding)
+        image = _padded(padding)
+        x = image(x)
         h = x.shape[1]
         row, row_unit = x.shape[2] * pixel, pack.ROW_UNIT
         c, s, padding = s * pixel, 1, (0, 0)
     else:
-        x = nhwc(x)
+        x, image = nhwc(x), nhwc
         pixel, row, row_unit = c, w * c, c
         merge = pack.merged(groups, c // groups)
         groups_before, groups = groups, groups // merge
@@ -181,6 +269,49 @@ def plan_conv(
         },
         y,
         partials,
+        image if prologue[0] is None else None,
+    )
+
+
+def _padded(padding: Pair) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: pack.pixels(x, padding)
+
+
+def plan_tail(
+    y: torch.Tensor,
+    affine: Affine,
+    residual: Optional[torch.Tensor],
+    residual_affine: Optional[Affine],
+    relu: bool,
+    target: str,
+) -> Plan:
+    """``relu(y * scale + shift + residual)``, the residual through an affine map of its own if there is one."""
+    y = nhwc(y)
+    out = allocate(y, tuple(y.shape))
+    rows, c = y.numel() // y.shape[1], y.shape[1]
+    bm, bn, warps = tiles.load(target)["tail"]
+    return Plan(
+        tail_kernel,
+        (ceil_div(rows, bm), ceil_div(c, bn)),
+        (
+            y,
+            *map(vector, affine),
+            None if residual is None else nhwc(residual),
+            *((None, None) if residual_affine is None else map(vector, residual_affine)),
+            out,
+            rows,
+        ),
+        {
+            "C": c,
+            "HAS_RESIDUAL": residual is not None,
+            "RESIDUAL_AFFINE": residual_affine is not None,
+            "RELU": relu,
+            "INDEX64": index64(y, y),
+            "BM": bm,
+            "BN": bn,
+            "num_warps": warps,
+        },
+        out,
     )
 
 

@@ -80,21 +80,27 @@ def pick(architecture: str, precision: str, rows: int, columns: int, reduction: 
     precision: "half", "tf32" or "ieee".
     """
     data = load(architecture)
-    smallest_rows, smallest_columns, smallest_reduction = data["smallest"]
-    widest = max(power_of_two(columns), smallest_columns)
+    widest = max(power_of_two(columns), data["smallest"][1])
     for tile in data[precision]:
         bm, bn, bk, warps, stages, split = tile
         if bn <= widest and groups * -(-rows // bm) * -(-columns // bn) >= data["multiprocessors"]:
             break
-    size = bm * bn
+    return fit(architecture, Tile(bm, bn, bk, warps, stages, bool(split)), rows, columns, reduction)
+
+
+def fit(architecture: str, tile: Tile, rows: int, columns: int, reduction: int) -> Tile:
+    """``tile``, cut down to products of ``[rows, taps * reduction] @ [taps * reduction, columns]``."""
+    smallest_rows, smallest_columns, smallest_reduction = load(architecture)["smallest"]
+    bm, bn, bk, warps, stages, split, *rest = tile
+    size, widest = bm * bn, max(power_of_two(columns), smallest_columns)
     bm = max(min(bm, power_of_two(rows)), smallest_rows)
-    split = bool(split) and bn <= widest
+    split = split and bn <= widest
     bn = min(bn, widest)
     # Rather more steps than a last step that is mostly padding.
     shortest = max(smallest_reduction, min(32, power_of_two(reduction)))
     while bk > shortest and -(-reduction // (bk // 2)) * (bk // 2) < -(-reduction // bk) * bk:
         bk //= 2
-    return Tile(bm, bn, bk, min(warps, max(4, warps * bm * bn // size)), stages, split)
+    return Tile(bm, bn, bk, min(warps, max(4, warps * bm * bn // size)), stages, split, *rest)
 
 
 def power_of_two(value: int) -> int:

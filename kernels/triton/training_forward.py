@@ -16,7 +16,6 @@ from resnet_fast.kernels.triton import launch, tiles
 from resnet_fast.kernels.triton.gram import covariance_kernel, gram_kernel
 from resnet_fast.kernels.triton.launch import Plan
 from resnet_fast.kernels.triton.statistics import combine_kernel
-from resnet_fast.kernels.triton.tail import tail_kernel
 
 
 def conv_statistics(
@@ -62,7 +61,7 @@ def tail(
     """See ``reference_training.tail``."""
     if y.numel() == 0:
         return reference_training.tail(y, affine, residual, residual_affine, relu)
-    return plan_tail(y, affine, residual, residual_affine, relu, launch.architecture(y.device)).run()
+    return launch.plan_tail(y, affine, residual, residual_affine, relu, launch.architecture(y.device)).run()
 
 
 def tail_pool(y: Tensor, affine: Affine) -> Tensor:
@@ -147,40 +146,3 @@ def plan_gram(x: Tensor, prologue: Optional[Affine], stride: Pair, target: str) 
             statistics,
         ),
     ]
-
-
-def plan_tail(
-    y: Tensor,
-    affine: Affine,
-    residual: Optional[Tensor],
-    residual_affine: Optional[Affine],
-    relu: bool,
-    target: str,
-) -> Plan:
-    y = launch.nhwc(y)
-    out = launch.allocate(y, tuple(y.shape))
-    rows, c = y.numel() // y.shape[1], y.shape[1]
-    bm, bn, warps = tiles.load(target)["tail"]
-    return Plan(
-        tail_kernel,
-        (launch.ceil_div(rows, bm), launch.ceil_div(c, bn)),
-        (
-            y,
-            *map(launch.vector, affine),
-            None if residual is None else launch.nhwc(residual),
-            *((None, None) if residual_affine is None else map(launch.vector, residual_affine)),
-            out,
-            rows,
-        ),
-        {
-            "C": c,
-            "HAS_RESIDUAL": residual is not None,
-            "RESIDUAL_AFFINE": residual_affine is not None,
-            "RELU": relu,
-            "INDEX64": launch.index64(y, y),
-            "BM": bm,
-            "BN": bn,
-            "num_warps": warps,
-        },
-        out,
-    )

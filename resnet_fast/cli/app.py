@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from resnet_fast.cli import bench, doctor, explain, export, finetune, roofline, traffic, verify
+from resnet_fast.cli import bench, doctor, explain, export, finetune, roofline, traffic, tune, verify
 from resnet_fast.cli.demo import command as demo
 
 OK, ERROR, USAGE, VERIFICATION_FAILED, MISSING, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -30,6 +30,7 @@ for command in (
     explain.explain,
     verify.verify,
     bench.bench,
+    tune.tune,
     traffic.traffic,
     roofline.roofline,
     finetune.finetune,
@@ -74,9 +75,10 @@ def run(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 def _exit_code(error: Exception) -> int:
+    from resnet_fast.devices import MissingDeviceError
     from resnet_fast.export import MissingPackageError, VerificationError
 
-    if isinstance(error, MissingPackageError):
+    if isinstance(error, (MissingPackageError, MissingDeviceError)):
         return MISSING
     return VERIFICATION_FAILED if isinstance(error, VerificationError) else ERROR
 

@@ -46,13 +46,9 @@ def _package(name: str, version: Optional[str]) -> str:
 
 def _devices() -> dict[str, Optional[str]]:
     """Device types that the kernels are written for: None where there is one, else the reason why not."""
-    import torch
+    from resnet_fast.devices import gpu_missing
 
-    reason = None
-    if not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip
-        reason = "PyTorch sees no GPU" if built else "this PyTorch is built without CUDA and ROCm"
-    return {"cpu": None, "cuda": reason}
+    return {"cpu": None, "cuda": gpu_missing()}
 
 
 def _native() -> dict[str, Any]:

@@ -27,7 +27,7 @@ def forward_launches(architecture: str, precision: str) -> Iterator[Launch]:
         for channels, size in [(64, 56), (512, 28), (2048, 7)]:
             y = image(BATCH, channels, size, size, DTYPES[precision])
             for residual, affine in [(None, None), (y, None), (y, _affine(channels))]:
-                plan = training_forward.plan_tail(y, _affine(channels), residual, affine, True, architecture)
+                plan = launch.plan_tail(y, _affine(channels), residual, affine, True, architecture)
                 yield Launch(f"tail {channels} {size}x{size}", architecture, precision, plan)
         y = image(BATCH, 64, 112, 112, DTYPES[precision])
         plan = launch.plan_max_pool(y, architecture, _affine(64))

@@ -20,7 +20,7 @@ from resnet_fast.cli.models import build, randomise_batch_norm, read_checkpoint
 from resnet_fast.cli.numerics import WINOGRAD, check_layers
 from resnet_fast.cli.output import write_json
 from resnet_fast.export.optional import EXTRAS
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import choices, library, planner
 
 SMALL = ["--size", "64", "--batch", "1"]
 
@@ -55,6 +55,9 @@ def test_console_script_and_module_agree():
         (["verify", "resnet18", "resnet34", "--weights", "DEFAULT"], "fits one model, not 2"),
         (["verfy"], "verify"),
         (["bench", "--rounds", "0"], "--rounds"),
+        (["tune", "resnet18", "--device", "cpu", "--dtype", "float16"], "expected float32"),
+        (["tune", "resnet18", "--dtype", "int8"], "'int8' is none of float32, float16, bfloat16"),
+        (["tune", "resnet18", "--device", "tpu"], "'tpu' is none of auto, cpu, cuda"),
     ],
 )
 def test_usage_errors_exit_with_2(arguments, said, capsys):
@@ -138,6 +141,38 @@ def test_json_file_survives_a_failure(tmp_path):
     write_json({"error": float("nan"), "batches": {1: (2.5, float("inf"))}}, str(target))
     assert parsed(target.read_text()) == {"error": "nan", "batches": {"1": [2.5, "inf"]}}
     assert list(tmp_path.iterdir()) == [target]
+
+
+# --- tune ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(library.unavailable() is not None, reason="tunes the native kernels")
+def test_tune_measures_and_keeps(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
+    choices.forget()
+    arguments = ["tune", "resnet18", "--size", "32", "--device", "cpu", "--calls", "1", "--threads", "1"]
+    try:
+        assert main([*arguments, "--json", "-"]) == 0
+    finally:
+        choices.forget()
+        planner.changed()
+    output = capsys.readouterr()
+    data = parsed(output.out)
+    assert (data["model"], data["batch"], data["device"], data["dtype"]) == ("resnet18", 1, "cpu", "float32")
+    assert len(data["choices"]) >= 8
+    for choice in data["choices"]:
+        assert choice["milliseconds"][choice["fastest"]] == min(choice["milliseconds"].values())
+    kept = json.loads((tmp_path / "cpu-choices.json").read_text())["machines"]
+    assert {choice["convolution"] for choice in data["choices"]} <= set(next(iter(kept.values())))
+    assert "cpu-choices.json" in output.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_without_the_gpu_that_is_asked_for_exits_with_4(capsys):
+    assert main(["tune", "resnet18", "--device", "cuda", "--dtype", "float16"]) == 4
+    said = capsys.readouterr()
+    assert "--device cuda needs a GPU: " in said.err
+    assert said.out == ""
 
 
 # --- verify -------------------------------------------------------------------------------------------------------

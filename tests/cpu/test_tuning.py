@@ -14,6 +14,9 @@ from torch import nn
 import resnet_fast
 from resnet_fast import network, tune
 from resnet_fast.kernels.native import choices, library, planner
+from resnet_fast.kernels.triton import measuring
+from resnet_fast.kernels.triton import planner as gpu_planner
+from tests.fake_gpu import on_gpu
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 
@@ -24,9 +27,11 @@ IMAGES = (2, 3, 20, 20)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
     choices.forget()
+    gpu_planner.choices.forget()
     planner.changed()
     yield tmp_path
     choices.forget()
+    gpu_planner.choices.forget()
     planner.changed()
 
 
@@ -180,6 +185,38 @@ def test_a_file_that_cannot_be_written(folder, monkeypatch):
     with pytest.warns(UserWarning, match="is ignored"), pytest.raises(OSError, match="file"):
         choices.add({"shape": "winograd4"})
     assert choices.measured("shape") == "winograd4"
+
+
+def test_on_a_gpu_each_problem_is_measured_once_and_kept(model, monkeypatch):
+    """The GPU is not there: what the model would ask for, the clock and the measurement are given."""
+    half = (torch.float16, "half", 2, 32, 9, 8, 48, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    first = gpu_planner.Problem("sm_90", *half, residual=False, relu=True)
+    second = first._replace(relu=False)
+    measured = []
+
+    @contextlib.contextmanager
+    def recorded():
+        yield [first, second, first]
+
+    def measure(problem, device, timer, runs):
+        assert (device, timer, runs) == (torch.device("cuda", 0), "a clock", 3)
+        measured.append(problem)
+        return measuring.Measurement(problem, "cudnn fused", {"cudnn fused": 0.5}, {"triton": "spills"})
+
+    monkeypatch.setattr(gpu_planner, "recorded", recorded)
+    monkeypatch.setattr(gpu_planner, "machine", lambda index: f"GPU {index}")
+    monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setattr(measuring, "Events", lambda device: "a clock")
+    model.forward = lambda x: x
+    result = tune(model, on_gpu(torch.randn(IMAGES)), calls=3)
+    assert measured == [first, second]
+    assert [choice.shape for choice in result.choices] == [first.key(), second.key()]
+    assert str(result).count("rejected: triton: spills") == 2
+    assert gpu_planner.choices.measured("GPU 0", second.key()) == "cudnn fused"
+    assert gpu_planner.choices.path() != choices.path()
+    monkeypatch.setattr(gpu_planner, "recorded", lambda: contextlib.nullcontext([]))
+    with pytest.raises(ValueError, match="no convolution in the Triton kernels"):
+        tune(model, on_gpu(torch.randn(IMAGES)))
 
 
 def test_errors(model):
