@@ -175,10 +175,12 @@ class Bench:
         rounds: int = 5,
         seconds: float = 1.0,
         progress: Callable[[str], None] = lambda text: None,
+        patience: float = _LOADING_SECONDS,
     ) -> list[Measurement]:
         """Time the workload in ``folder`` as ``measure`` does; ``workload.py`` says what lies there.
 
-        ``order`` is what the workers are told to do with it, "load" or "train".
+        ``order`` is what the workers are told to do with it, "load" or "train"; ``patience`` is how many seconds that
+        may take.
         """
         results = {
             name: Measurement(name, provider(name).TITLE, "missing", reason or "")
@@ -187,7 +189,7 @@ class Bench:
         for name in sorted(self.present, key=lambda name: name not in _STOCK):  # the others are compared with stock's
             progress(f"loading {provider(name).TITLE}")
             try:
-                answer = self._worker(name).ask(f"{order} {folder}", _LOADING_SECONDS)
+                answer = self._worker(name).ask(f"{order} {folder}", patience)
             except _WorkerError as error:
                 results[name] = replace(results[name], status="failed", reason=str(error))
                 self._end(name)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from resnet_fast.cli import bench, doctor, explain, export, finetune, traffic, verify
+from resnet_fast.cli import bench, doctor, explain, export, finetune, gpu, traffic, verify
 from resnet_fast.cli.demo import command as demo
 
 OK, ERROR, USAGE, VERIFICATION_FAILED, MISSING, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -31,6 +31,7 @@ for command in (
     verify.verify,
     bench.bench,
     traffic.traffic,
+    gpu.gpu,
     finetune.finetune,
     export.export,
 ):
