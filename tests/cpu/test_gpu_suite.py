@@ -1,4 +1,4 @@
-"""``resnet-fast gpu`` on the CPU: it says nothing about a GPU, but must not fail for a silly reason when there is one."""
+"""``resnet-fast gpu`` on the CPU: it says nothing about a GPU, but must not fail for a silly reason on one."""
 
 import json
 import time
@@ -68,7 +68,7 @@ def test_a_case_that_raises_does_not_stop_the_others(monkeypatch):
     assert results[0]["reason"] == "RuntimeError: an illegal memory access was encountered"
 
 
-# --- parts in processes ------------------------------------------------------------------------------------------------
+# --- parts in processes ----------------------------------------------------------------------------------------------
 
 
 def _process(monkeypatch, program: str) -> None:
