@@ -232,7 +232,7 @@ def _loosest(setting: Setting, results: dict[str, Measurement]) -> float:
     device, dtype, autocast = setting
     if device == "cpu" and (autocast or dtype) == "float32":
         return 0.0
-    errors = [results[name].error for name in _STOCK if name in results and results[name].error is not None]
+    errors = [error for name in _STOCK if name in results and (error := results[name].error) is not None]
     return _STOCK_ERROR * errors[0] if errors else _ROUNDINGS * _EPS[autocast or dtype]
 
 

@@ -65,8 +65,8 @@ def cases(quick: bool = False) -> Iterator[Case]:
     for name, x, k, kernel, stride, padding, dilation, groups, residual, relu in _CONVS:
         if not quick or x[1] < 128:
             yield _conv(name, x, k, kernel, stride, padding, dilation, groups, residual, relu)
-    for size in ((64, 64), (45, 37)) if quick else ((224, 224), (65, 47)):
-        yield _op("stem", f"stem of {size[0]}x{size[1]}", *_weights(f"stem {size}", (2, 3, *size), (64, 3, 7, 7)))
+    for h, w in ((64, 64), (45, 37)) if quick else ((224, 224), (65, 47)):
+        yield _op("stem", f"stem of {h}x{w}", *_weights(f"stem {h}x{w}", (2, 3, h, w), (64, 3, 7, 7)))
     for shape in ((2, 512, 7, 7), (1, 2048, 7, 7), (2, 33, 5, 9)):
         yield _op("global_avg_pool", f"average of {list(shape)}", _normal(f"average {shape}", *shape))
     for name, block, size in _blocks(quick):
@@ -145,7 +145,8 @@ def _training(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...]) 
                     norm.bias.copy_(6 * norm.weight)
                     norm.bias[1::2].neg_()
         # As autocast has it: parameters and statistics stay wide.
-        return made.to(device, torch.promote_types(dtype, torch.float32), memory_format=torch.channels_last).train()
+        layout: Any = {"memory_format": torch.channels_last}
+        return made.to(device, torch.promote_types(dtype, torch.float32), **layout).train()
 
     def step(model: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
         x = x.detach().requires_grad_()

@@ -33,14 +33,14 @@ def numerics(device: str, quick: bool) -> Results:
     """Every case in every dtype against float64, beside PyTorch's own error."""
     for case in cases(quick):
         for name in _dtypes(device):
-            yield _guarded(case, name, lambda case=case, name=name: _compared(case, name, device))
+            yield _guarded(_compared, case, name, device)
 
 
 def repeats(device: str, quick: bool) -> Results:
     """Every case again and again beside other work on the GPU: a race would show as another last bit."""
     for case in cases(quick):
         for name in ("float16",) if device == "cuda" else ("float32",):
-            yield _guarded(case, name, lambda case=case, name=name: _repeated(case, name, device))
+            yield _guarded(_repeated, case, name, device)
 
 
 def layers(device: str, quick: bool) -> Results:
@@ -48,6 +48,7 @@ def layers(device: str, quick: bool) -> Results:
     from resnet_fast import accelerate, tune
     from resnet_fast.cli.models import build, randomise_batch_norm
 
+    layout: Any = {"memory_format": torch.channels_last}
     half = ("float16", "bfloat16") if device == "cuda" else ("float32",)
     batches = (1,) if quick else (32, 1, 128)
     size = 64 if quick else 224
@@ -56,7 +57,7 @@ def layers(device: str, quick: bool) -> Results:
             for dtype in half:
                 stock = build(model_name)
                 randomise_batch_norm(stock, 0)
-                model = accelerate(stock.eval()).to(device, getattr(torch, dtype), memory_format=torch.channels_last)
+                model = accelerate(stock.eval()).to(device, getattr(torch, dtype), **layout)
                 images = torch.randn(batch, 3, size, size, device=device, dtype=getattr(torch, dtype))
                 found = tune(model, images.contiguous(memory_format=torch.channels_last))
                 for choice in found.choices:
@@ -70,10 +71,10 @@ def _dtypes(device: str) -> tuple[str, ...]:
     return DTYPES if device == "cuda" else ("float32", "bfloat16")
 
 
-def _guarded(case: Case, dtype: str, found: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _guarded(check: Callable[[Case, str, str], dict[str, Any]], case: Case, dtype: str, device: str) -> dict[str, Any]:
     """A case that raises has failed; the others go on."""
     try:
-        return {"case": case.name, "dtype": dtype, **found()}
+        return {"case": case.name, "dtype": dtype, **check(case, dtype, device)}
     except Exception as error:
         return {"case": case.name, "dtype": dtype, "passed": False, "reason": f"{type(error).__name__}: {error}"}
 
@@ -129,7 +130,8 @@ def _other_work(device: str) -> Iterator[None]:
 @contextmanager
 def _precision(name: str) -> Iterator[None]:
     """Whether float32 convolutions and products go through TF32."""
-    settings = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
+    backends: Any = torch.backends
+    settings = [backends.cudnn.conv, backends.cuda.matmul]
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "tf32" if name == "tf32" else "ieee"
