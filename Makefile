@@ -8,7 +8,7 @@ COMPILED := $(VENV)/.compiled
 PEERS := .venv-peers
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: demo test install lint test-cpu test-native test-interpreter test-aot bench bench-training bench-layers bench-peers clean
+.PHONY: demo test install lint test-cpu test-native test-interpreter test-aot bench bench-training bench-layers gpu bench-peers clean
 
 demo: install
 	$(BIN)/resnet-fast demo
@@ -66,6 +66,10 @@ bench-training: install
 bench-layers: install
 	mkdir -p benchmarks/results
 	$(BIN)/python -m benchmarks.layers --json $(RESULTS)-layers.json --markdown $(RESULTS)-layers.md --svg $(RESULTS)-layers.svg
+
+# On a machine with a GPU: numerics, repeatability, layers and whole models, in ten minutes; writes runs/gpu/gpu.html.
+gpu: install
+	$(BIN)/resnet-fast gpu
 
 # Peers that must not share an environment with PyTorch's: resnet_fast/bench/apart.py says why. pnnx asks for PyTorch, but
 # only its Python module uses that, and its program is all that is needed.

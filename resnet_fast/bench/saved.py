@@ -24,7 +24,9 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = nn.functional.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.int64))
+        loss = nn.functional.cross_entropy(
+            model(images), torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        )
         del loss
     return sum(size for storage, size in sizes.items() if storage not in own)
 

@@ -80,7 +80,10 @@ def timed_round(run: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held."""
+    """The most memory that this process has held; once it uses a GPU, that PyTorch has held there."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():
         # Not ru_maxrss: on Linux it starts from the memory of the process that forked this one.

@@ -1,7 +1,10 @@
 """What every provider is given: model, images, labels for training, and the right result, as files in one folder."""
 
+import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -10,9 +13,23 @@ from torch import Tensor, nn
 MODEL, ONNX, IMAGES, REFERENCE = "model.pt", "model.onnx", "images.npy", "reference.npy"
 LABELS, TRAINING_REFERENCE = "labels.npy", "reference.npz"
 
+_SETTING = "setting.json"
+_REFERENCE_IMAGES = 16  # the results of the first ones are compared; float64 on a CPU takes its time
 
-def prepare(folder: Path, model: nn.Module, images: Tensor, *, onnx: bool = True) -> None:
-    """Write ``model``, ``images`` and the float64 result to ``folder``.
+
+class Setting(NamedTuple):
+    """Where and in which precision a workload runs. The files hold float32 all the same."""
+
+    device: str = "cpu"
+    dtype: str = "float32"  # of weights and images
+    autocast: Optional[str] = None  # in training: the dtype of mixed precision
+
+
+DEFAULT = Setting()
+
+
+def prepare(folder: Path, model: nn.Module, images: Tensor, *, onnx: bool = True, setting: Setting = DEFAULT) -> None:
+    """Write ``model``, ``images`` and the float64 result of the first of them to ``folder``.
 
     Args:
         model: a stock classifier in eval mode, float32, on the CPU; it is pickled, for the workers alone.
@@ -21,18 +38,17 @@ def prepare(folder: Path, model: nn.Module, images: Tensor, *, onnx: bool = True
     """
     from resnet_fast.export import export_onnx
 
-    torch.save(model, folder / MODEL)
-    np.save(folder / IMAGES, images.numpy())
-    # A copy through the file: deepcopy would do as well, but this is the model that the workers get.
-    precise = load_model(folder).double()
+    _write(folder, model, images, setting)
     with torch.inference_mode():
-        np.save(folder / REFERENCE, precise(images.double()).numpy())
+        np.save(folder / REFERENCE, _precise(folder)(images[:_REFERENCE_IMAGES].double()).numpy())
     if onnx:
         # Each provider's result is compared with the reference, so the export need not be.
         export_onnx(model, folder / ONNX, input_size=tuple(images.shape[1:]), verify=False)
 
 
-def prepare_training(folder: Path, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+def prepare_training(
+    folder: Path, model: nn.Module, images: Tensor, labels: Tensor, setting: Setting = DEFAULT
+) -> None:
     """Write ``model``, ``images``, ``labels`` and the results of a step in float64 to ``folder``.
 
     Args:
@@ -42,27 +58,58 @@ def prepare_training(folder: Path, model: nn.Module, images: Tensor, labels: Ten
     """
     from resnet_fast.bench.step import Step
 
-    torch.save(model, folder / MODEL)
-    np.save(folder / IMAGES, images.numpy())
+    _write(folder, model, images, setting)
     np.save(folder / LABELS, labels.numpy())
-    precise = Step(load_model(folder).double(), images.double(), labels)
+    precise = Step(_precise(folder), images.double(), labels)
     np.savez(folder / TRAINING_REFERENCE, **precise.first())  # type: ignore[arg-type]
 
 
-def load_model(folder: Path) -> nn.Module:
-    """The model of the workload in ``folder``, in the mode that it was saved in."""
+def _write(folder: Path, model: nn.Module, images: Tensor, setting: Setting) -> None:
+    torch.save(model, folder / MODEL)
+    np.save(folder / IMAGES, images.numpy())
+    (folder / _SETTING).write_text(json.dumps(setting._asdict()))
+
+
+def _stored_model(folder: Path) -> nn.Module:
     # Not weights_only: the file holds the module itself, and was written by this very run.
     return torch.load(folder / MODEL, weights_only=False)
 
 
+def _precise(folder: Path) -> nn.Module:
+    """A copy through the file: deepcopy would do as well, but this is the model that the workers get."""
+    return _stored_model(folder).double()
+
+
+def load_setting(folder: Path) -> Setting:
+    return Setting(**json.loads((folder / _SETTING).read_text()))
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The model of the workload in ``folder``, in the mode that it was saved in, where and as the setting says."""
+    device, dtype, _ = load_setting(folder)
+    return _stored_model(folder).to(device, getattr(torch, dtype))
+
+
 def load_images(folder: Path) -> Tensor:
-    """The images of the workload in ``folder``, ``[N, C, H, W]``, float32."""
-    return torch.from_numpy(np.load(folder / IMAGES))
+    """The images of the workload in ``folder``, ``[N, C, H, W]``, likewise."""
+    device, dtype, _ = load_setting(folder)
+    return torch.from_numpy(np.load(folder / IMAGES)).to(device, getattr(torch, dtype))
 
 
 def load_labels(folder: Path) -> Tensor:
     """Of the images of a training workload, ``[N]``, int64."""
-    return torch.from_numpy(np.load(folder / LABELS))
+    return torch.from_numpy(np.load(folder / LABELS)).to(load_setting(folder).device)
+
+
+def autocast(folder: Path) -> "contextlib.AbstractContextManager[None]":
+    """Mixed precision, if the workload in ``folder`` is to be trained in it."""
+    device, _, dtype = load_setting(folder)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device, getattr(torch, dtype))
+
+
+def to_numpy(result: Tensor) -> np.ndarray:
+    """A result for comparison. From a GPU it is waited for; numpy has no bfloat16."""
+    return result.float().cpu().numpy()
 
 
 def eager(model: nn.Module, images: Tensor) -> Callable[[], np.ndarray]:
@@ -70,6 +117,6 @@ def eager(model: nn.Module, images: Tensor) -> Callable[[], np.ndarray]:
 
     def run() -> np.ndarray:
         with torch.inference_mode():
-            return model(images).numpy()
+            return to_numpy(model(images))
 
     return run

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from resnet_fast.cli import bench, doctor, explain, export, finetune, roofline, traffic, tune, verify
+from resnet_fast.cli import bench, doctor, explain, export, finetune, gpu, roofline, traffic, tune, verify
 from resnet_fast.cli.demo import command as demo
 
 OK, ERROR, USAGE, VERIFICATION_FAILED, MISSING, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -33,6 +33,7 @@ for command in (
     tune.tune,
     traffic.traffic,
     roofline.roofline,
+    gpu.gpu,
     finetune.finetune,
     export.export,
 ):

@@ -14,6 +14,7 @@ TITLE = "MNN"
 NEEDS = "MNN"
 ONNX = True
 APART = True
+DEVICES = ("cpu",)
 
 
 def unavailable() -> Optional[str]:

@@ -7,6 +7,7 @@ A provider's module has
     NEEDS      the optional module that it imports, or None
     ONNX       whether it reads the model as an ONNX file
     APART      whether it runs in the environment of its own that apart.py describes; then NEEDS is looked for there
+    DEVICES    what it runs on: "cpu", "cuda"
     unavailable() -> Optional[str]
                why it cannot run on this machine beside a missing module, or None
     load(folder: Path, threads: int) -> Callable[[], numpy.ndarray]
@@ -25,11 +26,12 @@ from types import ModuleType
 from typing import Optional
 
 NAMES = ("ours", "eager", "channels_last", "compile", "onnxruntime", "openvino", "ncnn", "MNN")
+GPU_NAMES = ("ours", "graphed", "channels_last", "compile", "tensorrt")
 TRAINING = ("ours", "channels_last", "compile")
 
 
 def provider(name: str) -> ModuleType:
-    """The module of the provider ``name``, one of ``NAMES``."""
+    """The module of the provider ``name``, one of ``NAMES`` or ``GPU_NAMES``."""
     return importlib.import_module(f"{__name__}.{name}")
 
 

@@ -13,6 +13,7 @@ TITLE = "PyTorch eager, channels_last"
 NEEDS = None
 ONNX = False
 APART = False
+DEVICES = ("cpu", "cuda")
 
 
 def unavailable() -> Optional[str]:

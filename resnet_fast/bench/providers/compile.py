@@ -1,4 +1,5 @@
-"""torch.compile at its best on a CPU: in inference, Inductor freezes weights, folds batch norms, packs for oneDNN."""
+"""torch.compile at its best: max-autotune on a GPU, with CUDA graphs; in inference Inductor freezes weights and folds
+batch norms, and packs for oneDNN on a CPU."""
 
 import os
 import shutil
@@ -15,6 +16,7 @@ TITLE = "torch.compile"
 NEEDS = None
 ONNX = False
 APART = False
+DEVICES = ("cpu", "cuda")
 
 
 def unavailable() -> Optional[str]:
@@ -26,21 +28,28 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
     import torch
     import torch._inductor.config
 
-    from resnet_fast.bench.workload import load_images, load_model
+    from resnet_fast.bench.workload import load_images, load_model, to_numpy
 
     torch.set_num_threads(threads)
     torch._inductor.config.freezing = True
     layout: Any = {"memory_format": torch.channels_last}
-    model, images = torch.compile(load_model(folder).to(**layout)), load_images(folder).to(**layout)
+    images = load_images(folder).to(**layout)
+    model = torch.compile(load_model(folder).to(**layout), mode=_mode(images.device.type))
 
     def run() -> np.ndarray:
         with torch.no_grad():  # freezing wants this, not inference_mode
-            return model(images).numpy()
+            return to_numpy(model(images))
 
     return run
 
 
 def train(folder: Path, threads: int) -> "Step":
     from resnet_fast.bench.step import load_step
+    from resnet_fast.bench.workload import load_setting
 
-    return load_step(folder, threads, lambda model: model.compile())
+    mode = _mode(load_setting(folder).device)
+    return load_step(folder, threads, lambda model: model.compile(mode=mode))
+
+
+def _mode(device: str) -> Optional[str]:
+    return "max-autotune" if device == "cuda" else None

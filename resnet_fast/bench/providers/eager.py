@@ -10,6 +10,7 @@ TITLE = "PyTorch eager"
 NEEDS = None
 ONNX = False
 APART = False
+DEVICES = ("cpu", "cuda")
 
 
 def unavailable() -> Optional[str]:

@@ -17,6 +17,7 @@ TITLE = "ncnn, image by image"
 NEEDS = "ncnn"
 ONNX = True
 APART = True
+DEVICES = ("cpu",)
 
 
 def unavailable() -> Optional[str]:

@@ -10,6 +10,7 @@ TITLE = "ONNX Runtime"
 NEEDS = "onnxruntime"
 ONNX = True
 APART = False
+DEVICES = ("cpu",)
 
 
 def unavailable() -> Optional[str]:

@@ -10,6 +10,7 @@ TITLE = "OpenVINO"
 NEEDS = "openvino"
 ONNX = True
 APART = False
+DEVICES = ("cpu",)
 
 
 def unavailable() -> Optional[str]:

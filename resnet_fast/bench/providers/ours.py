@@ -13,6 +13,7 @@ TITLE = "resnet_fast"
 NEEDS = None
 ONNX = False
 APART = False
+DEVICES = ("cpu", "cuda")
 
 
 def unavailable() -> Optional[str]:

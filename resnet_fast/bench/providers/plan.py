@@ -10,6 +10,7 @@ TITLE = "resnet_fast"
 NEEDS = None
 ONNX = False
 APART = False
+DEVICES = ("cpu",)
 
 
 def unavailable() -> Optional[str]:

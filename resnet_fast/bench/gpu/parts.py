@@ -1,0 +1,158 @@
+"""The parts of the suite that run in a process each: ``python -m resnet_fast.bench.gpu.parts PART DEVICE QUICK``.
+
+A part prints a line of JSON for every result as soon as it has it. So an error that ruins the process, as a bad address
+does every later call on a GPU, or a time limit, costs only what was still to come.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fast.bench.gpu.cases import DTYPES, Case, cases
+
+Results = Iterator[dict[str, Any]]
+
+TIMES_PYTORCHS, ROUNDINGS = 2, 4
+"""An error may be twice PyTorch's own in the same precision, or four roundings of the largest result."""
+WINOGRAD = 5e-5
+"""Of the largest result: what our CPU kernels may have in float32 (docs of ``resnet-fast verify``)."""
+STEP_ROUNDINGS = 64
+"""A training step's results go through up to ten roundings of whole images in half precision and sums over them."""
+REPEATS = 20
+
+_EPS = {"float32": 2.0**-23, "tf32": 2.0**-10, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def numerics(device: str, quick: bool) -> Results:
+    """Every case in every dtype against float64, beside PyTorch's own error."""
+    for case in cases(quick):
+        for name in _dtypes(device):
+            yield _guarded(_compared, case, name, device)
+
+
+def repeats(device: str, quick: bool) -> Results:
+    """Every case again and again beside other work on the GPU: a race would show as another last bit."""
+    for case in cases(quick):
+        for name in ("float16",) if device == "cuda" else ("float32",):
+            yield _guarded(_repeated, case, name, device)
+
+
+def layers(device: str, quick: bool) -> Results:
+    """Every convolution of a model, with each of the planner's candidates; what is fastest is kept for later calls."""
+    from resnet_fast import accelerate, tune
+    from resnet_fast.cli.models import build, randomise_batch_norm
+
+    layout: Any = {"memory_format": torch.channels_last}
+    half = ("float16", "bfloat16") if device == "cuda" else ("float32",)
+    batches = (1,) if quick else (32, 1, 128)
+    size = 64 if quick else 224
+    for model_name in ("resnet18",) if quick else ("resnet50", "resnet18"):
+        for batch in batches:
+            for dtype in half:
+                stock = build(model_name)
+                randomise_batch_norm(stock, 0)
+                model = accelerate(stock.eval()).to(device, getattr(torch, dtype), **layout)
+                images = torch.randn(batch, 3, size, size, device=device, dtype=getattr(torch, dtype))
+                found = tune(model, images.contiguous(memory_format=torch.channels_last))
+                for choice in found.choices:
+                    yield {"model": model_name, "batch": batch, "dtype": dtype, **choice.__dict__}
+
+
+PARTS: dict[str, Callable[[str, bool], Results]] = {part.__name__: part for part in (numerics, repeats, layers)}
+
+
+def _dtypes(device: str) -> tuple[str, ...]:
+    return DTYPES if device == "cuda" else ("float32", "bfloat16")
+
+
+def _guarded(check: Callable[[Case, str, str], dict[str, Any]], case: Case, dtype: str, device: str) -> dict[str, Any]:
+    """A case that raises has failed; the others go on."""
+    try:
+        return {"case": case.name, "dtype": dtype, **check(case, dtype, device)}
+    except Exception as error:
+        return {"case": case.name, "dtype": dtype, "passed": False, "reason": f"{type(error).__name__}: {error}"}
+
+
+def _compared(case: Case, name: str, device: str) -> dict[str, Any]:
+    with _precision(name):
+        inputs = case.cast(_torch_dtype(name), device)
+        ours, stock = case.ours(*inputs), case.definition(*inputs)
+    # The definition of the very numbers that were given, which may have been rounded.
+    exact = case.definition(*(t.double() if isinstance(t, Tensor) else t for t in inputs))
+    error, pytorchs = (
+        max(_error(result, right) for result, right in zip(results, exact, strict=True)) for results in (ours, stock)
+    )
+    roundings = STEP_ROUNDINGS if case.training else ROUNDINGS
+    allowed = max(TIMES_PYTORCHS * pytorchs, roundings * _EPS[name], WINOGRAD if device == "cpu" else 0.0)
+    return {"error": error, "pytorchs": pytorchs, "allowed": allowed, "passed": error <= allowed}  # NaN does not pass
+
+
+def _error(result: Tensor, exact: Tensor) -> float:
+    """The largest, relative to the largest result."""
+    if result.shape != exact.shape:
+        raise ValueError(f"result has shape {list(result.shape)}, expected {list(exact.shape)}")
+    return float((result.double() - exact).abs().max() / exact.abs().max())
+
+
+def _repeated(case: Case, name: str, device: str) -> dict[str, Any]:
+    with _precision(name):
+        inputs = case.cast(_torch_dtype(name), device)
+        first = case.ours(*inputs)
+        different = 0
+        for _ in range(REPEATS):
+            with _other_work(device):
+                again = case.ours(*inputs)
+            different += not all(map(torch.equal, first, again))
+    return {"repeats": REPEATS, "different": different, "passed": different == 0}
+
+
+@contextmanager
+def _other_work(device: str) -> Iterator[None]:
+    """Meanwhile another stream of the GPU writes memory, so that programs meet in another order each time."""
+    if device != "cuda":
+        yield
+        return
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        noise = torch.empty(32 << 20, dtype=torch.int8, device=device)
+        for _ in range(4):
+            noise.random_()
+    yield
+    side.synchronize()
+
+
+@contextmanager
+def _precision(name: str) -> Iterator[None]:
+    """Whether float32 convolutions and products go through TF32."""
+    backends: Any = torch.backends
+    settings = [backends.cudnn.conv, backends.cuda.matmul]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "tf32" if name == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before):
+            setting.fp32_precision = value
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return torch.float32 if name == "tf32" else getattr(torch, name)
+
+
+def main(part: str, device: str, quick: str) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to stderr
+    for result in PARTS[part](device, quick == "quick"):
+        answers.write(json.dumps(result) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

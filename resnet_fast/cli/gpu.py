@@ -1,0 +1,58 @@
+"""``resnet-fast gpu``: is everything right, repeatable and fast on this machine's GPU?"""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from resnet_fast.cli import options
+from resnet_fast.cli.output import console, table, write_json
+
+DEVICES = ("cuda", "cpu")
+
+
+def gpu(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the report.")] = Path("runs/gpu"),
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try the suite itself.")] = "cuda",
+    minutes: Annotated[float, typer.Option(min=0.1, help="For all of it; what there is no time for is left out.")] = 10,
+    quick: Annotated[bool, typer.Option("--quick", help="Small cases and models.")] = False,
+    part: Annotated[
+        Optional[list[str]],
+        typer.Option("--part", help="numerics, repeats, layers, inference or training alone; repeatable."),
+    ] = None,
+    json: options.Json = None,
+    debug: options.Debug = False,
+) -> None:
+    """Check and measure the kernels on a GPU, for the first time or again: numerics, repeatability, layers, models.
+
+    Every op in every dtype against float64; every op again and again, to the bit; every convolution of ResNet-50 and
+    ResNet-18 with our kernels and cuDNN's; whole models beside eager PyTorch, torch.compile and, where installed,
+    TensorRT, in inference and training. Writes OUT/gpu.html and OUT/gpu.json, and exits with 3 if a check fails.
+    """
+    from resnet_fast.export.optional import MissingPackageError, require
+
+    require("jinja2", "the GPU report")
+    import torch
+
+    from resnet_fast.bench.gpu import run, write_report
+    from resnet_fast.export import VerificationError
+
+    if device not in DEVICES:
+        raise typer.BadParameter(f"{device!r}, expected one of {', '.join(DEVICES)}", param_hint="--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingPackageError("no GPU is visible to PyTorch; --device cpu --quick tries the suite without one")
+    terminal = console()
+    with terminal.status("starting") as status:
+        try:
+            suite = run(device, minutes, quick, part, progress=status.update)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--part") from None
+    content = write_report(suite, out)
+    write_json(content, json)
+    rows = [(one.name, one.status, f"{one.seconds:.0f} s", len(one.results), one.reason) for one in suite.parts]
+    terminal.print(table(f"on {content['gpu'].get('name', 'the CPU')}", ("part", "", "took", "results", ""), rows))
+    passed = sum(check["passed"] for check in suite.checks)
+    verdict = f"{passed} of {len(suite.checks)} checks passed"
+    terminal.print(f"{verdict} in {suite.seconds:.0f} s; report: {out / 'gpu.html'}")
+    if not suite.passed:
+        raise VerificationError(f"{verdict}; {out / 'gpu.html'} shows which did not, and which parts are not complete")
