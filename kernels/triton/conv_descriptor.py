@@ -14,7 +14,8 @@ negative coordinates even: what is outside arrives as zero, which is just what p
 The price is that boxes seldom divide an image: what a box sticks out over is computed and not stored. With boxes over
 several images the sides may be small, so that large batches have little of that (``descriptor.box``).
 
-The position in the loop over (r, s, block of channels) is carried in counters, as in conv.py.
+The position in the loop over (r, s, block of channels) is carried in counters, as in conv.py. That loop is long, so
+filling its pipeline anew for each tile matters less than in gemm_descriptor.py, and it is not flattened.
 """
 
 import triton

@@ -29,6 +29,7 @@ _Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]  # kernel
 def refusal(
     tile: tiles.Tile,
     target: str,
+    precision: str,
     x: torch.Tensor,
     packed: torch.Tensor,
     stride: tuple[int, int],
@@ -37,7 +38,8 @@ def refusal(
 ) -> Optional[str]:
     """None if a kernel with descriptors takes the convolution of ``x [N, C, H, W]`` in NHWC, else the reason why not.
 
-    packed: the weight, as pack.weight makes it. training: with a prologue or statistics.
+    precision: "half", "tf32" or "ieee". packed: the weight, as pack.weight makes it. training: with a prologue or
+    statistics.
     """
     if tile.kernel not in _CAPABILITIES:
         return f"the tile is for {tile.kernel}"
@@ -45,6 +47,8 @@ def refusal(
         target.startswith("sm_") and int(target.removeprefix("sm_")) in _CAPABILITIES[tile.kernel]
     ):
         return f"no {tile.kernel} on {target}"
+    if precision == "ieee" and target != "interpreter":
+        return "float32 without TF32, for which there are no matrix instructions that read what the copy engine wrote"
     if training:
         return "a prologue or statistics"
     if stride != (1, 1):
@@ -140,10 +144,17 @@ def box(n: int, p: int, q: int, size: int) -> tuple[int, int, int]:
 
 
 def programs(work: int, tile: tiles.Tile, target: str, x: torch.Tensor) -> int:
-    """How many programs go through ``work`` tiles: as many as run side by side on the GPU, by their shared memory."""
+    """How many programs go through ``work`` tiles: as many as run side by side on the GPU.
+
+    A specialised program takes all registers of a multiprocessor. Others are limited by shared memory, for the stages
+    of the pipeline and for what is rearranged before it is stored. Tests compare that with what the compiler takes.
+    """
     data = tiles.load(target)
-    stage = (tile.rows + tile.columns) * tile.reduction * x.element_size()
-    side_by_side = max(1, data["shared_memory"] // (tile.stages * stage))
+    side_by_side = 1
+    if tile.kernel != "specialised":
+        stages = tile.stages * (tile.rows + tile.columns) * tile.reduction
+        stored = tile.rows * tile.columns // (2 if tile.split else 1)
+        side_by_side = max(1, data["shared_memory"] // ((stages + stored) * x.element_size()))
     multiprocessors = _multiprocessors(x.device) if x.is_cuda else data["multiprocessors"]
     return min(work, multiprocessors * side_by_side)
 
@@ -158,9 +169,7 @@ def _weight(packed: torch.Tensor, tile: tiles.Tile, tf32: bool) -> TensorDescrip
     return _descriptor(packed, (k, packed.numel() // k), (tile.columns, tile.reduction), tf32)
 
 
-def _descriptor(
-    x: torch.Tensor, shape: tuple[int, ...], block: tuple[int, ...], tf32: bool
-) -> TensorDescriptor:  # fmt: skip
+def _descriptor(x: torch.Tensor, shape: tuple[int, ...], block: tuple[int, ...], tf32: bool) -> TensorDescriptor:
     """Of a contiguous ``x``, taken as of ``shape``. tf32: the copy rounds to it; matrix instructions would truncate."""
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     return TensorDescriptor(x, list(shape), strides, list(block), round_f32_to_tf32=tf32)

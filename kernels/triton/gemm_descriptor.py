@@ -7,11 +7,13 @@ What lies outside the matrix arrives as zero, so tails in rows, columns and chan
 
 A program that ends after one tile leaves its multiprocessor idle while it stores and while the next one fills its
 pipeline. So as many programs as run side by side are started, and each goes through the tiles
-``program, program + programs, ...``. Tiles that share rows of x have neighbouring numbers, as in gemm.py.
+``program, program + programs, ...``. The two loops, over tiles and over channels, are flattened into one, so that the
+first copies for the next tile are under way while a tile is stored. Tiles that share rows of x have neighbouring
+numbers, as in gemm.py.
 
 With ``SPECIALISE`` (sm_100) the warps of a program share the work out: one does nothing but copies, one nothing but
 matrix instructions, whose sums sm_100 keeps in a memory of their own, and the others finish the tile before, so that
-the three overlap. Triton makes that of the very same source.
+the three overlap. Triton makes that of the very same source; the loops need no flattening then.
 
 The result is stored, and the residual read, through pointers, by the epilogue of all convolutions.
 """
@@ -51,7 +53,9 @@ def gemm_descriptor_kernel(
     BLOCKS: tl.constexpr = (C + BK - 1) // BK
 
     tiles = tl.cdiv(M, BM) * COLUMN_TILES
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=SPECIALISE):
+    for tile in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), flatten=not SPECIALISE, warp_specialize=SPECIALISE
+    ):
         first_row = (tile // COLUMN_TILES) * BM
         first_column = (tile % COLUMN_TILES) * BN
         acc = tl.zeros((BM, BN), tl.float32)

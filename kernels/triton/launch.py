@@ -127,7 +127,7 @@ def plan_conv(
         rows = n * h * w
         tile = tile or tiles.pick(target, precision, rows, k, c, 1)
         packed = pack.weight(weight, x.dtype, 1, 1, tile.reduction)
-        if descriptor.refusal(tile, target, x, packed, stride, groups, training) is None:
+        if descriptor.refusal(tile, target, precision, x, packed, stride, groups, training) is None:
             constants = {**inference, "INDEX64": index64(x, y)}
             return Plan(*descriptor.gemm(tile, target, x, packed, operands[:4], constants), y)
         row_tiles = ceil_div(rows, tile.rows)
@@ -158,7 +158,7 @@ def plan_conv(
         c, k = c // groups, k // groups
         tile = tile or tiles.pick(target, precision, n * p * q, k, c, groups)
         packed = pack.weight(weight, x.dtype, groups_before, merge, tile.reduction)
-        if descriptor.refusal(tile, target, x, packed, stride, groups, training) is None:
+        if descriptor.refusal(tile, target, precision, x, packed, stride, groups, training) is None:
             constants = {**inference, "INDEX64": index64(x, y)}
             return Plan(*descriptor.conv(tile, target, x, packed, operands[:4], padding, dilation, constants), y)
     row_tiles = ceil_div(n * p * q, tile.rows)

@@ -6,15 +6,15 @@ Each plan is asked for by its tile, and must be of the kernel that is meant: els
 import pytest
 import torch
 
+from resnet_fast.kernels import reference
 from resnet_fast.kernels.triton import descriptor, launch
 from resnet_fast.kernels.triton.tiles import Tile
-from tests.interpreter.cases import SMALL, TILES, Conv, each_dtype
+from tests.interpreter.cases import DTYPES, SMALL, TILES, Conv, each_dtype
 from tests.interpreter.checking import (
     assert_as_good_as_pytorch,
     assert_within,
     conv_exact,
     conv_tolerance,
-    reference,
 )
 
 # Together: one tile for all, tiles with tails in every dimension, halves, boxes of one image and of several.
@@ -23,6 +23,12 @@ DESCRIPTOR_TILES = {
     "small": SMALL._replace(kernel="specialised"),
     "split": TILES["split"]._replace(kernel="descriptors"),
 }
+# Of a small tile there are many, and the dtype changes little of how they are cut.
+RUNS = [
+    *[("large", dtype) for dtype in DTYPES],
+    ("small", torch.float32),
+    ("split", torch.bfloat16),
+]
 # Channels in multiples of 16 bytes in every dtype.
 GEMMS = {
     "round": Conv(2, 64, 8, 8, 64, (1, 1), padding=(0, 0), residual=True),
@@ -47,7 +53,7 @@ CONVS = {
     "3x5, padding of one side": Conv(1, 16, 7, 9, 16, (3, 5), padding=(0, 2)),
     "2x2 without padding": Conv(2, 24, 6, 7, 16, (2, 2), padding=(0, 0)),
     "more padding than kernel": Conv(1, 16, 5, 4, 16, padding=(3, 4)),
-    "7x7": Conv(1, 24, 9, 7, 24, (7, 7), padding=(3, 3)),
+    "7x7": Conv(1, 16, 8, 4, 16, (7, 7), padding=(3, 3)),
     "dilation past the border": Conv(1, 16, 5, 5, 16, padding=(4, 4), dilation=(4, 4)),
     "1x1 with padding": Conv(1, 32, 4, 5, 16, (1, 1), padding=(1, 1)),
     "2 groups, merged to 1": Conv(1, 32, 6, 7, 64, groups=2, residual=True),
@@ -56,8 +62,6 @@ CASES = {
     **{f"gemm: {name}": ("gemm_descriptor_kernel", conv) for name, conv in GEMMS.items()},
     **{f"conv: {name}": ("conv_descriptor_kernel", conv) for name, conv in CONVS.items()},
 }
-
-each_tile = pytest.mark.parametrize("tile", DESCRIPTOR_TILES.values(), ids=DESCRIPTOR_TILES)
 
 
 def planned(inputs: list, conv: Conv, tile: Tile) -> launch.Plan:
@@ -74,12 +78,11 @@ def check(inputs: list, conv: Conv, tile: Tile, kernel: str) -> None:
     assert_as_good_as_pytorch(actual, reference.conv_bn_act(*inputs, *conv.geometry()), exact)
 
 
-@each_dtype
-@each_tile
+@pytest.mark.parametrize(("tile", "dtype"), RUNS)
 @pytest.mark.parametrize("name", CASES)
-def test_right(name, dtype, tile, guarded):
+def test_right(name, tile, dtype, guarded):
     kernel, conv = CASES[name]
-    check(conv.inputs(dtype), conv, tile, kernel)
+    check(conv.inputs(dtype), conv, DESCRIPTOR_TILES[tile], kernel)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -108,7 +111,7 @@ def test_nan_and_inf_in_the_image(name, value, dtype, guarded):
     inputs = conv.inputs(dtype)
     inputs[0][0, -1, 0, 0] = value
     inputs[0][-1, 0, conv.h // 2, conv.w // 2] = value
-    plan = planned(inputs, conv, DESCRIPTOR_TILES["small"])
+    plan = planned(inputs, conv, DESCRIPTOR_TILES["large"])
     assert plan.kernel.__name__ == kernel
     exact = conv_exact(*inputs, *conv.geometry())
     assert_within(plan.run(), exact, conv_tolerance(exact, *inputs, *conv.geometry()))
@@ -152,3 +155,43 @@ def test_training_goes_to_the_pointer_kernels(name):
             x, weight, *affine, None, *conv.geometry()[:-1], False, "interpreter", before, DESCRIPTOR_TILES["small"]
         )
         assert plan.kernel.__name__ == pointers
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "kernel", "reason"),
+    [
+        ("sm_90", "half", "descriptors", None),
+        ("sm_90", "tf32", "descriptors", None),
+        ("sm_120", "half", "descriptors", None),
+        ("sm_100", "half", "specialised", None),
+        ("sm_103", "half", "specialised", None),
+        ("sm_90", "half", "pointers", "for pointers"),
+        ("sm_89", "half", "descriptors", "no descriptors on sm_89"),
+        ("gfx950", "half", "descriptors", "no descriptors on gfx950"),
+        ("sm_90", "half", "specialised", "no specialised on sm_90"),
+        ("sm_120", "half", "specialised", "no specialised on sm_120"),
+        ("sm_90", "ieee", "descriptors", "float32 without TF32"),
+    ],
+)
+def test_where_there_are_descriptors(target, precision, kernel, reason):
+    x, weight = torch.ones(1, 16, 2, 2), torch.ones(16, 1, 1, 16)
+    tile = SMALL._replace(kernel=kernel)
+    refused = descriptor.refusal(tile, target, precision, x, weight, (1, 1), 1, False)
+    assert refused is reason if reason is None else reason in refused
+
+
+def test_no_pixels_and_too_many_are_refused():
+    """More than coordinates of 32 bits count."""
+    weight, tile = torch.ones(16, 1, 1, 16), DESCRIPTOR_TILES["small"]
+    for n, refused in [(0, True), (2**15 - 1, False), (2**15, True)]:
+        x = torch.empty(n, 16, 256, 256, device="meta")
+        assert bool(descriptor.refusal(tile, "interpreter", "half", x, weight, (1, 1), 1, False)) == refused
+
+
+def test_boxes_waste_little():
+    assert descriptor.box(128, 56, 56, 128) == (2, 8, 8)
+    assert descriptor.box(1, 56, 56, 128) == (1, 8, 16)
+    assert descriptor.box(128, 28, 28, 128) == (8, 4, 4)
+    assert descriptor.box(128, 7, 7, 128) == (128, 1, 1)
+    assert descriptor.box(1, 1, 43, 16) == (1, 1, 16)
+    assert descriptor.box(3, 1, 1, 1) == (1, 1, 1)
