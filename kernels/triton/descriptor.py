@@ -70,7 +70,7 @@ def gemm(
     target: str,
     x: torch.Tensor,
     packed: torch.Tensor,
-    operands: tuple[Optional[torch.Tensor], ...],
+    operands: tuple[torch.Tensor, ...],
     constants: dict[str, Any],
 ) -> _Launch:
     """The launch of a 1x1 convolution without padding. operands: scale, shift, residual, y."""
@@ -91,7 +91,7 @@ def conv(
     target: str,
     x: torch.Tensor,
     packed: torch.Tensor,
-    operands: tuple[Optional[torch.Tensor], ...],
+    operands: tuple[torch.Tensor, ...],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     constants: dict[str, Any],

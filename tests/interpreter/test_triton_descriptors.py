@@ -3,6 +3,8 @@
 Each plan is asked for by its tile, and must be of the kernel that is meant: else the pointer kernels would be tested.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -195,3 +197,9 @@ def test_boxes_waste_little():
     assert descriptor.box(128, 7, 7, 128) == (128, 1, 1)
     assert descriptor.box(1, 1, 43, 16) == (1, 1, 16)
     assert descriptor.box(3, 1, 1, 1) == (1, 1, 1)
+    for size in (56, 28, 14, 7):
+        for n in (32, 64, 128, 256):
+            boxes = [
+                -(-whole // side) * side for whole, side in zip((n, size, size), descriptor.box(n, size, size, 128))
+            ]
+            assert math.prod(boxes) <= n * size**2 * 8 / 7
