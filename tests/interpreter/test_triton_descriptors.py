@@ -80,7 +80,7 @@ def check(inputs: list, conv: Conv, tile: Tile, kernel: str) -> None:
     assert_as_good_as_pytorch(actual, reference.conv_bn_act(*inputs, *conv.geometry()), exact)
 
 
-@pytest.mark.parametrize(("tile", "dtype"), RUNS)
+@pytest.mark.parametrize(("tile", "dtype"), RUNS, ids=[f"{tile}-{dtype}" for tile, dtype in RUNS])
 @pytest.mark.parametrize("name", CASES)
 def test_right(name, tile, dtype, guarded):
     kernel, conv = CASES[name]
@@ -199,7 +199,6 @@ def test_boxes_waste_little():
     assert descriptor.box(3, 1, 1, 1) == (1, 1, 1)
     for size in (56, 28, 14, 7):
         for n in (32, 64, 128, 256):
-            boxes = [
-                -(-whole // side) * side for whole, side in zip((n, size, size), descriptor.box(n, size, size, 128))
-            ]
-            assert math.prod(boxes) <= n * size**2 * 8 / 7
+            sides = descriptor.box(n, size, size, 128)
+            covered = math.prod(-(-whole // side) * side for whole, side in zip((n, size, size), sides))
+            assert covered <= n * size**2 * 8 / 7
