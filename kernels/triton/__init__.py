@@ -7,6 +7,7 @@
     pack.py       the shapes in which the kernels want to read weights and images
     tiles.py      tile sizes per architecture, read from tiles/*.json
     conv.py, gemm.py, pool.py, epilogue.py    the kernels
+    descriptor.py, conv_descriptor.py, gemm_descriptor.py    the same convolutions through tensor descriptors
     training.py   the primitives of training, and what belongs to them
 
 Importing this package imports neither Triton nor a kernel; the first call of an op does.

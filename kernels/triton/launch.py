@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 
 from resnet_fast.kernels import reference
-from resnet_fast.kernels.triton import cudnn, pack, planner, prepared, tiles
+from resnet_fast.kernels.triton import cudnn, descriptor, pack, planner, prepared, tiles
 from resnet_fast.kernels.triton.conv import conv_kernel
 from resnet_fast.kernels.triton.gemm import gemm_kernel
 from resnet_fast.kernels.triton.pool import average_pool_kernel, max_pool_kernel
@@ -200,19 +200,22 @@ def plan_conv(
     scale, shift, *prologue = (None if v is None else vector(v) for v in (scale, shift, *(prologue or (None, None))))
     operands = (scale, shift, y if residual is None else residual, y, *prologue)
     precision = precision_of(x.dtype, target)
-    shared = {
-        "PROLOGUE": prologue[0] is not None,
-        "STATISTICS": statistics,
+    training = statistics or prologue[0] is not None
+    inference = {
         "HAS_RESIDUAL": residual is not None,
         "RELU": relu,
         "PRECISION": "tf32" if precision == "tf32" else "ieee",
     }
+    shared = {"PROLOGUE": prologue[0] is not None, "STATISTICS": statistics, **inference}
 
     if (r, s, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1):
         x = nhwc(x)
         rows = n * h * w
         tile = tile or tiles.pick(target, precision, rows, k, c, 1)
         packed = pack.weight(weight, x.dtype, 1, 1, tile.reduction)
+        if descriptor.refusal(tile, target, precision, x, packed, stride, groups, training) is None:
+            constants = {**inference, "INDEX64": index64(x, y)}
+            return Plan(*descriptor.gemm(tile, target, x, packed, operands[:4], constants), y)
         row_tiles = ceil_div(rows, tile.rows)
         partials = allocate_floats(x, (row_tiles, 2, k)) if statistics else None
         return Plan(
@@ -243,6 +246,9 @@ def plan_conv(
         c, k = c // groups, k // groups
         tile = tile or tiles.pick(target, precision, n * p * q, k, c, groups)
         packed = pack.weight(weight, x.dtype, groups_before, merge, tile.reduction)
+        if descriptor.refusal(tile, target, precision, x, packed, stride, groups, training) is None:
+            constants = {**inference, "INDEX64": index64(x, y)}
+            return Plan(*descriptor.conv(tile, target, x, packed, operands[:4], padding, dilation, constants), y)
     row_tiles = ceil_div(n * p * q, tile.rows)
     partials = allocate_floats(x, (row_tiles, 2, groups * k)) if statistics else None
     return Plan(

@@ -26,8 +26,8 @@ _FOLDER = Path(__file__).parent / "tiles"
 class Tile(NamedTuple):
     """One program makes [rows, columns] of the output, ``reduction`` elements of the inner dimension at a time.
 
-    kernel: "pointers", or another way to the same result, where there is one (launch.py). parts: of the inner
-    dimension, each made by programs of its own and summed afterwards.
+    kernel: "pointers", or "descriptors" or "specialised", which are for some convolutions only (descriptor.py). parts:
+    of the inner dimension, each made by programs of its own and summed afterwards.
     """
 
     rows: int

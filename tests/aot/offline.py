@@ -49,6 +49,8 @@ class Compiled(NamedTuple):
     narrow_copies: int  # of these, copies to shared memory
     tiny_loads: int  # of these, loads of 1 or 2 bytes
     instructions: int
+    descriptor_loads: int  # by the copy engine, through tensor descriptors
+    thread_copies: int  # to shared memory, without it
 
 
 def lanes(architecture: str) -> int:
@@ -147,6 +149,8 @@ def _read_nvidia(kernel: Any) -> Compiled:
         narrow_copies=sum(name.startswith("LDGSTS.") and ".128" not in name for name in loads),
         tiny_loads=sum(bool(_TINY.search(name)) for name in loads),
         instructions=len(names),
+        descriptor_loads=opcodes["UTMALDG"],
+        thread_copies=opcodes["LDGSTS"],
     )
 
 
@@ -179,4 +183,6 @@ def _read_amd(kernel: Any) -> Compiled:
         narrow_copies=sum("_lds_" in name and "dwordx4" not in name for name in loads),
         tiny_loads=sum(bool(re.search("byte|short", name)) for name in loads),
         instructions=len(re.findall(r"^\s+[a-z]\w+_\w+", assembly, re.MULTILINE)),
+        descriptor_loads=0,
+        thread_copies=sum("_lds_" in name for name in loads),
     )

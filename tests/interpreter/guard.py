@@ -2,7 +2,8 @@
 
 The interpreter follows any address. A read outside a tensor is silent and finds whatever lies there, usually harmless
 numbers, often in a column that is never stored; on a GPU it may be a fault. So every operand is registered, and every
-load and store is checked: the addresses that its mask lets through must all lie in one operand.
+load and store is checked: the addresses that its mask lets through must all lie in one operand. The load of a tensor
+descriptor is such a load as well, with a mask of what lies inside the descriptor's shape.
 
 Outputs start as NaN, so that an element never written shows.
 """
@@ -50,12 +51,12 @@ class Guards:
     def _checked(self, access, name: str):
         mask_at = 0 if name == "create_masked_load" else 1  # after the pointers, and the value of a store
 
-        def checked(builder, pointers, *args):
+        def checked(builder, pointers, *args, **options):
             touched = pointers.data[np.broadcast_to(args[mask_at].data, pointers.data.shape)]
             if touched.size:
                 item = _get_np_dtype(pointers.get_element_ty()).itemsize
                 self._check(int(touched.min()), int(touched.max()) + item, name)
-            return access(builder, pointers, *args)
+            return access(builder, pointers, *args, **options)
 
         return checked
 

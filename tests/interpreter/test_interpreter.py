@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
@@ -72,3 +73,22 @@ def test_an_access_outside_an_operand_is_an_error(guarded):
     for read, write in [(2, 0), (-1, 0), (0, 2), (0, -1)]:
         with pytest.raises(triton.runtime.errors.InterpreterError, match="outside its operand"):
             _shift_kernel[(1,)](x, y, read, write, 64)
+
+
+@triton.jit
+def _box_kernel(x, y_ptr, TOP, LEFT, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(y_ptr + at, x.load([TOP, LEFT]))
+
+
+def test_a_descriptor_reads_zeros_around_its_tensor(guarded):
+    """Not what lies there, NaN here. One that is larger than its memory is found."""
+    image = torch.arange(1.0, 17).view(4, 4)
+    memory = torch.nn.functional.pad(image, (4, 4), value=torch.nan)
+    x, y = guarded.operand(memory).flatten()[4:], guarded.operand(torch.empty(8, 8))
+    around = torch.nn.functional.pad(image, (16, 16, 16, 16))
+    for top, left in [(0, 0), (-1, -4), (2, 0), (-9, 0), (0, 4), (-5, 8)]:
+        _box_kernel[(1,)](TensorDescriptor(x, [4, 4], [12, 1], [8, 8]), y, top, left, 8)
+        assert torch.equal(y, around[16 + top : 24 + top, 16 + left : 24 + left])
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="outside its operand"):
+        _box_kernel[(1,)](TensorDescriptor(x, [5, 4], [12, 1], [8, 8]), y, 0, 0, 8)

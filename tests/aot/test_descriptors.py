@@ -1,0 +1,120 @@
+"""The kernels with tensor descriptors, compiled for sm_90 and sm_100 from their plans. No GPU is used.
+
+The tiles here are the ones that are known to compile well, for whoever chooses tiles; those tables name some of them.
+"""
+
+import functools
+from typing import Optional
+
+import pytest
+import torch
+
+from resnet_fast.kernels.triton import launch, tiles
+from resnet_fast.kernels.triton.tiles import Tile
+from tests.aot.checks import SHARED_MEMORY, Compiler, Result, offenders, spills, too_large, wrong_units
+from tests.aot.layers import DTYPES, Launch, Layer, float32_precision, image
+from tests.aot.offline import Compiled
+
+EXPAND = Layer(256, 14, 14, 1024, (1, 1), (1, 1), (0, 0), 1, residual=True, relu=True)
+ONE_STEP = Layer(64, 56, 56, 256, (1, 1), (1, 1), (0, 0), 1, residual=True, relu=True)
+CONV = Layer(256, 14, 14, 256, (3, 3), (1, 1), (1, 1), 1, residual=False, relu=True)
+CONV_RESIDUAL = CONV._replace(residual=True)
+
+# All that was compiled without a spill, with a residual and without: rows, columns, reduction, warps, stages, split.
+WIDE = Tile(128, 256, 64, 8, 3, True)
+SQUARE = Tile(128, 128, 64, 8, 3, False)
+NARROW = Tile(128, 64, 64, 4, 4, False)
+SMALL = Tile(64, 64, 64, 4, 4, False)
+HIGH = Tile(256, 128, 64, 8, 3, True)
+TF32 = Tile(128, 128, 32, 8, 4, False)
+
+# architecture, kernel, precision, tile, layer
+COMPILED = [
+    ("sm_90", "descriptors", "fp16", WIDE, EXPAND),
+    ("sm_90", "descriptors", "fp16", WIDE, CONV_RESIDUAL),
+    ("sm_90", "descriptors", "fp16", SQUARE, EXPAND),
+    ("sm_90", "descriptors", "fp16", NARROW, ONE_STEP),
+    ("sm_90", "descriptors", "bf16", SMALL, EXPAND),
+    ("sm_90", "descriptors", "tf32", TF32, EXPAND),
+    ("sm_100", "specialised", "fp16", HIGH, EXPAND),
+    ("sm_100", "specialised", "fp16", HIGH, CONV),
+    ("sm_100", "specialised", "fp16", SQUARE, EXPAND),
+    ("sm_100", "specialised", "fp16", SQUARE, CONV_RESIDUAL),
+    ("sm_100", "specialised", "fp16", NARROW, ONE_STEP),
+    ("sm_100", "specialised", "bf16", SMALL, CONV_RESIDUAL),
+    ("sm_100", "specialised", "tf32", TF32, CONV),
+    ("sm_100", "descriptors", "fp16", SQUARE, EXPAND),
+]
+
+
+def planned(architecture: str, kernel: str, precision: str, tile: Tile, layer: Layer, batch: int = 128) -> Launch:
+    dtype = DTYPES[precision]
+    x = image(batch, layer.c, layer.h, layer.w, dtype)
+    weight = torch.empty(layer.k, layer.c, *layer.kernel, dtype=dtype, device="meta")
+    vector = torch.empty(layer.k, device="meta")
+    residual: Optional[torch.Tensor] = image(batch, layer.k, layer.h, layer.w, dtype) if layer.residual else None
+    with float32_precision(precision):
+        plan = launch.plan_conv(
+            x, weight, vector, vector, residual, layer.stride, layer.padding, (1, 1), 1, layer.relu, architecture,
+            tile=tile._replace(kernel=kernel),
+        )  # fmt: skip
+    return Launch(f"{kernel} {layer.name()}", architecture, precision, plan)
+
+
+@pytest.fixture(scope="module")
+def results():
+    with Compiler() as compiler:
+
+        @functools.cache
+        def all_of() -> list[Result]:
+            return compiler.results([planned(*one) for one in COMPILED])
+
+        yield all_of
+
+
+def test_all_are_kernels_with_descriptors(results):
+    assert all("descriptor" in item.plan.kernel.__name__ for item, _ in results())
+    assert not [item.name for item, compiled in results() if compiled is None]
+
+
+def test_no_register_spills(results):
+    assert not offenders(results(), spills)
+
+
+def test_a_program_fits_the_multiprocessor(results):
+    assert not offenders(results(), too_large)
+
+
+def test_tensor_cores(results):
+    assert not offenders(results(), wrong_units)
+
+
+def test_the_copy_engine_does_all_copies(results):
+    """The tiles of both operands come through descriptors; no thread copies anything to shared memory."""
+
+    def otherwise(_: Launch, made: Compiled) -> bool:
+        return made.descriptor_loads < 2 or made.thread_copies > 0
+
+    assert not offenders(results(), otherwise)
+
+
+def test_as_many_programs_as_run_side_by_side(results):
+    """By what the binaries take of shared memory and of registers. One too many would only wait; see ``programs``."""
+
+    def other(item: Launch, made: Compiled) -> bool:
+        multiprocessors = tiles.load(item.architecture)["multiprocessors"]
+        by_memory = SHARED_MEMORY[item.architecture] // made.shared
+        by_registers = 65536 // (made.registers * made.warps * 32)
+        return item.plan.grid[0] > multiprocessors * max(1, min(by_memory, by_registers))
+
+    assert not offenders(results(), other)
+
+
+def test_a_refused_tile_serves_the_pointer_kernels():
+    """As ``plan_conv`` hands it to them: the tiles above, on the layers above, with a channel count that none takes."""
+    items = [planned(*others, layer._replace(c=layer.c + 4)) for *others, layer in (*COMPILED[:2], COMPILED[6])]
+    assert {item.plan.kernel.__name__ for item in items} == {"gemm_kernel", "conv_kernel"}
+    with Compiler() as compiler:
+        found = compiler.results(items)
+    assert not offenders(found, spills)
+    assert not offenders(found, too_large)
