@@ -5,7 +5,7 @@
     schedule.py   the tile and the compile-time constants of a launch
     pack.py       the shapes in which the kernels want to read weights and images
     tiles.py      tile sizes per architecture, read from tiles/*.json
-    conv.py, gemm.py, pool.py, epilogue.py    the kernels
+    conv.py, gemm.py, parts.py, pool.py, head.py, epilogue.py    the kernels
     training.py   the primitives of training, and what belongs to them
 
 Importing this package imports neither Triton nor a kernel; the first call of an op does.
@@ -15,7 +15,7 @@ from typing import Any
 
 from resnet_fast.kernels.triton.support import supports
 
-_OPS = ("conv_bn_act", "stem", "global_avg_pool")
+_OPS = ("conv_bn_act", "stem", "global_avg_pool", "head")
 
 __all__ = [*_OPS, "supports"]
 

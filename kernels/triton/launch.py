@@ -7,6 +7,7 @@ the tests compile exactly what would be launched, for a GPU that is not there.
 
 import contextlib
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -15,6 +16,8 @@ from resnet_fast.kernels import reference
 from resnet_fast.kernels.triton import pack, tiles
 from resnet_fast.kernels.triton.conv import conv_kernel
 from resnet_fast.kernels.triton.gemm import gemm_kernel
+from resnet_fast.kernels.triton.head import head_kernel
+from resnet_fast.kernels.triton.parts import add_parts_kernel
 from resnet_fast.kernels.triton.pool import average_pool_kernel, max_pool_kernel
 from resnet_fast.kernels.triton.support import STEM_CHANNELS, interpreted
 
@@ -22,9 +25,15 @@ Pair = tuple[int, int]
 
 _INT32_ELEMENTS = 2**31  # from here on, offsets are computed in 64 bits
 
+_HEAD_TILE = (64, 32, 512, 16)  # pixels, classes, channels, warps of head_kernel: a 7x7 image in one step, on any GPU
+_HEAD_READ_AGAIN = 8 * 2**20  # bytes up to which the head is one launch: see head.py
+
 
 class Plan(NamedTuple):
-    """One launch: ``kernel[grid](*args, **constants)`` fills ``output``, and ``workspace`` for a launch after it."""
+    """One launch, ``kernel[grid](*args, **constants)``, and ``then`` the one that takes its ``workspace``, if any.
+
+    The last of them fills ``output``.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -32,13 +41,24 @@ class Plan(NamedTuple):
     constants: dict[str, Any]
     output: torch.Tensor
     workspace: Optional[torch.Tensor] = None
+    then: Optional["Plan"] = None
 
     def run(self) -> torch.Tensor:
         # Triton launches on the current device, which need not be the tensors'.
         on_device = torch.cuda.device(self.output.device) if self.output.is_cuda else contextlib.nullcontext()
+        plan: Optional[Plan] = self
         with on_device:
-            self.kernel[self.grid](*self.args, **self.constants)
+            while plan is not None:
+                plan.kernel[plan.grid](*plan.args, **plan.constants)
+                plan = plan.then
         return self.output
+
+    def launches(self) -> Iterator["Plan"]:
+        """Each launch as a plan of its own, in their order."""
+        plan: Optional[Plan] = self
+        while plan is not None:
+            yield plan._replace(then=None)
+            plan = plan.then
 
 
 def conv_bn_act(
@@ -82,6 +102,13 @@ def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
     return plan_average_pool(x, architecture(x.device)).run()
 
 
+def head(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """See ``reference.head``."""
+    if x.numel() == 0 or weight.numel() == 0:
+        return reference.head(x, weight, bias)
+    return plan_head(x, weight, bias, architecture(x.device)).run().flatten(1)
+
+
 def plan_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -110,32 +137,24 @@ def plan_conv(
     y = allocate(x, (n, k, p, q))
     if residual is not None:
         residual = nhwc(residual)
-    statistics = scale is None
     scale, shift, *prologue = (None if v is None else vector(v) for v in (scale, shift, *(prologue or (None, None))))
-    operands = (scale, shift, y if residual is None else residual, y, *prologue)
     precision = precision_of(x.dtype, target)
-    shared = {
-        "PROLOGUE": prologue[0] is not None,
-        "STATISTICS": statistics,
-        "HAS_RESIDUAL": residual is not None,
-        "RELU": relu,
-        "PRECISION": "tf32" if precision == "tf32" else "ieee",
-    }
+    dot = "tf32" if precision == "tf32" else "ieee"
 
     if (r, s, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1):
         x = nhwc(x)
         rows = n * h * w
         tile = tile or tiles.pick(target, precision, rows, k, c, 1)
         packed = pack.weight(weight, x.dtype, 1, 1, tile.reduction)
-        row_tiles = ceil_div(rows, tile.rows)
-        partials = allocate_floats(x, (row_tiles, 2, k)) if statistics else None
+        end = _end(tile, ceil_div(c, tile.reduction), y, scale, shift, residual, prologue, relu, target)
         return Plan(
             gemm_kernel,
-            (row_tiles * ceil_div(k, tile.columns),),
-            (x, packed, *operands, partials, rows),
-            {"C": c, "K": k, **shared, "INDEX64": index64(x, y), **tile.constants()},
+            (ceil_div(rows, tile.rows) * ceil_div(k, tile.columns), end.parts),
+            (x, packed, *end.operands, rows),
+            {"C": c, "K": k, **end.constants, "PRECISION": dot, "INDEX64": index64(x, y), **tile.constants()},
             y,
-            partials,
+            end.workspace,
+            end.then,
         )
 
     if prologue[0] is None and groups == 1 and c <= STEM_CHANNELS and s > 1 and dilation[1] == 1:
@@ -155,12 +174,11 @@ def plan_conv(
         c, k = c // groups, k // groups
         tile = tile or tiles.pick(target, precision, n * p * q, k, c, groups)
         packed = pack.weight(weight, x.dtype, groups_before, merge, tile.reduction)
-    row_tiles = ceil_div(n * p * q, tile.rows)
-    partials = allocate_floats(x, (row_tiles, 2, groups * k)) if statistics else None
+    end = _end(tile, r * s * ceil_div(c, tile.reduction), y, scale, shift, residual, prologue, relu, target)
     return Plan(
         conv_kernel,
-        (row_tiles * ceil_div(k, tile.columns), groups),
-        (x, packed, *operands, partials, n, h, w, row // row_unit, p, q),
+        (ceil_div(n * p * q, tile.rows) * ceil_div(k, tile.columns), groups, end.parts),
+        (x, packed, *end.operands, n, h, w, row // row_unit, p, q),
         {
             "C": c,
             "K": k,
@@ -175,12 +193,100 @@ def plan_conv(
             "DILATION_W": dilation[1],
             "PIXEL": pixel,
             "ROW_UNIT": row_unit,
-            **shared,
+            **end.constants,
+            "PRECISION": dot,
             "INDEX64": index64(x, y),
             **tile.constants(),
         },
         y,
-        partials,
+        end.workspace,
+        end.then,
+    )
+
+
+class _End(NamedTuple):
+    """What a convolution's launch does with its tiles: its operands from ``scale`` to ``partials``, and their flags."""
+
+    operands: tuple[Optional[torch.Tensor], ...]
+    constants: dict[str, Any]
+    parts: int
+    workspace: Optional[torch.Tensor] = None
+    then: Optional[Plan] = None
+
+
+def _end(
+    tile: tiles.Tile,
+    steps: int,
+    y: torch.Tensor,
+    scale: Optional[torch.Tensor],
+    shift: Optional[torch.Tensor],
+    residual: Optional[torch.Tensor],
+    prologue: Sequence[Optional[torch.Tensor]],
+    relu: bool,
+    target: str,
+) -> _End:
+    """``steps``: of the loop over taps and channels, which ``tile.parts`` is to cut.
+
+    Not into more parts than steps; and none is left empty, so that ten steps make five parts of two, not six. Training
+    keeps it whole: statistics are of finished tiles, and its batches fill the GPU.
+    """
+    k = y.shape[1]
+    rows = y.numel() // k
+    statistics = scale is None
+    constants = {
+        "PROLOGUE": prologue[0] is not None,
+        "STATISTICS": statistics,
+        "HAS_RESIDUAL": residual is not None,
+        "RELU": relu,
+        "PARTS": 1,
+    }
+    parts = 1 if statistics or prologue[0] is not None else parts_of(steps, tile.parts)
+    if parts > 1:
+        sums = allocate_floats(y, (parts, rows, k))
+        constants |= {"HAS_RESIDUAL": False, "RELU": False, "PARTS": parts}
+        then = _plan_add_parts(sums, scale, shift, residual, y, relu, target)
+        return _End((None, None, None, sums, None, None, None), constants, parts, sums, then)
+    partials = allocate_floats(y, (ceil_div(rows, tile.rows), 2, k)) if statistics else None
+    return _End(
+        (scale, shift, y if residual is None else residual, y, *prologue, partials), constants, parts, partials
+    )  # fmt: skip
+
+
+def parts_of(steps: int, wanted: int) -> int:
+    """Into how many equal parts (but for the last) so many steps are cut when so many are wanted."""
+    return ceil_div(steps, ceil_div(steps, min(wanted, steps)))
+
+
+def _plan_add_parts(
+    parts: torch.Tensor,
+    scale: Optional[torch.Tensor],
+    shift: Optional[torch.Tensor],
+    residual: Optional[torch.Tensor],
+    y: torch.Tensor,
+    relu: bool,
+    target: str,
+) -> Plan:
+    """``y = relu(sum(parts) * scale + shift + residual)``, parts ``[n, N * P * Q, K]``."""
+    count, rows, k = parts.shape
+    data = tiles.load(target)
+    bm, bn, warps = data["pointwise"]
+    # It exists because there is little to do: rather small programs than idle multiprocessors.
+    while bm > 8 and ceil_div(rows, bm) * ceil_div(k, bn) < data["multiprocessors"]:
+        bm //= 2
+    return Plan(
+        add_parts_kernel,
+        (ceil_div(rows, bm), ceil_div(k, bn)),
+        (parts, scale, shift, residual, y, count, rows),
+        {
+            "K": k,
+            "HAS_RESIDUAL": residual is not None,
+            "RELU": relu,
+            "INDEX64": index64(y, y),
+            "BM": bm,
+            "BN": bn,
+            "num_warps": warps,
+        },
+        y,
     )
 
 
@@ -218,6 +324,42 @@ def plan_average_pool(x: torch.Tensor, target: str) -> Plan:
         (n, ceil_div(c, bn)),
         (x, y, h * w),
         {"C": c, "INDEX64": index64(x, y), "BM": bm, "BN": bn, "num_warps": warps},
+        y,
+    )
+
+
+def plan_head(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], target: str) -> Plan:
+    """Global average pool and fully connected layer; ``output [N, K, 1, 1]``. head.py says why in one launch or two."""
+    x = nhwc(x)
+    n, c, h, w = x.shape
+    k = weight.shape[0]
+    bm, bn, bc, warps = _HEAD_TILE
+    read_again = (ceil_div(k, bn) - 1) * x.nbytes + (n - 1) * k * c * x.element_size()
+    if read_again > _HEAD_READ_AGAIN:
+        pool = plan_average_pool(x, target)
+        ones, zeros = pack.constants(weight)
+        conv = plan_conv(
+            pool.output, pack.as_conv(weight), ones, zeros if bias is None else pack.vector(bias), None,
+            (1, 1), (0, 0), (1, 1), 1, False, target,
+        )  # fmt: skip
+        return pool._replace(output=conv.output, workspace=pool.output, then=conv)
+    y = allocate(x, (n, k, 1, 1))
+    bn = min(bn, max(16, tiles.power_of_two(k)))
+    bc = min(bc, max(16, tiles.power_of_two(c)))
+    return Plan(
+        head_kernel,
+        (ceil_div(k, bn), n),
+        (x, pack.matrix(weight, x.dtype), None if bias is None else pack.vector(bias), y, h * w),
+        {
+            "C": c,
+            "K": k,
+            "HAS_BIAS": bias is not None,
+            "INDEX64": index64(x, y),
+            "BM": bm,
+            "BN": bn,
+            "BC": bc,
+            "num_warps": warps,
+        },
         y,
     )
 

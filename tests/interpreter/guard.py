@@ -36,7 +36,7 @@ class Guards:
 
         for name in ("nhwc", "vector"):
             monkeypatch.setattr(launch, name, registered(getattr(launch, name)))
-        for name in ("weight", "row_weight", "pixels"):
+        for name in ("weight", "row_weight", "pixels", "matrix", "vector"):
             monkeypatch.setattr(pack, name, registered(getattr(pack, name)))
         for name in ("allocate", "allocate_floats"):
             monkeypatch.setattr(launch, name, registered(poisoned(getattr(launch, name))))
