@@ -227,7 +227,7 @@ def head(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
     weight, bias = layers[-1].weight, layers[-1].bias
     if x.dtype != weight.dtype and not _autocast_enabled(x.device.type):
         raise RuntimeError(f"x is {x.dtype}, expected {weight.dtype}, the dtype of the weight (or autocast)")
-    return torch.ops.resnet_fast.head(x, weight, bias)  # type: ignore[arg-type]
+    return torch.ops.resnet_fast.head(x, weight, bias)
 
 
 def fold_batch_norm(bn: BatchNorm, conv_bias: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:

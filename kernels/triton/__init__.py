@@ -5,10 +5,11 @@
     schedule.py   the tile and the compile-time constants of a launch
     pack.py       the shapes in which the kernels want to read weights and images
     tiles.py      tile sizes per architecture, read from tiles/*.json
-    conv.py, gemm.py, parts.py, pool.py, head.py, epilogue.py    the kernels
+    conv.py, gemm.py, parts.py, pool.py, classifier.py, epilogue.py    the kernels
     training.py   the primitives of training, and what belongs to them
 
-Importing this package imports neither Triton nor a kernel; the first call of an op does.
+Importing this package imports neither Triton nor a kernel; the first call of an op does. No file may have an op's name,
+since importing it would make it the package's attribute in the op's place.
 """
 
 from typing import Any

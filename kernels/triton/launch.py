@@ -14,9 +14,9 @@ import torch
 
 from resnet_fast.kernels import reference
 from resnet_fast.kernels.triton import pack, tiles
+from resnet_fast.kernels.triton.classifier import head_kernel
 from resnet_fast.kernels.triton.conv import conv_kernel
 from resnet_fast.kernels.triton.gemm import gemm_kernel
-from resnet_fast.kernels.triton.head import head_kernel
 from resnet_fast.kernels.triton.parts import add_parts_kernel
 from resnet_fast.kernels.triton.pool import average_pool_kernel, max_pool_kernel
 from resnet_fast.kernels.triton.support import STEM_CHANNELS, interpreted
@@ -26,7 +26,7 @@ Pair = tuple[int, int]
 _INT32_ELEMENTS = 2**31  # from here on, offsets are computed in 64 bits
 
 _HEAD_TILE = (64, 32, 512, 16)  # pixels, classes, channels, warps of head_kernel: a 7x7 image in one step, on any GPU
-_HEAD_READ_AGAIN = 8 * 2**20  # bytes up to which the head is one launch: see head.py
+_HEAD_READ_AGAIN = 8 * 2**20  # bytes up to which the head is one launch: see classifier.py
 
 
 class Plan(NamedTuple):
@@ -106,7 +106,8 @@ def head(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) ->
     """See ``reference.head``."""
     if x.numel() == 0 or weight.numel() == 0:
         return reference.head(x, weight, bias)
-    return plan_head(x, weight, bias, architecture(x.device)).run().flatten(1)
+    y = plan_head(x, weight, bias, architecture(x.device)).run()
+    return y.squeeze_(3).squeeze_(2)  # not a view, which autograd would not let the caller change in place
 
 
 def plan_conv(
@@ -329,7 +330,7 @@ def plan_average_pool(x: torch.Tensor, target: str) -> Plan:
 
 
 def plan_head(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], target: str) -> Plan:
-    """Global average pool and fully connected layer; ``output [N, K, 1, 1]``. head.py says why in one launch or two."""
+    """Global average pool and fully connected layer: ``output [N, K, 1, 1]``. In one launch or two: classifier.py."""
     x = nhwc(x)
     n, c, h, w = x.shape
     k = weight.shape[0]

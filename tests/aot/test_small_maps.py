@@ -140,7 +140,7 @@ def test_adding_parts_fills_the_gpu_with_small_programs():
     ],
 )
 def test_head_is_one_launch_where_little_is_read_again(channels, images, classes, launches):
-    """The examples of head.py."""
+    """The examples of classifier.py."""
     weight = torch.empty(classes, channels, dtype=torch.float16, device="meta")
     plan = launch.plan_head(image(images, channels, 7, 7, torch.float16), weight, None, "sm_90")
     assert len(list(plan.launches())) == launches

@@ -21,7 +21,10 @@ class Guards:
         self._operands: list[torch.Tensor] = []  # kept alive: another tensor must not get the same addresses
 
     def operand(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of ``tensor``, which is dense, that kernels may touch."""
+        """A copy of ``tensor``, which is dense, that kernels may touch; itself if it is one, as what a launch before
+        leaves."""
+        if any(tensor is one for one in self._operands):
+            return tensor
         self._operands.append(tensor.clone(memory_format=torch.preserve_format))
         return self._operands[-1]
 

@@ -50,7 +50,11 @@ NAMES = [
 ]
 
 
-def check_parts(conv: Conv, inputs: list, parts: int, tile: tiles.Tile = SMALL) -> launch.Plan:
+TILE = SMALL._replace(rows=64, columns=32)
+IN_HALF = ["round", "5x3, asymmetric", "7x7/2, 3 channels", "1x1, odd channels", "32 groups of 4, ResNeXt"]
+
+
+def check_parts(conv: Conv, inputs: list, parts: int, tile: tiles.Tile = TILE) -> launch.Plan:
     geometry = conv.geometry()
     plan = launch.plan_conv(*inputs, *geometry, "interpreter", tile=tile._replace(parts=parts))
     actual, exact = plan.run(), conv_exact(*inputs, *geometry)
@@ -71,29 +75,31 @@ def parts_made(plan: launch.Plan) -> int:
     return parts
 
 
-@each_dtype
-@pytest.mark.parametrize("parts", [2, 5, 1000], ids=lambda parts: f"{parts} parts")
-@pytest.mark.parametrize("name", NAMES)
-def test_conv_in_parts(name, parts, dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype", "parts"),
+    [
+        *((name, torch.float32, parts) for name in NAMES for parts in (2, 5)),
+        *((name, torch.float32, 1000) for name in ("7x7/2, 3 channels", "1x1")),
+        *((name, dtype, 3) for name in IN_HALF for dtype in (torch.float16, torch.bfloat16)),
+    ],
+    ids=str,
+)
+def test_conv_in_parts(name, dtype, parts):
     """Even and uneven parts, and as many as there are steps."""
     conv = CONVS[name]
     inputs = conv.inputs(dtype)
     plan = check_parts(conv, inputs, parts)
-    made = parts_made(plan)
-    assert 1 < made <= parts or name in ("one pixel", "3 channels, stride 2", "3 groups, more outputs than inputs")
+    assert 1 < parts_made(plan) <= parts
     theirs = reference.conv_bn_act(*inputs, *conv.geometry())
     assert_as_good_as_pytorch(plan.output, theirs, conv_exact(*inputs, *conv.geometry()))
 
 
-@each_dtype
-@pytest.mark.parametrize("name", ["round", "1x1"])
-def test_wide_tiles_in_parts(name, dtype):
+def test_wide_tiles_in_parts():
     """A tile that is finished in halves when it is whole; and one that holds everything, so that there is one step."""
-    conv = CONVS[name]
-    inputs = conv.inputs(dtype)
-    assert parts_made(check_parts(conv, inputs, 2, TILES["split"])) == 2
+    inputs = CONVS["1x1"].inputs(torch.float16)
+    assert parts_made(check_parts(CONVS["1x1"], inputs, 2, TILES["split"])) == 2
     whole = tiles.Tile(64, 64, 64, 4, 1, False)
-    assert parts_made(check_parts(CONVS["1x1"], CONVS["1x1"].inputs(dtype), 4, whole)) == 1
+    assert parts_made(check_parts(CONVS["1x1"], inputs, 4, whole)) == 1
 
 
 def test_every_part_has_work():
@@ -111,7 +117,7 @@ def test_every_part_has_work():
 
 @each_dtype
 @_VALUES
-@pytest.mark.parametrize("name", ["round", "7x7/2", "1x1"])
+@pytest.mark.parametrize("name", ["5x3, asymmetric", "1x1"])
 def test_nan_and_inf_in_parts(name, value, dtype):
     """They reach the outputs whose window they are in, and no others."""
     conv = CONVS[name]
@@ -134,7 +140,7 @@ def test_the_order_of_programs_does_not_matter(monkeypatch):
 
     def results() -> list[torch.Tensor]:
         torch.manual_seed(0)
-        return [check_parts(CONVS[name], CONVS[name].inputs(torch.float32), 5).output for name in ("round", "1x1")]
+        return [check_parts(CONVS[name], CONVS[name].inputs(torch.float32), 5).output for name in ("dilation 2", "1x1")]
 
     forwards = results()
     place = InterpreterBuilder.set_grid_idx
@@ -146,17 +152,19 @@ def test_the_order_of_programs_does_not_matter(monkeypatch):
     assert all(map(torch.equal, forwards, results()))
 
 
-@pytest.mark.parametrize("name", ["round", "1x1", "3 channels, stride 2", "2 groups"])
+@pytest.mark.parametrize("name", ["1x1", "3 channels, stride 2", "2 groups"])
 def test_parts_with_offsets_of_64_bits(name, monkeypatch):
     """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
     monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
     check_parts(CONVS[name], CONVS[name].inputs(torch.float32), 2)
 
 
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_ops_in_parts(dtype, monkeypatch):
-    """The ops that users call, with a table that cuts every convolution: also the stem, before its max-pool."""
-    monkeypatch.setattr(tiles, "pick", lambda *problem: SMALL._replace(parts=3))
+    """The ops that users call, with a table that cuts every convolution: also the stem, before its max-pool. The parts
+    are added in several programs."""
+    monkeypatch.setattr(tiles, "pick", lambda *problem: TILE._replace(parts=3))
+    monkeypatch.setitem(tiles.load("interpreter"), "pointwise", [32, 16, 4])
     conv = CONVS["17 channels"]
     inputs = conv.inputs(dtype)
     exact = conv_exact(*inputs, *conv.geometry())
@@ -171,20 +179,19 @@ def test_ops_in_parts(dtype, monkeypatch):
     assert_within(kernels.stem(x, weight, scale, shift), exact, F.max_pool2d(tolerance, 3, 2, 1))
 
 
-@each_dtype
-def test_training_is_not_cut(dtype, monkeypatch):
+def test_training_is_not_cut(monkeypatch):
     """Statistics are of whole sums: the table's parts do not count there, nor with a prologue."""
-    conv = CONVS["round"]
-    x, weight, scale, shift, _ = conv.inputs(dtype)
+    conv = CONVS["1x1"]
+    x, weight, scale, shift, _ = conv.inputs(torch.float32)
     prologue, geometry = Affine(torch.rand(conv.c), torch.rand(conv.c)), Geometry(*conv.geometry()[:-1])
 
     def results() -> list[torch.Tensor]:
         affine = training.conv_affine(x, prologue, weight, Affine(scale, shift), None, geometry, True)
         return [*training.conv_statistics(x, None, weight, geometry), affine]
 
-    monkeypatch.setattr(tiles, "pick", lambda *problem: SMALL)
+    monkeypatch.setattr(tiles, "pick", lambda *problem: TILE)
     expected = results()
-    monkeypatch.setattr(tiles, "pick", lambda *problem: SMALL._replace(parts=4))
+    monkeypatch.setattr(tiles, "pick", lambda *problem: TILE._replace(parts=4))
     assert all(map(torch.equal, results(), expected))
 
 
@@ -193,10 +200,10 @@ def test_training_is_not_cut(dtype, monkeypatch):
 HEADS = {
     "17 channels": (2, 17, 7, 7, 10),
     "15x10 pixels": (3, 40, 15, 10, 10),
-    "one pixel": (2, 64, 1, 1, 1000),
+    "one pixel": (2, 64, 1, 1, 40),
     "1 channel, 1 class": (1, 1, 3, 2, 1),
-    "1000 classes": (1, 96, 7, 7, 1000),
-    "several blocks of channels": (2, 1100, 7, 7, 33),
+    "1000 classes": (1, 40, 7, 7, 1000),
+    "several blocks of channels": (1, 1100, 3, 3, 17),
 }
 
 
@@ -206,7 +213,7 @@ def head_launches(request, monkeypatch):
     many = request.param == "two launches"
     monkeypatch.setattr(launch, "_HEAD_READ_AGAIN", -1 if many else 2**60)
     if request.param.endswith("small tiles"):
-        monkeypatch.setattr(launch, "_HEAD_TILE", (16, 16, 16, 4))
+        monkeypatch.setattr(launch, "_HEAD_TILE", (16, 128, 32, 4))
     return 2 if many else 1
 
 
@@ -232,15 +239,16 @@ def check_head(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tenso
 
 
 @each_dtype
-@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name", HEADS)
-def test_head(name, with_bias, dtype, head_launches):
+def test_head(name, dtype, head_launches):
+    """Those of one image have no bias."""
     x, weight, bias = head_inputs(*HEADS[name], dtype)
-    bias = bias if with_bias else None
+    bias = bias if len(x) > 1 else None
     assert len(list(launch.plan_head(x, weight, bias, "interpreter").launches())) == head_launches
     actual = check_head(x, weight, bias)
     exact = reference.head(*map(double, (x, weight, bias)))
-    assert_as_good_as_pytorch(actual, reference.head(x, weight, bias), exact)
+    # Two sums, each of which PyTorch may happen to get exactly.
+    assert_as_good_as_pytorch(actual, reference.head(x, weight, bias), exact, roundings=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
