@@ -25,7 +25,7 @@ Pair = tuple[int, int]
 
 _INT32_ELEMENTS = 2**31  # from here on, offsets are computed in 64 bits
 
-_HEAD_TILE = (64, 32, 512, 16)  # pixels, classes, channels, warps of head_kernel: a 7x7 image in one step, on any GPU
+_HEAD_TILE = (64, 32, 256, 8)  # pixels, classes, channels, warps of head_kernel: a 7x7 image in one step, on any GPU
 _HEAD_READ_AGAIN = 8 * 2**20  # bytes up to which the head is one launch: see classifier.py
 
 
@@ -271,8 +271,9 @@ def _plan_add_parts(
     count, rows, k = parts.shape
     data = tiles.load(target)
     bm, bn, warps = data["pointwise"]
-    # It exists because there is little to do: rather small programs than idle multiprocessors.
-    while bm > 8 and ceil_div(rows, bm) * ceil_div(k, bn) < data["multiprocessors"]:
+    # There is little to do: rather small programs than idle multiprocessors, down to 16 bytes a thread.
+    threads = warps * (64 if target.startswith("gfx") else 32)
+    while bm * bn > 4 * threads and ceil_div(rows, bm) * ceil_div(k, bn) < data["multiprocessors"]:
         bm //= 2
     return Plan(
         add_parts_kernel,

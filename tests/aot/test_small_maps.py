@@ -27,7 +27,7 @@ CONVS = [
     (1024, 7, 1024, 3, 1, 32, 2),
 ]
 # n, c, k
-HEADS = [(1, 512, 1000), (1, 2048, 1000), (128, 2048, 10), (128, 2048, 1000)]
+HEADS = [(1, 512, 1000), (1, 2048, 1000), (64, 2048, 10), (128, 2048, 1000)]
 
 
 def small_launches(architecture: str, precision: str) -> Iterator[Launch]:
