@@ -26,6 +26,8 @@ def supports(case: Case) -> Optional[str]:
         return f"runs on cpu, not on {case.device}"
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return "this PyTorch has no oneDNN, or it is switched off"
+    if case.op == "head":
+        return "no more than PyTorch's own operators"
     if case.op == "global_avg_pool":
         return None if case.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"no {case.dtype}"
     if case.dtype == torch.float32:

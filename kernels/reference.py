@@ -55,3 +55,12 @@ def stem(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torc
 def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
     """Mean over H and W: ``[N, C, H, W] -> [N, C, 1, 1]``."""
     return F.adaptive_avg_pool2d(x, 1).contiguous(memory_format=torch.channels_last)
+
+
+def head(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """Mean over H and W, rounded to the dtype of x, then a fully connected layer: ``[N, C, H, W] -> [N, K]``.
+
+    ``weight [K, C]``; ``bias [K]``, which like the weight has the dtype of ``x`` or is wider.
+    """
+    pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
+    return F.linear(pooled, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -15,13 +15,13 @@ from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.triton import planner
 from resnet_fast.matching import Step
 from resnet_fast.programs import drop_program, program_of, rebuild
-from resnet_fast.refusals import Path, child_at
+from resnet_fast.refusals import DROPS_OUT, Path, child_at, head_refusals
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def accelerate(model: M, inplace: bool = True) -> M:
-    """Make the residual blocks, stem and pooling of ``model`` run fused, in eval and in training mode.
+    """Make the residual blocks, stem, pooling and classifier of ``model`` run fused, in eval and in training mode.
 
     Works on torchvision's and timm's models and on your own: a module qualifies if its forward, traced, applies
     convolution, batch norm, and possibly an addition and a ReLU, in this order. Everything else runs as before, as do
@@ -196,6 +196,13 @@ def _explain_training(module: nn.Module, program: Optional[Program]) -> str:
     return "; ".join(f"{step}: {_served_by(module, step)}" for step in program.steps)
 
 
+def _head_refusal(module: nn.Module, names: tuple[str, ...]) -> str:
+    """Why the layers after the pool run one by one in eval mode, or ''."""
+    reasons = head_refusals([module.get_submodule(name) for name in names])
+    found = (f"{name} {reason}" for name, reason in zip(names, reasons) if reason)
+    return next((one for one in found if not (module.training and one.endswith(DROPS_OUT))), "")
+
+
 def _unusual(child: nn.Module) -> bool:
     """Whether a child left as it is deserves a word: not an accelerated block, nor a layer that no op could replace."""
     if isinstance(child, Fused):
@@ -205,6 +212,8 @@ def _unusual(child: nn.Module) -> bool:
 
 
 def _served_by(module: nn.Module, step: Step) -> str:
+    if step.op == "head" and (reason := _head_refusal(module, step.parts[2:])):
+        return f"one by one, for {reason}"
     if step.conv is None:
         weight = next(module.parameters())
         return ops.implementation_for(Case(step.op, weight.device.type, weight.dtype, 1, 1))

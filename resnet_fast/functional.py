@@ -15,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from resnet_fast import ops, training
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.kernels.reference_training import Geometry
-from resnet_fast.refusals import SYNCHRONISED, is_stem_conv
+from resnet_fast.refusals import SYNCHRONISED, head_refusals, is_stem_conv
 from resnet_fast.sync_batch_norm import CpuSyncBatchNorm
 
 BatchNorm = Union[nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm, FrozenBatchNorm2d]
@@ -201,6 +201,33 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: BatchNorm) -> Tensor:
 def global_avg_pool(x: Tensor) -> Tensor:
     """Mean over H and W: ``[N, C, H, W] -> [N, C, 1, 1]``."""
     return torch.ops.resnet_fast.global_avg_pool(x)
+
+
+def head(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+    """What follows the last block of a classifier: global average pool, ``flatten(1)``, then ``layers`` one by one.
+
+    In one op, if the layers are an ``nn.Linear`` and before it no more than dropouts in eval mode, all without hooks;
+    that is asked at every call.
+
+    Args:
+        x: ``[N, C, H, W]``, of the dtype of the linear layer's weight unless autocast is on.
+        layers: the last is, or takes the place of, a linear layer ``C -> K``.
+
+    Returns:
+        ``[N, K]``.
+
+    Raises:
+        RuntimeError: as pool and layers do.
+    """
+    if any(head_refusals(layers)):
+        y = global_avg_pool(x).flatten(1)
+        for layer in layers:
+            y = layer(y)
+        return y
+    weight, bias = layers[-1].weight, layers[-1].bias
+    if x.dtype != weight.dtype and not _autocast_enabled(x.device.type):
+        raise RuntimeError(f"x is {x.dtype}, expected {weight.dtype}, the dtype of the weight (or autocast)")
+    return torch.ops.resnet_fast.head(x, weight, bias)
 
 
 def fold_batch_norm(bn: BatchNorm, conv_bias: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
 """From a module's own forward to a fused program.
 
 ``build`` traces ``module.forward`` with ``torch.fx``, its children as black boxes, and looks in the graph for what the
-fused ops compute: ``conv -> batch norm [-> add] [-> ReLU]``, the stem with its max-pool, the global average pool. What
-it finds is replaced, what it does not know stays as it was, and the graph is written out as a Python function. So a
-block is recognised by what it does, whatever its class and its children are called.
+fused ops compute: ``conv -> batch norm [-> add] [-> ReLU]``, the stem with its max-pool, the global average pool, in
+eval mode with the linear layer after it. What it finds is replaced, what it does not know stays as it was, and the
+graph is written out as a Python function. So a block is recognised by what it does, whatever its class and its children
+are called.
 
 A program is valid for the structure it was traced from, in eval or in training mode. ``Program.refusal`` says, cheaply
 enough for every call, whether that still holds: children of the exact expected types, no hooks, and in eval mode
@@ -248,7 +249,7 @@ def build(module: nn.Module, training: bool = False) -> Program:
         assert owner is not None
         parts[path] = "sequential"
         children[path] = _child_names(owner)
-    found = matches(module, graph)
+    found = matches(module, graph, training)
     if not any(match.step.conv for match in found):
         reason = "no convolution followed by batch norm in its own forward"
         return Program(

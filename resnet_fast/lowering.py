@@ -418,6 +418,13 @@ def _stem(low: Lowering, x: Any, conv: _At, bn: _At) -> Image:
     return low.conv(x, conv.module, conv.path, bn.module, relu=True, pool=True)
 
 
+def _head(low: Lowering, x: Any, layers: tuple[_At, ...]) -> Image:
+    y = low.flatten(low.global_avg_pool(x), 1)
+    for layer in layers:
+        y = low._module(layer.module, layer.path, (y,), {})
+    return y
+
+
 def _channels_last(low: Lowering, x: Any) -> Any:
     return low.in_order(x, True) if isinstance(x, Image) and len(x.shape) == 4 else x
 
@@ -527,6 +534,7 @@ _CALLS: dict[Any, Callable[..., Any]] = {
     functional.conv_bn_act: _conv_bn_act,
     functional.stem: _stem,
     functional.global_avg_pool: Lowering.global_avg_pool,
+    functional.head: _head,
     fusion.channels_last: _channels_last,
     fusion.laid_out_like: _laid_out_like,
     **dict.fromkeys((F.relu, torch.relu, "relu"), _relu),

@@ -1,4 +1,5 @@
-"""Where in a graph fused ops fit: ``conv -> batch norm [-> add] [-> ReLU]``, the stem, the global average pool."""
+"""Where in a graph fused ops fit: ``conv -> batch norm [-> add] [-> ReLU]``, the stem, the global average pool, the
+head."""
 
 import operator
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from resnet_fast.refusals import (
     Path,
     conv_refusal,
     exact,
+    flatten_refusal,
     global_pool_refusal,
+    head_refusals,
     is_stem_conv,
     stem_pool_refusal,
 )
@@ -29,6 +32,10 @@ _ADDITIONS = {
     "add": operator.add,
     "add_": operator.iadd,
 }
+_FLATTENING: list[tuple[tuple, dict]] = [
+    *((given, {}) for given in ((1,), (1, -1), (1, 3))),
+    *(((), {"start_dim": 1, **end}) for end in ({}, {"end_dim": -1}, {"end_dim": 3})),
+]  # arguments of ``flatten`` that make [N, C * H * W] of [N, C, H, W]
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,45 @@ class Matcher:
             return None
         step = Step("global_avg_pool", (str(node.target),))
         return Match(step, [node], {path_of(node): "global pool"}, functional.global_avg_pool, node.args, {})
+
+    def head(self, pool_node: fx.Node) -> Optional[Match]:
+        """Global pool, flatten, dropouts, linear layer: what these last are is asked at every call."""
+        match = self.global_pool(pool_node)
+        if match is None:
+            return None
+        nodes, parts = [pool_node], match.parts
+        flatten = self.next(pool_node, parts, nodes)
+        if flatten is None or not self.is_flatten(flatten):
+            return None
+        nodes.append(flatten)
+        if flatten.op == "call_module":
+            parts[path_of(flatten)] = "flatten"
+        layers: list[fx.Node] = []
+        node, linear = flatten, False
+        while not linear:
+            follower = self.next(node, parts, nodes)
+            layer = self.child(follower) if follower is not None else None
+            if follower is None or type(layer) not in (nn.Dropout, nn.Linear):
+                return None
+            layers.append(follower)
+            nodes.append(follower)
+            node, linear = follower, type(layer) is nn.Linear
+        names = tuple(str(layer.target) for layer in layers)
+        if any(len(layer.args) != 1 or layer.kwargs for layer in layers) or any(
+            head_refusals([self.module.get_submodule(name) for name in names])
+        ):
+            return None
+        flattened = str(flatten.target) if flatten.op == "call_module" else "flatten"
+        step = Step("head", (*match.step.parts, flattened, *names))
+        return Match(step, nodes, parts, functional.head, (*pool_node.args, names), {})
+
+    def is_flatten(self, node: fx.Node) -> bool:
+        """To ``[N, C * H * W]``."""
+        child = self.child(node)
+        if child is not None:
+            return not flatten_refusal(child)
+        known = node.target is torch.flatten or (node.op == "call_method" and node.target == "flatten")
+        return known and (node.args[1:], dict(node.kwargs)) in _FLATTENING
 
     def conv(self, conv_node: fx.Node) -> Optional[Match]:
         conv = self.child(conv_node)
@@ -164,13 +210,13 @@ def _harmless(node: fx.Node, child: Optional[nn.Module]) -> bool:
     return known and not writes(node, child)
 
 
-def matches(module: nn.Module, graph: fx.Graph) -> list[Match]:
+def matches(module: nn.Module, graph: fx.Graph, training: bool = False) -> list[Match]:
     matcher = Matcher(module)
     order = {node: i for i, node in enumerate(graph.nodes)}
     nodes = list(graph.nodes)
     found: list[Match] = []
     for node in nodes:
-        match = matcher.conv(node) or matcher.global_pool(node)
+        match = matcher.conv(node) or (not training and matcher.head(node)) or matcher.global_pool(node)
         if match is None:
             continue
         between = nodes[order[match.nodes[0]] : order[match.nodes[-1]]]

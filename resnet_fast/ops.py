@@ -302,6 +302,58 @@ def _global_avg_pool_backward(ctx: Any, grad: Tensor) -> Tensor:
     return (grad / (ctx.shape[2] * ctx.shape[3])).expand(ctx.shape)
 
 
+# --- head -----------------------------------------------------------------------------------------------------------
+
+library.define("head(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _head(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    _, k = _head_checked(x, weight, bias)
+    return _implementation(Case("head", x.device.type, x.dtype, x.shape[1], k), x).head(x, weight, bias)
+
+
+def _head_checked(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> list[Any]:
+    """Shape of the result."""
+    _check_images(x.shape)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise RuntimeError(f"weight has shape {list(weight.shape)}, expected [K, {x.shape[1]}]: x is {list(x.shape)}")
+    k = weight.shape[0]
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != k):
+        raise RuntimeError(f"bias has shape {list(bias.shape)}, expected [{k}]")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        wider = tensor.dtype is not x.dtype and torch.promote_types(x.dtype, tensor.dtype) != tensor.dtype
+        if wider or not x.dtype.is_floating_point:
+            raise RuntimeError(f"x is {x.dtype} and {name} is {tensor.dtype}, expected the same floating-point dtype")
+        if tensor.device != x.device:
+            raise RuntimeError(f"{name} is on {tensor.device}, expected the device of x, {x.device}")
+    return [x.shape[0], k]
+
+
+def _head_fake(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return x.new_empty(_head_checked(x, weight, bias))
+
+
+def _head_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _head_backward(ctx: Any, grad: Tensor) -> tuple:
+    x, weight = ctx.saved_tensors
+    h, w = x.shape[2:]
+    d_x = d_weight = d_bias = None
+    if ctx.needs_input_grad[0]:
+        d_x = ((grad @ weight.to(x.dtype)) / (h * w))[:, :, None, None].expand(x.shape)
+    if ctx.needs_input_grad[1]:
+        d_weight = (grad.T @ x.mean((2, 3))).to(weight.dtype)
+    if ctx.needs_input_grad[2]:
+        d_bias = grad.sum(0, dtype=ctx.bias_dtype)
+    return d_x, d_weight, d_bias
+
+
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
@@ -313,18 +365,18 @@ def cast(tensor: Any, device: str) -> Any:
 
 
 def _autocast(op: Any, key: torch._C.DispatchKey, device: str) -> Callable:
-    """Cast images (``x`` and ``residual``) as autocast casts a convolution's input; parameters keep their precision.
+    """Cast images (``x`` and ``residual``) as autocast casts a convolution's input; float32 parameters stay.
 
     The implementations take a float32 weight beside a half-precision ``x``: they cast once, when they pack it.
     """
 
-    def kernel(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-        if weight.dtype != torch.float32:
-            weight = cast(weight, device)
-        if len(args) > 2:
-            args = (*args[:2], cast(args[2], device), *args[3:])
+    def parameter(tensor: Optional[Tensor]) -> Optional[Tensor]:
+        return tensor if tensor is None or tensor.dtype == torch.float32 else cast(tensor, device)
+
+    def kernel(x: Tensor, *args: Any) -> Tensor:
+        args = (*map(parameter, args[:3]), *(cast(image, device) for image in args[3:4]), *args[4:])
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(cast(x, device), weight, *args)
+            return op(cast(x, device), *args)
 
     return kernel
 
@@ -333,13 +385,15 @@ for _name, _kernel, _fake, _backward, _setup in (
     ("conv_bn_act", _conv_bn_act, _conv_bn_act_fake, _conv_bn_act_backward, _conv_bn_act_setup),
     ("stem", _stem, _stem_fake, _stem_backward, _stem_setup),
     ("global_avg_pool", _global_avg_pool, _global_avg_pool_fake, _global_avg_pool_backward, _global_avg_pool_setup),
+    ("head", _head, _head_fake, _head_backward, _head_setup),
 ):
     # One kernel for every device: the choice among implementations needs more than the device.
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resnet_fast::{_name}", _fake, lib=library)
     torch.library.register_autograd(f"resnet_fast::{_name}", _backward, setup_context=_setup, lib=library)
 
-for _name in ("conv_bn_act", "stem"):  # pooling runs in the dtype it is given, as adaptive_avg_pool2d does
+# A pool alone runs in the dtype that it is given, as adaptive_avg_pool2d does.
+for _name in ("conv_bn_act", "stem", "head"):
     _op = getattr(torch.ops.resnet_fast, _name).default
     library.impl(_name, _autocast(_op, torch._C.DispatchKey.AutocastCPU, "cpu"), "AutocastCPU")
     library.impl(_name, _autocast(_op, torch._C.DispatchKey.AutocastCUDA, "cuda"), "AutocastCUDA")

@@ -1,6 +1,6 @@
 """What may be fused: asked of modules when a program is made, and again at every call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 from torch import nn
@@ -13,6 +13,7 @@ Path = tuple[str, ...]
 SYNCHRONISED = (nn.SyncBatchNorm, CpuSyncBatchNorm)
 NORMS = (nn.BatchNorm2d, *SYNCHRONISED, FrozenBatchNorm2d)
 BATCH_STATISTICS = "normalises by batch statistics (training mode)"
+DROPS_OUT = "drops out (training mode)"
 
 
 def customised(module: nn.Module) -> str:
@@ -65,6 +66,23 @@ def global_pool_refusal(pool: nn.Module) -> str:
     return exact(nn.AdaptiveAvgPool2d)(pool) or ("" if pool.output_size in (1, (1, 1)) else "is no longer global")
 
 
+def flatten_refusal(layer: nn.Module) -> str:
+    """Of an image, to ``[N, C * H * W]``."""
+    flattens = isinstance(layer, nn.Flatten) and layer.start_dim == 1 and layer.end_dim in (-1, 3)
+    return exact(nn.Flatten)(layer) or ("" if flattens else "no longer flattens [N, C, H, W] to [N, C * H * W]")
+
+
+def head_refusals(layers: Sequence[nn.Module]) -> list[str]:
+    """Of each layer between a global pool and the logits: all but the last must be dropouts, which do nothing in eval
+    mode."""
+    *dropouts, linear = layers
+    return [*(_dropout_refusal(layer) for layer in dropouts), exact(nn.Linear)(linear)]
+
+
+def _dropout_refusal(layer: nn.Module) -> str:
+    return exact(nn.Dropout)(layer) or (DROPS_OUT if layer.training else "")
+
+
 def _sequential_refusal(module: nn.Module) -> str:
     return customised(module) if is_sequential(module) else f"is a {type(module).__name__}, not a Sequential"
 
@@ -78,6 +96,7 @@ REFUSALS: dict[str, Callable[[nn.Module], str]] = {
     "identity": exact(nn.Identity),
     "stem pool": stem_pool_refusal,
     "global pool": global_pool_refusal,
+    "flatten": flatten_refusal,
     "sequential": _sequential_refusal,
 }
 

@@ -6,18 +6,19 @@
     planner.py    what was measured: our tiles against PyTorch's convolutions (cudnn.py), timed by measuring.py
     pack.py       the shapes in which the kernels want to read weights and images
     tiles.py      tile sizes per architecture, read from tiles/*.json
-    conv.py, gemm.py, pool.py, epilogue.py    the kernels
+    conv.py, gemm.py, parts.py, pool.py, classifier.py, epilogue.py    the kernels
     descriptor.py, conv_descriptor.py, gemm_descriptor.py    the same convolutions through tensor descriptors
     training.py   the primitives of training, and what belongs to them
 
-Importing this package imports neither Triton nor a kernel; the first call of an op does.
+Importing this package imports neither Triton nor a kernel; the first call of an op does. No file may have an op's name,
+since importing it would make it the package's attribute in the op's place.
 """
 
 from typing import Any
 
 from resnet_fast.kernels.triton.support import supports
 
-_OPS = ("conv_bn_act", "stem", "global_avg_pool")
+_OPS = ("conv_bn_act", "stem", "global_avg_pool", "head")
 
 __all__ = [*_OPS, "supports"]
 

@@ -20,6 +20,9 @@ tap of every window is inside, and nothing is checked.
 
 Groups: each is a convolution of its own, on the second axis of the grid.
 
+Small images and batches: one tile after the other would leave most of the GPU idle, with a long loop each. With
+``PARTS`` the loop is cut, and each part is made by programs of its own, the third axis of the grid; see parts.py.
+
 Training's convolutions differ at the two ends. With ``PROLOGUE`` the image is a raw result, which gets its batch norm
 and ReLU as it is loaded (prologue.py). With ``STATISTICS`` the sums are stored as they are, and the statistics for the
 next batch norm are left in ``partials`` (statistics.py).
@@ -31,6 +34,7 @@ or 8 channels, so that the S taps of one row lie side by side. The kernel then s
 import triton
 import triton.language as tl
 from resnet_fast.kernels.triton.epilogue import finish_tile
+from resnet_fast.kernels.triton.parts import store_part
 from resnet_fast.kernels.triton.prologue import activate, load_affine
 from resnet_fast.kernels.triton.statistics import store_with_statistics
 
@@ -70,6 +74,7 @@ def conv_kernel(
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
     INDEX64: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -81,10 +86,13 @@ def conv_kernel(
     x: N images of H rows of ``row_units * ROW_UNIT`` elements, pixels PIXEL elements apart (ROW_UNIT is a constant so
     that the compiler sees the alignment of every row). w [GROUPS * K, R, S, ceil(C / BK) * BK], zero beyond C.
     scale, shift [GROUPS * K]. residual, y [N, P, Q, GROUPS * K]. prologue_scale, prologue_shift [GROUPS * C].
-    partials [row tiles, 2, GROUPS * K]. Pointers that the flags leave unused are None.
+    partials [row tiles, 2, GROUPS * K]. With several PARTS, y [PARTS, N, P, Q, GROUPS * K] float32 takes the parts of
+    ``conv(x, w)``. Pointers that the flags leave unused are None.
     """
     COLUMN_TILES: tl.constexpr = (K + BN - 1) // BN
     BLOCKS: tl.constexpr = (C + BK - 1) // BK
+    STEPS: tl.constexpr = R * S * BLOCKS
+    PART_STEPS: tl.constexpr = (STEPS + PARTS - 1) // PARTS
     CHECK_BOUNDS: tl.constexpr = PAD_H > 0 or PAD_W > 0
     BOUNDS_IN_BITS: tl.constexpr = R * S <= 32
 
@@ -99,7 +107,7 @@ def conv_kernel(
         prologue_shift_ptr += group * C
     if STATISTICS:
         partials_ptr += group * K
-    else:
+    elif PARTS == 1:
         scale_ptr += group * K
         shift_ptr += group * K
         residual_ptr += group * K
@@ -135,7 +143,18 @@ def conv_kernel(
     s = 0
     first_channel = 0
     x_step = 0
-    for step in range(R * S * BLOCKS):
+    first_step = 0
+    last_step = STEPS
+    if PARTS > 1:
+        first_step = tl.program_id(2) * PART_STEPS
+        last_step = first_step + PART_STEPS
+        if STEPS % PARTS != 0:
+            last_step = tl.minimum(last_step, STEPS)
+        r = first_step // BLOCKS // S
+        s = first_step // BLOCKS % S
+        first_channel = first_step % BLOCKS * BK
+        x_step = r * (DILATION_H * row_pitch) + s * (DILATION_W * PIXEL) + first_channel
+    for step in range(first_step, last_step):
         if not CHECK_BOUNDS:
             inside = row_mask
         elif BOUNDS_IN_BITS:
@@ -174,6 +193,9 @@ def conv_kernel(
             acc, y_ptr, partials_ptr, rows * (GROUPS * K), row_mask, first_row, first_column,
             N * P * Q, K, GROUPS * K, BM, BN, SPLIT,
         )  # fmt: skip
+    elif PARTS > 1:
+        part_ptr = y_ptr + tl.program_id(2).to(tl.int64) * (N * P * Q) * (GROUPS * K)
+        store_part(acc, part_ptr, rows * (GROUPS * K), row_mask, columns, K, K % BN != 0)
     else:
         finish_tile(
             acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, rows * (GROUPS * K), row_mask, first_column,

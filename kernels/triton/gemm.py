@@ -7,12 +7,13 @@ Each program makes a tile ``y[BM, BN]``. Pointers to ``x[rows, 0:BK]`` and ``w[c
 along the channels. Programs that share rows of x have neighbouring numbers, so that x comes from L2 after the first of
 them; the weight is small enough to stay there anyway.
 
-``PROLOGUE`` and ``STATISTICS`` are training's, as in conv.py.
+``PARTS``, and training's ``PROLOGUE`` and ``STATISTICS``, are as in conv.py; a part is on the second axis of the grid.
 """
 
 import triton
 import triton.language as tl
 from resnet_fast.kernels.triton.epilogue import finish_tile
+from resnet_fast.kernels.triton.parts import store_part
 from resnet_fast.kernels.triton.prologue import activate, load_affine
 from resnet_fast.kernels.triton.statistics import store_with_statistics
 
@@ -36,6 +37,7 @@ def gemm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
     INDEX64: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -45,10 +47,12 @@ def gemm_kernel(
     """``y = relu(x @ w.T * scale + shift + residual)``.
 
     x [M, C]; w [K, ceil(C / BK) * BK], zero beyond C; scale, shift [K]; residual, y [M, K];
-    prologue_scale, prologue_shift [C]; partials [row tiles, 2, K]. Pointers that the flags leave unused are None.
+    prologue_scale, prologue_shift [C]; partials [row tiles, 2, K]. With several PARTS, y [PARTS, M, K] float32 takes
+    the parts of ``x @ w.T``. Pointers that the flags leave unused are None.
     """
     COLUMN_TILES: tl.constexpr = (K + BN - 1) // BN
     BLOCKS: tl.constexpr = (C + BK - 1) // BK
+    PART_BLOCKS: tl.constexpr = (BLOCKS + PARTS - 1) // PARTS
 
     tile = tl.program_id(0)
     first_row = (tile // COLUMN_TILES) * BM
@@ -63,7 +67,14 @@ def gemm_kernel(
     x_tile = x_ptr + (rows * C)[:, None] + channels[None, :]
     w_tile = w_ptr + (columns * (BLOCKS * BK))[None, :] + channels[:, None]
     acc = tl.zeros((BM, BN), tl.float32)
-    for block in range(BLOCKS):
+    first_block = 0
+    last_block = BLOCKS
+    if PARTS > 1:
+        first_block = tl.program_id(1) * PART_BLOCKS
+        last_block = first_block + PART_BLOCKS
+        if BLOCKS % PARTS != 0:
+            last_block = tl.minimum(last_block, BLOCKS)
+    for block in range(first_block, last_block):
         x_mask = row_mask[:, None]
         if C % BK != 0:
             x_mask = x_mask & (block * BK + channels < C)[None, :]
@@ -81,6 +92,9 @@ def gemm_kernel(
         store_with_statistics(
             acc, y_ptr, partials_ptr, rows * K, row_mask, first_row, first_column, M, K, K, BM, BN, SPLIT
         )
+    elif PARTS > 1:
+        part_ptr = y_ptr + tl.program_id(1).to(tl.int64) * M * K
+        store_part(acc, part_ptr, rows * K, row_mask, columns, K, K % BN != 0)
     else:
         finish_tile(
             acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, rows * K, row_mask, first_column,

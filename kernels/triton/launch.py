@@ -8,15 +8,17 @@ the tests compile exactly what would be launched, for a GPU that is not there.
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
 
 from resnet_fast.kernels import reference
 from resnet_fast.kernels.triton import cudnn, descriptor, pack, planner, prepared, tiles
+from resnet_fast.kernels.triton.classifier import head_kernel
 from resnet_fast.kernels.triton.conv import conv_kernel
 from resnet_fast.kernels.triton.gemm import gemm_kernel
+from resnet_fast.kernels.triton.parts import add_parts_kernel
 from resnet_fast.kernels.triton.pool import average_pool_kernel, max_pool_kernel
 from resnet_fast.kernels.triton.support import STEM_CHANNELS, interpreted
 from resnet_fast.kernels.triton.tail import tail_kernel
@@ -26,12 +28,16 @@ Affine = tuple[torch.Tensor, torch.Tensor]  # scale and shift
 
 _INT32_ELEMENTS = 2**31  # from here on, offsets are computed in 64 bits
 
+_HEAD_TILE = (64, 32, 256, 8)  # pixels, classes, channels, warps of head_kernel: a 7x7 image in one step, on any GPU
+_HEAD_READ_AGAIN = 8 * 2**20  # bytes up to which the head is one launch: see classifier.py
+
 
 class Plan(NamedTuple):
-    """One launch: ``kernel[grid](*args, **constants)`` fills ``output``, and ``workspace`` for a launch after it.
+    """One launch, ``kernel[grid](*args, **constants)``, and ``then`` the one that takes its ``workspace``, if any.
 
-    ``image`` makes the first argument of x, in a plan that holds for other images of the same shapes as well: all other
-    tensors in ``args`` but the residual and the output are then made of the weights alone (see prepared.py).
+    The last of them fills ``output``. ``image`` makes the first argument of x, in a plan that holds for other images of
+    the same shapes as well: all other tensors in ``args`` but the residual, the workspace and the output are then made
+    of the weights alone (see prepared.py).
     """
 
     kernel: Any
@@ -41,17 +47,25 @@ class Plan(NamedTuple):
     output: torch.Tensor
     workspace: Optional[torch.Tensor] = None
     image: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
+    then: Optional["Plan"] = None
 
     def run(self) -> torch.Tensor:
         self.start()
         return self.output
 
-    def start(self) -> Any:
-        """Launch; gives the compiled kernel, None in the interpreter."""
+    def start(self) -> list[Any]:
+        """Launch all; gives the compiled kernels, None for each in the interpreter."""
         # Triton launches on the current device, which need not be the tensors'.
         on_device = torch.cuda.device(self.output.device) if self.output.is_cuda else contextlib.nullcontext()
         with on_device:
-            return self.kernel[self.grid](*self.args, **self.constants)
+            return [plan.kernel[plan.grid](*plan.args, **plan.constants) for plan in self.launches()]
+
+    def launches(self) -> Iterator["Plan"]:
+        """Each launch as a plan of its own, in their order."""
+        plan: Optional[Plan] = self
+        while plan is not None:
+            yield plan._replace(then=None)
+            plan = plan.then
 
 
 def conv_bn_act(
@@ -127,7 +141,7 @@ def carry_out(
     residual = None if residual is None else nhwc(residual)
     tile = None if choice is None else choice.tile
     plan = plan_conv(x, weight, scale, shift, residual, *geometry, relu, architecture(x.device), tile=tile)
-    return Outcome(plan.output, prepared.launches_of([plan], [plan.start()], residual), choice)
+    return Outcome(plan.output, prepared.launches_of(list(plan.launches()), plan.start(), residual), choice)
 
 
 def _pointwise(scale: torch.Tensor, shift: torch.Tensor, relu: bool) -> prepared.Call:
@@ -141,7 +155,7 @@ def _pointwise(scale: torch.Tensor, shift: torch.Tensor, relu: bool) -> prepared
             return result
         residual = None if residual is None else nhwc(residual)
         plan = plan_tail(y, (scale, shift), residual, None, relu, architecture(y.device))
-        kept = prepared.launches_of([plan._replace(image=nhwc)], [plan.start()], residual)
+        kept = prepared.launches_of([plan._replace(image=nhwc)], plan.start(), residual)
         return plan.output
 
     return call
@@ -166,6 +180,14 @@ def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
     if x.numel() == 0:
         return reference.global_avg_pool(x)
     return plan_average_pool(x, architecture(x.device)).run()
+
+
+def head(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """See ``reference.head``."""
+    if x.numel() == 0 or weight.numel() == 0:
+        return reference.head(x, weight, bias)
+    y = plan_head(x, weight, bias, architecture(x.device)).run()
+    return y.squeeze_(3).squeeze_(2)  # not a view, which autograd would not let the caller change in place
 
 
 def plan_conv(
@@ -196,17 +218,11 @@ def plan_conv(
     y = allocate(x, (n, k, p, q))
     if residual is not None:
         residual = nhwc(residual)
-    statistics = scale is None
     scale, shift, *prologue = (None if v is None else vector(v) for v in (scale, shift, *(prologue or (None, None))))
-    operands = (scale, shift, y if residual is None else residual, y, *prologue)
     precision = precision_of(x.dtype, target)
-    training = statistics or prologue[0] is not None
-    inference = {
-        "HAS_RESIDUAL": residual is not None,
-        "RELU": relu,
-        "PRECISION": "tf32" if precision == "tf32" else "ieee",
-    }
-    shared = {"PROLOGUE": prologue[0] is not None, "STATISTICS": statistics, **inference}
+    training = scale is None or prologue[0] is not None
+    dot = {"PRECISION": "tf32" if precision == "tf32" else "ieee"}
+    inference = {"HAS_RESIDUAL": residual is not None, "RELU": relu, **dot}
 
     if (r, s, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1):
         x = nhwc(x)
@@ -214,18 +230,19 @@ def plan_conv(
         tile = tile or tiles.pick(target, precision, rows, k, c, 1)
         packed = pack.weight(weight, x.dtype, 1, 1, tile.reduction)
         if descriptor.refusal(tile, target, precision, x, packed, stride, groups, training) is None:
+            operands = (scale, shift, y if residual is None else residual, y)
             constants = {**inference, "INDEX64": index64(x, y)}
-            return Plan(*descriptor.gemm(tile, target, x, packed, operands[:4], constants), y)
-        row_tiles = ceil_div(rows, tile.rows)
-        partials = allocate_floats(x, (row_tiles, 2, k)) if statistics else None
+            return Plan(*descriptor.gemm(tile, target, x, packed, operands, constants), y)
+        end = _end(tile, ceil_div(c, tile.reduction), y, scale, shift, residual, prologue, relu, target)
         return Plan(
             gemm_kernel,
-            (row_tiles * ceil_div(k, tile.columns),),
-            (x, packed, *operands, partials, rows),
-            {"C": c, "K": k, **shared, "INDEX64": index64(x, y), **tile.constants()},
+            (ceil_div(rows, tile.rows) * ceil_div(k, tile.columns), end.parts),
+            (x, packed, *end.operands, rows),
+            {"C": c, "K": k, **end.constants, **dot, "INDEX64": index64(x, y), **tile.constants()},
             y,
-            partials,
-            nhwc if prologue[0] is None else None,
+            end.workspace,
+            None if training else nhwc,
+            end.then,
         )
 
     if prologue[0] is None and groups == 1 and c <= STEM_CHANNELS and s > 1 and dilation[1] == 1:
@@ -247,14 +264,14 @@ def plan_conv(
         tile = tile or tiles.pick(target, precision, n * p * q, k, c, groups)
         packed = pack.weight(weight, x.dtype, groups_before, merge, tile.reduction)
         if descriptor.refusal(tile, target, precision, x, packed, stride, groups, training) is None:
+            operands = (scale, shift, y if residual is None else residual, y)
             constants = {**inference, "INDEX64": index64(x, y)}
-            return Plan(*descriptor.conv(tile, target, x, packed, operands[:4], padding, dilation, constants), y)
-    row_tiles = ceil_div(n * p * q, tile.rows)
-    partials = allocate_floats(x, (row_tiles, 2, groups * k)) if statistics else None
+            return Plan(*descriptor.conv(tile, target, x, packed, operands, padding, dilation, constants), y)
+    end = _end(tile, r * s * ceil_div(c, tile.reduction), y, scale, shift, residual, prologue, relu, target)
     return Plan(
         conv_kernel,
-        (row_tiles * ceil_div(k, tile.columns), groups),
-        (x, packed, *operands, partials, n, h, w, row // row_unit, p, q),
+        (ceil_div(n * p * q, tile.rows) * ceil_div(k, tile.columns), groups, end.parts),
+        (x, packed, *end.operands, n, h, w, row // row_unit, p, q),
         {
             "C": c,
             "K": k,
@@ -269,18 +286,107 @@ def plan_conv(
             "DILATION_W": dilation[1],
             "PIXEL": pixel,
             "ROW_UNIT": row_unit,
-            **shared,
+            **end.constants,
+            **dot,
             "INDEX64": index64(x, y),
             **tile.constants(),
         },
         y,
-        partials,
-        image if prologue[0] is None else None,
+        end.workspace,
+        None if training else image,
+        end.then,
     )
 
 
 def _padded(padding: Pair) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: pack.pixels(x, padding)
+
+
+class _End(NamedTuple):
+    """What a convolution's launch does with its tiles: its operands from ``scale`` to ``partials``, and their flags."""
+
+    operands: tuple[Optional[torch.Tensor], ...]
+    constants: dict[str, Any]
+    parts: int
+    workspace: Optional[torch.Tensor] = None
+    then: Optional[Plan] = None
+
+
+def _end(
+    tile: tiles.Tile,
+    steps: int,
+    y: torch.Tensor,
+    scale: Optional[torch.Tensor],
+    shift: Optional[torch.Tensor],
+    residual: Optional[torch.Tensor],
+    prologue: Sequence[Optional[torch.Tensor]],
+    relu: bool,
+    target: str,
+) -> _End:
+    """``steps``: of the loop over taps and channels, which ``tile.parts`` is to cut.
+
+    Not into more parts than steps; and none is left empty, so that ten steps make five parts of two, not six. Training
+    keeps it whole: statistics are of finished tiles, and its batches fill the GPU.
+    """
+    k = y.shape[1]
+    rows = y.numel() // k
+    statistics = scale is None
+    constants = {
+        "PROLOGUE": prologue[0] is not None,
+        "STATISTICS": statistics,
+        "HAS_RESIDUAL": residual is not None,
+        "RELU": relu,
+        "PARTS": 1,
+    }
+    parts = 1 if statistics or prologue[0] is not None else parts_of(steps, tile.parts)
+    if parts > 1:
+        sums = allocate_floats(y, (parts, rows, k))
+        constants |= {"HAS_RESIDUAL": False, "RELU": False, "PARTS": parts}
+        then = _plan_add_parts(sums, scale, shift, residual, y, relu, target)
+        return _End((None, None, None, sums, None, None, None), constants, parts, sums, then)
+    partials = allocate_floats(y, (ceil_div(rows, tile.rows), 2, k)) if statistics else None
+    return _End(
+        (scale, shift, y if residual is None else residual, y, *prologue, partials), constants, parts, partials
+    )  # fmt: skip
+
+
+def parts_of(steps: int, wanted: int) -> int:
+    """Into how many equal parts (but for the last) so many steps are cut when so many are wanted."""
+    return ceil_div(steps, ceil_div(steps, min(wanted, steps)))
+
+
+def _plan_add_parts(
+    parts: torch.Tensor,
+    scale: Optional[torch.Tensor],
+    shift: Optional[torch.Tensor],
+    residual: Optional[torch.Tensor],
+    y: torch.Tensor,
+    relu: bool,
+    target: str,
+) -> Plan:
+    """``y = relu(sum(parts) * scale + shift + residual)``, parts ``[n, N * P * Q, K]``."""
+    count, rows, k = parts.shape
+    data = tiles.load(target)
+    bm, bn, warps = data["pointwise"]
+    # There is little to do: rather small programs than idle multiprocessors, down to 16 bytes a thread.
+    threads = warps * (64 if target.startswith("gfx") else 32)
+    while bm * bn > 4 * threads and ceil_div(rows, bm) * ceil_div(k, bn) < data["multiprocessors"]:
+        bm //= 2
+    return Plan(
+        add_parts_kernel,
+        (ceil_div(rows, bm), ceil_div(k, bn)),
+        (parts, scale, shift, residual, y, count, rows),
+        {
+            "K": k,
+            "HAS_RESIDUAL": residual is not None,
+            "RELU": relu,
+            "INDEX64": index64(y, y),
+            "BM": bm,
+            "BN": bn,
+            "num_warps": warps,
+        },
+        y,
+    )
 
 
 def plan_tail(
@@ -355,6 +461,42 @@ def plan_average_pool(x: torch.Tensor, target: str) -> Plan:
         (n, ceil_div(c, bn)),
         (x, y, h * w),
         {"C": c, "INDEX64": index64(x, y), "BM": bm, "BN": bn, "num_warps": warps},
+        y,
+    )
+
+
+def plan_head(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor], target: str) -> Plan:
+    """Global average pool and fully connected layer: ``output [N, K, 1, 1]``. In one launch or two: classifier.py."""
+    x = nhwc(x)
+    n, c, h, w = x.shape
+    k = weight.shape[0]
+    bm, bn, bc, warps = _HEAD_TILE
+    read_again = (ceil_div(k, bn) - 1) * x.nbytes + (n - 1) * k * c * x.element_size()
+    if read_again > _HEAD_READ_AGAIN:
+        pool = plan_average_pool(x, target)
+        ones, zeros = pack.constants(weight)
+        conv = plan_conv(
+            pool.output, pack.as_conv(weight), ones, zeros if bias is None else pack.vector(bias), None,
+            (1, 1), (0, 0), (1, 1), 1, False, target,
+        )  # fmt: skip
+        return pool._replace(output=conv.output, workspace=pool.output, then=conv)
+    y = allocate(x, (n, k, 1, 1))
+    bn = min(bn, max(16, tiles.power_of_two(k)))
+    bc = min(bc, max(16, tiles.power_of_two(c)))
+    return Plan(
+        head_kernel,
+        (ceil_div(k, bn), n),
+        (x, pack.matrix(weight, x.dtype), None if bias is None else pack.vector(bias), y, h * w),
+        {
+            "C": c,
+            "K": k,
+            "HAS_BIAS": bias is not None,
+            "INDEX64": index64(x, y),
+            "BM": bm,
+            "BN": bn,
+            "BC": bc,
+            "num_warps": warps,
+        },
         y,
     )
 

@@ -55,6 +55,31 @@ def row_weight(source: torch.Tensor, dtype: torch.dtype, pixel: int, block: int)
     return _packs.get((source,), ("row_weight", dtype, pixel, block), make)
 
 
+def matrix(source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A fully connected layer's ``[K, C]`` as it is, row after row."""
+    return _packs.get((source,), ("matrix", dtype), lambda: source.detach().to(dtype).contiguous())
+
+
+def vector(source: torch.Tensor) -> torch.Tensor:
+    """A bias ``[K]`` in float32."""
+    return _packs.get((source,), "vector", lambda: source.detach().float().contiguous())
+
+
+def as_conv(source: torch.Tensor) -> torch.Tensor:
+    """``[K, C]`` -> ``[K, C, 1, 1]``, the same tensor each time, so that what is packed from it is found again."""
+    return _packs.get((source,), "as_conv", lambda: source.detach()[:, :, None, None])
+
+
+def constants(source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K ones and K zeros, float32: scale and shift of a weight ``[K, ...]`` that has none."""
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        k = source.shape[0]
+        return torch.ones(k, device=source.device), torch.zeros(k, device=source.device)
+
+    return _packs.get((source,), "constants", make)
+
+
 def pixel_width(channels: int) -> int:
     """Elements per pixel in ``pixels``, for up to 8 channels: what makes every pixel start aligned."""
     return 4 if channels <= 4 else 8

@@ -11,7 +11,7 @@ tested ahead of time (tests/aot).
     half, tf32, ieee  [BM, BN, BK, warps, stages, split]; split: finish the tile in two halves (see epilogue.py)
     max_pool, average_pool  [BM, BN, warps]
     dgrad_half, wgrad_half, ..._ieee  like half, for the gradients; never split
-    pointwise         [BM, BN, warps] of the backward passes that only move data
+    pointwise         [BM, BN, warps] of passes that only move data: backward ones, the sum of a convolution's parts
     sum_rows          [BM, elements of the tile, warps]
 """
 

@@ -114,7 +114,7 @@ def test_several_launches_with_a_workspace(gpu):
     last = launch.plan_tail(first.output, (scale, shift), residual, None, True, "sm_90")
     plans = [first._replace(output=last.output, workspace=first.output), last]
     gpu.started = []
-    call = prepared.launches_of(plans, [plan.start() for plan in plans], residual)
+    call = prepared.launches_of(plans, [binary for plan in plans for binary in plan.start()], residual)
     ordinary = [addresses(one) for one in gpu.started]
     gpu.started = []
     conv.residual = image(64)
@@ -129,8 +129,8 @@ def test_several_launches_with_a_workspace(gpu):
     for before, after, moved in zip(ordinary, again, ({0, 4, 5}, {0, 3, 6}), strict=True):
         assert [i for i in range(len(before)) if before[i] != after[i] and i not in moved] == []
     # What the plans do not account for is not prepared: here the residual.
-    assert prepared.launches_of([first], [first.start()], residual) is None
-    assert prepared.launches_of([first._replace(image=None)], [first.start()], None) is None
+    assert prepared.launches_of([first], first.start(), residual) is None
+    assert prepared.launches_of([first._replace(image=None)], first.start(), None) is None
 
 
 def _fused_step(conv: Conv) -> None:

@@ -591,7 +591,7 @@ def test_supports_gives_none_or_a_reason(name):
     """One predicate for every case; the definition refuses none."""
     supports = ops.IMPLEMENTATIONS[name].supports
     for dtype in (*SERVED, torch.float64):
-        for op in ("conv_bn_act", "stem", "global_avg_pool"):
+        for op in ("conv_bn_act", "stem", "global_avg_pool", "head"):
             for device in ("cpu", "cuda", "mps"):
                 answer = supports(CASE._replace(op=op, dtype=dtype, device=device))
                 assert answer is None or (isinstance(answer, str) and answer)

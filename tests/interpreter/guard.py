@@ -22,7 +22,10 @@ class Guards:
         self._operands: list[torch.Tensor] = []  # kept alive: another tensor must not get the same addresses
 
     def operand(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of ``tensor``, which is dense, that kernels may touch."""
+        """A copy of ``tensor``, which is dense, that kernels may touch; itself if it is one, as what a launch before
+        leaves."""
+        if any(tensor is one for one in self._operands):
+            return tensor
         self._operands.append(tensor.clone(memory_format=torch.preserve_format))
         return self._operands[-1]
 
@@ -37,7 +40,7 @@ class Guards:
 
         for name in ("nhwc", "vector"):
             monkeypatch.setattr(launch, name, registered(getattr(launch, name)))
-        for name in ("weight", "row_weight", "pixels"):
+        for name in ("weight", "row_weight", "pixels", "matrix", "vector"):
             monkeypatch.setattr(pack, name, registered(getattr(pack, name)))
         for name in ("allocate", "allocate_floats"):
             monkeypatch.setattr(launch, name, registered(poisoned(getattr(launch, name))))

@@ -222,6 +222,7 @@ def test_supports():
     assert "float64" in kernels.supports(case._replace(dtype=torch.float64))
     assert "mps" in kernels.supports(case._replace(device="mps"))
     assert kernels.supports(case._replace(op="stem", in_channels=4)) is None
+    assert kernels.supports(case._replace(op="head", dtype=torch.float16)) is None
     assert "16 input channels" in kernels.supports(case._replace(op="stem", in_channels=16))
 
 
