@@ -14,6 +14,7 @@ import torch
 from resnet_fast.kernels import reference
 from resnet_fast.kernels.triton import pack, tiles
 from resnet_fast.kernels.triton.conv import conv_kernel
+from resnet_fast.kernels.triton.cost import Problem
 from resnet_fast.kernels.triton.gemm import gemm_kernel
 from resnet_fast.kernels.triton.pool import average_pool_kernel, max_pool_kernel
 from resnet_fast.kernels.triton.support import STEM_CHANNELS, interpreted
@@ -114,6 +115,11 @@ def plan_conv(
     scale, shift, *prologue = (None if v is None else vector(v) for v in (scale, shift, *(prologue or (None, None))))
     operands = (scale, shift, y if residual is None else residual, y, *prologue)
     precision = precision_of(x.dtype, target)
+    problem = conv_problem(
+        (n, c, h, w), (k, c, r, s), stride, padding, dilation, groups, precision,
+        residual is not None, prologue[0] is not None, statistics,
+    )  # fmt: skip
+    tile = tile or tiles.pick(target, *problem[:7])
     shared = {
         "PROLOGUE": prologue[0] is not None,
         "STATISTICS": statistics,
@@ -122,10 +128,9 @@ def plan_conv(
         "PRECISION": "tf32" if precision == "tf32" else "ieee",
     }
 
-    if (r, s, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1):
+    if problem.kind == "1x1":
         x = nhwc(x)
         rows = n * h * w
-        tile = tile or tiles.pick(target, precision, rows, k, c, 1)
         packed = pack.weight(weight, x.dtype, 1, 1, tile.reduction)
         row_tiles = ceil_div(rows, tile.rows)
         partials = allocate_floats(x, (row_tiles, 2, k)) if statistics else None
@@ -138,10 +143,9 @@ def plan_conv(
             partials,
         )
 
-    if prologue[0] is None and groups == 1 and c <= STEM_CHANNELS and s > 1 and dilation[1] == 1:
+    if problem.kind == "stem":
         # Few channels: all taps of one kernel row side by side.
         pixel = pack.pixel_width(c)
-        tile = tile or tiles.pick(target, precision, n * p * q, k, s * pixel, 1)
         packed = pack.row_weight(weight, x.dtype, pixel, tile.reduction)
         x = pack.pixels(x, padding)
         h = x.shape[1]
@@ -153,7 +157,6 @@ def plan_conv(
         merge = pack.merged(groups, c // groups)
         groups_before, groups = groups, groups // merge
         c, k = c // groups, k // groups
-        tile = tile or tiles.pick(target, precision, n * p * q, k, c, groups)
         packed = pack.weight(weight, x.dtype, groups_before, merge, tile.reduction)
     row_tiles = ceil_div(n * p * q, tile.rows)
     partials = allocate_floats(x, (row_tiles, 2, groups * k)) if statistics else None
@@ -182,6 +185,33 @@ def plan_conv(
         y,
         partials,
     )
+
+
+def conv_problem(
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    precision: str,
+    residual: bool = False,
+    prologue: bool = False,
+    statistics: bool = False,
+) -> Problem:
+    """The products that ``plan_conv`` makes of a convolution; by their kind it chooses the kernel."""
+    n, c, h, w = x_shape
+    k, _, r, s = weight_shape
+    flags = residual, prologue, statistics
+    if (r, s, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1):
+        return Problem(precision, n * h * w, k, c, 1, "1x1", 1, *flags)
+    p = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
+    q = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+    if not prologue and groups == 1 and c <= STEM_CHANNELS and s > 1 and dilation[1] == 1:
+        return Problem(precision, n * p * q, k, s * pack.pixel_width(c), 1, "stem", r, *flags)
+    groups //= pack.merged(groups, c // groups)
+    kind = "grouped" if groups > 1 else "rxs" if stride == (1, 1) else "strided"
+    return Problem(precision, n * p * q, k // groups, c // groups, groups, kind, r * s, *flags)
 
 
 def plan_max_pool(x: torch.Tensor, target: str, prologue: Optional[tuple[torch.Tensor, torch.Tensor]] = None) -> Plan:
