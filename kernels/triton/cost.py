@@ -12,11 +12,11 @@ of the result in steps of ``reduction`` elements of the inner dimension. Per ste
     shared  bytes copied to shared memory and read from there by the tensor cores, 128 a cycle
     l2      bytes of both operands that come from the second-level cache
 
-and the slowest of these is what the step takes, if enough loads are under way: a program that runs alone also waits for
-its loads, a latency for every ``stages - 1`` steps. To that come the filling of the pipeline and the finishing of the
-tile, which other programs on the same multiprocessor hide. The launch takes as long as the multiprocessor with the most
-programs, so that a last wave that is nearly empty counts in full, and not less than memory needs for the bytes that
-must move. What overlaps imperfectly adds a tenth.
+and the slowest of these is what the step takes, if enough programs share the multiprocessor. One that runs alone also
+waits at a barrier in every step, and for its loads, which take a latency and are asked for ``stages - 1`` steps ahead.
+To that come the filling of the pipeline and the finishing of the tile, which other programs hide as well. The launch
+takes as long as the multiprocessor with the most programs, so that a last wave that is nearly empty counts in full,
+and not less than memory needs for the bytes that must move. What overlaps imperfectly adds a tenth.
 
 How often a product reads shared memory depends on the instruction. wgmma (sm_90) and tcgen05 (sm_100) read their
 operands from there, 64 and 128 rows at a time; mma (other NVIDIA) and mfma (AMD) read them into the registers of every
@@ -40,6 +40,7 @@ KINDS = ("1x1", "rxs", "strided", "grouped", "stem")
 _SHARED_BANDWIDTH = 128.0
 _L2_BANDWIDTH = 5120 / 108
 _LATENCY = 800.0  # cycles from asking memory for a tile to having it in shared memory
+_BARRIER = 50.0  # cycles in which the warps of a program wait for each other, in every step
 _START = 500.0  # cycles from a program's start to its first load
 _LAUNCH = 2e-6  # seconds from one kernel of a CUDA graph to the next
 _OVERLAP_LOSS = 0.1  # share of the hidden one of two that overlap
@@ -150,7 +151,9 @@ def predict(gpu: Gpu, problem: Problem, tile: "Tile", codes: Mapping[str, Code])
     occupancy = max(1, _occupancy(gpu, problem, tile, code))
     most = -(-programs // gpu.multiprocessors)
     busy = most * (steps * max(per_step.values()) + finish)
-    alone = steps * max(*per_step.values(), _LATENCY / max(1, tile.stages - 1)) + finish
+    # A step's operands are under way while those of ``stages - 1`` steps before it are used.
+    loading = (_LATENCY + per_step["l2"]) / max(1, tile.stages - 1)
+    alone = steps * max(max(per_step.values()) + _BARRIER, loading) + finish
     waiting = _START + _LATENCY * (2 if more else 1)
     if tile.kernel == "specialised":  # loads of the next tile go on while one is finished
         chain = waiting + -(-most // occupancy) * alone
@@ -192,7 +195,9 @@ def shared_memory(gpu: Gpu, precision: str, tile: "Tile") -> int:
     """Bytes that a program takes. Tensor cores that read shared memory hold on to one more stage than those that do
     not."""
     operands = (tile.rows + tile.columns) * tile.reduction * _BYTES[precision]
-    held = tile.stages if _family(gpu) in ("wgmma", "tcgen05") and precision != "ieee" else max(1, tile.stages - 1)
+    held = (
+        tile.stages if _family(gpu) in ("wgmma", "tcgen05") and not _scalar(gpu, precision) else max(1, tile.stages - 1)
+    )
     # The finished tile changes its layout there, from that of the tensor cores to that of memory.
     return max(held * operands, tile.rows * tile.columns * _BYTES[precision] // (2 if tile.split else 1))
 
@@ -210,6 +215,11 @@ def instructions(gpu: Gpu, problem: Problem, tile: "Tile", code: Code) -> float:
     x = tile.rows * tile.reduction / threads
     w = tile.columns * tile.reduction / threads
     issued = code.step + code.product * products(gpu, problem.precision, tile)
+    if _scalar(gpu, problem.precision):
+        # A thread multiplies m by n numbers, which it reads from shared memory four at a time.
+        accumulators = tile.rows * tile.columns // threads
+        m = 1 << (accumulators.bit_length() // 2)
+        issued = code.step + tile.reduction * (accumulators + (m + accumulators / m) / 4)
     if tile.kernel == "pointers":  # else copies of whole tiles, by one thread
         issued += code.x * x * size / 16 + code.w * w * size / 16
     return issued + (code.prologue * x if problem.prologue else 0.0)
@@ -217,9 +227,7 @@ def instructions(gpu: Gpu, problem: Problem, tile: "Tile", code: Code) -> float:
 
 def products(gpu: Gpu, precision: str, tile: "Tile") -> float:
     """Of a step, in instructions of each warp: wgmma and tcgen05 take 64 or 128 rows and up to 256 columns, mma 16 and
-    8, mfma 32 and 32; 32 bytes of the inner dimension. Without tensor cores, multiplications of a thread."""
-    if precision == "ieee" and not _amd(gpu):
-        return tile.rows * tile.columns * tile.reduction / (tile.warps * 32)
+    8, mfma 32 and 32; 32 bytes of the inner dimension."""
     depth = tile.reduction * _BYTES[precision] / 32
     family = _family(gpu)
     if family == "wgmma":
@@ -236,14 +244,14 @@ def _mma(gpu: Gpu, precision: str, tile: "Tile") -> float:
     assert rate is not None, f"{gpu.name} has no {precision}"
     each = rate * 1e12 / 2 / (gpu.multiprocessors * gpu.clock * 1e9)  # multiplications a cycle
     # Of tcgen05's 128 lanes, 64 rows use half.
-    rows = max(128, tile.rows) if _family(gpu) == "tcgen05" and precision != "ieee" else tile.rows
+    rows = max(128, tile.rows) if _family(gpu) == "tcgen05" and not _scalar(gpu, precision) else tile.rows
     return rows * tile.columns * tile.reduction / each
 
 
 def _shared_bytes(gpu: Gpu, problem: Problem, tile: "Tile", size: int) -> float:
     """Bytes of a step to and from shared memory."""
     x, w = tile.rows * tile.reduction * size, tile.columns * tile.reduction * size
-    family = "mma" if problem.precision == "ieee" and not _amd(gpu) else _family(gpu)
+    family = "mma" if _scalar(gpu, problem.precision) else _family(gpu)
     written, read = x + w, 0.0
     if family == "wgmma":
         along_rows = min(max(1, tile.warps // 4), max(1, tile.rows // 64))
@@ -304,6 +312,11 @@ def _family(gpu: Gpu) -> str:
     if _amd(gpu):
         return "mfma"
     return {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(gpu.architecture, "mma")
+
+
+def _scalar(gpu: Gpu, precision: str) -> bool:
+    """No tensor cores: NVIDIA's have no full float32."""
+    return precision == "ieee" and not _amd(gpu)
 
 
 def _amd(gpu: Gpu) -> bool:

@@ -70,7 +70,12 @@ _measured: dict[tuple[str, Problem], Tile] = {}  # for an architecture
 @functools.cache
 def load(architecture: str) -> dict[str, Any]:
     """The tiles of the nearest architecture that has some."""
-    return json.loads((_FOLDER / f"{nearest(architecture)}.json").read_text())
+    return json.loads(path(nearest(architecture)).read_text())
+
+
+def path(architecture: str) -> Path:
+    """Where the file of an architecture is, or would be."""
+    return _FOLDER / f"{architecture}.json"
 
 
 def nearest(architecture: str) -> str:
@@ -79,11 +84,11 @@ def nearest(architecture: str) -> str:
     NVIDIA: of the files, the newest that is not newer. AMD: gfx942's, whose local memory no later GPU undercuts.
     """
     if architecture.startswith("gfx"):
-        return architecture if (_FOLDER / f"{architecture}.json").exists() else "gfx942"
+        return architecture if path(architecture).exists() else "gfx942"
     if not architecture.startswith("sm_"):
         return architecture
     capability = int(architecture.removeprefix("sm_"))
-    known = sorted(int(path.stem.removeprefix("sm_")) for path in _FOLDER.glob("sm_*.json"))
+    known = sorted(int(one.stem.removeprefix("sm_")) for one in _FOLDER.glob("sm_*.json"))
     return f"sm_{max((one for one in known if one <= capability), default=known[0])}"
 
 
@@ -147,7 +152,13 @@ def override(architecture: str, choices: Mapping[Problem, Tile]) -> None:
     for known in [one for one in _measured if one[0] == architecture]:
         del _measured[known]
     _measured.update({(architecture, Problem(*problem[:7])): tile for problem, tile in choices.items()})
-    pick.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """Look everything up again, in what ``load`` returned."""
+    for cached in (pick, listed_tiles, _nearest_class):
+        cached.cache_clear()
 
 
 def fit(architecture: str, tile: Tile, rows: int, columns: int, reduction: int) -> Tile:
