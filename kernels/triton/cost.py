@@ -12,11 +12,12 @@ of the result in steps of ``reduction`` elements of the inner dimension. Per ste
     shared  bytes copied to shared memory and read from there by the tensor cores, 128 a cycle
     l2      bytes of both operands that come from the second-level cache
 
-and the slowest of these is what the step takes, if enough programs share the multiprocessor. One that runs alone also
-waits at a barrier in every step, and for its loads, which take a latency and are asked for ``stages - 1`` steps ahead.
-To that come the filling of the pipeline and the finishing of the tile, which other programs hide as well. The launch
-takes as long as the multiprocessor with the most programs, so that a last wave that is nearly empty counts in full,
-and not less than memory needs for the bytes that must move. What overlaps imperfectly adds a tenth.
+and the slowest of these is what the step takes, if enough programs share the multiprocessor, and a tenth of the others,
+for nothing overlaps perfectly. A program that runs alone also waits at a barrier in every step, and for its loads,
+which take a latency and are asked for ``stages - 1`` steps ahead. To that come the filling of the pipeline and the
+finishing of the tile, which other programs hide as well. The launch takes as long as the multiprocessor with the most
+programs, so that a last wave that is nearly empty counts in full; and it takes as long as memory needs for the bytes
+that must move, if that is longer.
 
 How often a product reads shared memory depends on the instruction. wgmma (sm_90) and tcgen05 (sm_100) read their
 operands from there, 64 and 128 rows at a time; mma (other NVIDIA) and mfma (AMD) read them into the registers of every
@@ -24,7 +25,7 @@ warp that needs them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from resnet_fast.kernels.triton.gpus import Gpu
@@ -36,14 +37,15 @@ KINDS = ("1x1", "rxs", "strided", "grouped", "stem")
 """Of convolutions: gemm.py's; and conv.py's with stride 1, with another stride, with groups, with few channels."""
 
 # Assumptions. Bytes a cycle and multiprocessor: shared memory's is documented; of L2 the A100 white paper gives 5120
-# bytes a cycle for 108 multiprocessors, and nobody else says more.
+# bytes a cycle for 108 multiprocessors, which is taken for all data-centre GPUs, and a third of it for GeForce cards.
 _SHARED_BANDWIDTH = 128.0
 _L2_BANDWIDTH = 5120 / 108
+_GEFORCE = ("sm_86", "sm_89", "sm_120")
 _LATENCY = 800.0  # cycles from asking memory for a tile to having it in shared memory
 _BARRIER = 50.0  # cycles in which the warps of a program wait for each other, in every step
 _START = 500.0  # cycles from a program's start to its first load
 _LAUNCH = 2e-6  # seconds from one kernel of a CUDA graph to the next
-_OVERLAP_LOSS = 0.1  # share of the hidden one of two that overlap
+_OVERLAP_LOSS = 0.1  # share of what overlaps with something longer that is not hidden
 _FINISH = 6.0  # instructions for each number of a finished tile: scale, shift, ReLU, conversion, store
 _FINISH_MORE = 4.0  # for its residual, or its statistics
 _RESERVED = 1024  # bytes of shared memory that NVIDIA's driver takes for every program
@@ -78,9 +80,9 @@ class Problem(NamedTuple):
         return self.taps * self.channels
 
     @property
-    def kernel(self) -> str:
-        """The kernel's family, which its instructions depend on."""
-        return "gemm" if self.kind == "1x1" else "conv"
+    def family(self) -> str:
+        """Of kernels, see ``family_of``."""
+        return family_of(self.kind)
 
 
 class Code(NamedTuple):
@@ -129,9 +131,14 @@ class Cost(NamedTuple):
         return self.cycles / gpu.clock / 1e3
 
 
+def family_of(kind: str) -> str:
+    """The family of kernels that makes a kind of convolution, on which depends what the compiler makes of a tile."""
+    return "gemm" if kind == "1x1" else "conv"
+
+
 def predict(gpu: Gpu, problem: Problem, tile: "Tile", codes: Mapping[str, Code]) -> Cost:
     """The model's opinion. codes: by kernel family, of the GPU's architecture."""
-    code = codes[problem.kernel]
+    code = codes[problem.family]
     size = _BYTES[problem.precision]
     row_tiles, column_tiles = -(-problem.rows // tile.rows), -(-problem.columns // tile.columns)
     programs = problem.groups * row_tiles * column_tiles * tile.parts
@@ -142,7 +149,7 @@ def predict(gpu: Gpu, problem: Problem, tile: "Tile", codes: Mapping[str, Code])
         "mma": _mma(gpu, problem.precision, tile),
         "issue": instructions(gpu, problem, tile, code) * tile.warps * _issue_cycles(gpu) / _SCHEDULERS,
         "shared": _shared_bytes(gpu, problem, tile, size) / _SHARED_BANDWIDTH,
-        "l2": (tile.rows + tile.columns) * tile.reduction * size / _L2_BANDWIDTH,
+        "l2": (tile.rows + tile.columns) * tile.reduction * size / _l2_bandwidth(gpu),
     }
     numbers = tile.rows * tile.columns / (tile.warps * _lanes(gpu))  # of a thread
     more = problem.residual + 2 * problem.statistics
@@ -150,10 +157,11 @@ def predict(gpu: Gpu, problem: Problem, tile: "Tile", codes: Mapping[str, Code])
 
     occupancy = max(1, _occupancy(gpu, problem, tile, code))
     most = -(-programs // gpu.multiprocessors)
-    busy = most * (steps * max(per_step.values()) + finish)
+    step = _together(per_step.values())
+    busy = most * (steps * step + finish)
     # A step's operands are under way while those of ``stages - 1`` steps before it are used.
     loading = (_LATENCY + per_step["l2"]) / max(1, tile.stages - 1)
-    alone = steps * max(max(per_step.values()) + _BARRIER, loading) + finish
+    alone = steps * max(step + _BARRIER, loading) + finish
     waiting = _START + _LATENCY * (2 if more else 1)
     if tile.kernel == "specialised":  # loads of the next tile go on while one is finished
         chain = waiting + -(-most // occupancy) * alone
@@ -163,16 +171,22 @@ def predict(gpu: Gpu, problem: Problem, tile: "Tile", codes: Mapping[str, Code])
     memory = _memory_bytes(problem, tile, size) / (gpu.bandwidth / gpu.clock)
     launch = _LAUNCH * gpu.clock * 1e9 * (2 if tile.parts > 1 else 1)
     return Cost(
-        cycles=max(on_chip, memory) + _OVERLAP_LOSS * min(on_chip, memory) + launch,
+        cycles=_together((on_chip, memory)) + launch,
         **{name: cycles * most * steps for name, cycles in per_step.items()},
         memory=memory,
-        latency=max(0.0, on_chip - most * steps * max(per_step.values())),
+        latency=on_chip - most * steps * step,
         launch=launch,
         programs=programs,
         occupancy=occupancy,
         waves=programs / (gpu.multiprocessors * occupancy),
         violations=violations(gpu, problem, tile, code),
     )
+
+
+def _together(cycles: Iterable[float]) -> float:
+    """Of resources that are busy at the same time."""
+    cycles = list(cycles)
+    return max(cycles) + _OVERLAP_LOSS * (sum(cycles) - max(cycles))
 
 
 def violations(gpu: Gpu, problem: Problem, tile: "Tile", code: Code) -> tuple[str, ...]:
@@ -185,7 +199,7 @@ def violations(gpu: Gpu, problem: Problem, tile: "Tile", code: Code) -> tuple[st
     found = {
         "shared memory": shared_memory(gpu, problem.precision, tile) > gpu.program_shared_memory,
         "registers": registers > _most_registers(gpu) or registers * threads > gpu.registers,
-        "tensor memory": _family(gpu) == "tcgen05" and _tensor_memory(tile) > _TENSOR_MEMORY,
+        "tensor memory": _unit(gpu) == "tcgen05" and _tensor_memory(tile) > _TENSOR_MEMORY,
         "threads": threads > 1024,
     }
     return tuple(name for name, broken in found.items() if broken)
@@ -196,7 +210,7 @@ def shared_memory(gpu: Gpu, precision: str, tile: "Tile") -> int:
     not."""
     operands = (tile.rows + tile.columns) * tile.reduction * _BYTES[precision]
     held = (
-        tile.stages if _family(gpu) in ("wgmma", "tcgen05") and not _scalar(gpu, precision) else max(1, tile.stages - 1)
+        tile.stages if _unit(gpu) in ("wgmma", "tcgen05") and not _scalar(gpu, precision) else max(1, tile.stages - 1)
     )
     # The finished tile changes its layout there, from that of the tensor cores to that of memory.
     return max(held * operands, tile.rows * tile.columns * _BYTES[precision] // (2 if tile.split else 1))
@@ -229,12 +243,12 @@ def products(gpu: Gpu, precision: str, tile: "Tile") -> float:
     """Of a step, in instructions of each warp: wgmma and tcgen05 take 64 or 128 rows and up to 256 columns, mma 16 and
     8, mfma 32 and 32; 32 bytes of the inner dimension."""
     depth = tile.reduction * _BYTES[precision] / 32
-    family = _family(gpu)
-    if family == "wgmma":
+    unit = _unit(gpu)
+    if unit == "wgmma":
         return depth * (tile.rows / 64) * math.ceil(tile.columns / 256) / (tile.warps / 4)
-    if family == "tcgen05":
+    if unit == "tcgen05":
         return depth * math.ceil(tile.rows / 128) * math.ceil(tile.columns / 256)
-    rows, columns = (32, 32) if family == "mfma" else (16, 8)
+    rows, columns = (32, 32) if unit == "mfma" else (16, 8)
     return depth * (tile.rows / rows) * (tile.columns / columns) / tile.warps
 
 
@@ -244,22 +258,26 @@ def _mma(gpu: Gpu, precision: str, tile: "Tile") -> float:
     assert rate is not None, f"{gpu.name} has no {precision}"
     each = rate * 1e12 / 2 / (gpu.multiprocessors * gpu.clock * 1e9)  # multiplications a cycle
     # Of tcgen05's 128 lanes, 64 rows use half.
-    rows = max(128, tile.rows) if _family(gpu) == "tcgen05" and not _scalar(gpu, precision) else tile.rows
+    rows = max(128, tile.rows) if _unit(gpu) == "tcgen05" and not _scalar(gpu, precision) else tile.rows
     return rows * tile.columns * tile.reduction / each
+
+
+def _l2_bandwidth(gpu: Gpu) -> float:
+    return _L2_BANDWIDTH / (3 if gpu.architecture in _GEFORCE else 1)
 
 
 def _shared_bytes(gpu: Gpu, problem: Problem, tile: "Tile", size: int) -> float:
     """Bytes of a step to and from shared memory."""
     x, w = tile.rows * tile.reduction * size, tile.columns * tile.reduction * size
-    family = "mma" if _scalar(gpu, problem.precision) else _family(gpu)
+    unit = "mma" if _scalar(gpu, problem.precision) else _unit(gpu)
     written, read = x + w, 0.0
-    if family == "wgmma":
+    if unit == "wgmma":
         along_rows = min(max(1, tile.warps // 4), max(1, tile.rows // 64))
         x_reads, read = max(1, tile.warps // 4) / along_rows, w * max(1, tile.rows // 64)
-    elif family == "tcgen05":
+    elif unit == "tcgen05":
         x_reads, read = 1.0, w * max(1, tile.rows // 128)
     else:
-        along_rows, along_columns = _warps(tile, (32, 32) if family == "mfma" else (16, 8))
+        along_rows, along_columns = _warps(tile, (32, 32) if unit == "mfma" else (16, 8))
         x_reads, read = along_columns, w * along_rows
     if problem.prologue:  # out to registers and back
         written += x
@@ -297,7 +315,7 @@ def _occupancy(gpu: Gpu, problem: Problem, tile: "Tile", code: Code) -> int:
     # The file is handed out in units of 8 registers a thread.
     registers = min(-(-register_count(gpu, tile, code) // 8) * 8, _most_registers(gpu))
     limits = [gpu.shared_memory // shared, gpu.registers // (registers * threads), gpu.threads // threads]
-    if _family(gpu) == "tcgen05":
+    if _unit(gpu) == "tcgen05":
         limits.append(_TENSOR_MEMORY // _tensor_memory(tile))
     return min(*limits, _MOST_PROGRAMS)
 
@@ -307,7 +325,7 @@ def _tensor_memory(tile: "Tile") -> int:
     return max(32, tile.columns * max(1, tile.rows // 128))
 
 
-def _family(gpu: Gpu) -> str:
+def _unit(gpu: Gpu) -> str:
     """The instruction for products."""
     if _amd(gpu):
         return "mfma"

@@ -130,17 +130,18 @@ def pick(
 def candidates(architecture: str, problem: Problem, count: int) -> list[Tile]:
     """Up to ``count`` different tiles for measuring: the table's choice, then what the model puts first.
 
-    All are of the lists that were compiled without spills, cut down to the problem.
+    All are tiles that the table gives to the same family of kernels, cut down to the problem.
     """
     choices = {pick(architecture, *problem[:7]): None}
     data = load(architecture)
-    if "code" in data:
+    if "classes" in data:
         gpu, codes = gpu_of(architecture), codes_of(data)
+        listed = listed_tiles(architecture, problem.precision)
+        positions = positions_in_use(data, problem.precision, problem.family)
         shape = problem.rows, problem.columns, problem.channels
-        fitted = {fit(architecture, tile, *shape) for tile in listed_tiles(architecture, problem.precision)}
-        predicted = {tile: cost.predict(gpu, problem, tile, codes) for tile in fitted}
-        fitting = (tile for tile in fitted if not predicted[tile].violations)
-        choices |= dict.fromkeys(sorted(fitting, key=lambda tile: (predicted[tile].cycles, tile)))
+        fitted = {fit(architecture, listed[position], *shape) for position in positions}
+        predicted = {tile: cost.predict(gpu, problem, tile, codes).cycles for tile in fitted}
+        choices |= dict.fromkeys(sorted(fitted, key=lambda tile: (predicted[tile], tile)))
     return list(choices)[:count]
 
 
@@ -193,6 +194,17 @@ def from_list(values: Iterable[Any]) -> Tile:
 def class_key(kind: str, precision: str, columns: int, inner: int) -> str:
     """The name of a class in a file."""
     return f"{kind} {precision} {power_of_two(columns)} {power_of_two(inner)}"
+
+
+def positions_in_use(data: Mapping[str, Any], precision: str, family: str) -> set[int]:
+    """Positions in a precision's list of the tiles that some class of a family of kernels takes (cost.family_of)."""
+    classes = ((*name.split()[:2], steps) for name, steps in data["classes"].items())
+    return {
+        position
+        for kind, its_precision, steps in classes
+        if its_precision == precision and cost.family_of(kind) == family
+        for _, position in steps
+    }
 
 
 def gpu_of(architecture: str) -> gpus.Gpu:

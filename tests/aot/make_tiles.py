@@ -175,7 +175,7 @@ def choose(predictions: Predictions, struck: set[tuple[str, Tile]], count: int) 
     cycles = predictions.cycles.copy()
     for i, problem in enumerate(predictions.problems):
         for j, tile in enumerate(predictions.tiles):
-            if (problem.kernel, tile) in struck:
+            if (problem.family, tile) in struck:
                 cycles[i, j] *= _UNFIT
     logarithms = np.log(cycles)
 
