@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 _SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9][\w.]*)([^;]*);", re.MULTILINE)
 _SASS_BYTES = 16  # of an instruction, since Volta
 # ".LBB0_3:" or "\tv_add_u32 v1, v2, v3"
-_AMD = re.compile(r"^(?:(\.\w+):|[ \t]+([a-z]\w+_\w+)([^;\n]*))", re.MULTILINE)
+_AMD = re.compile(r"^(?:(\.\w+):|[ \t]+([a-z]\w*_\w+)([^;\n]*))", re.MULTILINE)
 
 
 class Instruction(NamedTuple):

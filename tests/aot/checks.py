@@ -177,7 +177,7 @@ def expected_unit(item: Launch) -> Optional[str]:
 
 
 def narrow(item: Launch, made: Compiled) -> bool:
-    """A main loop that loads the image or the weight less than 16 bytes at a time.
+    """A main loop that loads the image or the weight less than 16 bytes at a time, though all threads find as much.
 
     Unrolled, it may have the narrow loads of what comes after it among its own, the scale and the shift; then only
     copies to shared memory are looked at. A kernel without products is all loop.
@@ -188,6 +188,10 @@ def narrow(item: Launch, made: Compiled) -> bool:
         return False
     if made.loop.wide_loads == 0 or made.tiny_loads > 0:
         return True
+    if "BK" in constants:
+        smaller_tile = min(constants["BM"], constants["BN"]) * constants["BK"] * item_size
+        if smaller_tile < 16 * made.warps * lanes(item.architecture):
+            return False
     if constants.get("PROLOGUE"):
         return False  # its scale and shift are a few numbers for each thread
     return (made.loop.narrow_loads if made.loop.rolled else made.narrow_copies) > 0

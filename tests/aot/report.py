@@ -1,11 +1,12 @@
-"""What the kernels compile to: ``python -m tests.aot.report [--all] [--arch sm_90] [--precision fp16]``.
+"""What the kernels compile to: ``python -m tests.aot.report [--subset] [--arch sm_90] [--precision fp16]``.
 
 One row per launch: registers and shared memory per program, spills, tensor-core instructions, 16-byte and other
-loads, the main loop's instructions and products. Nothing is run and no GPU is needed. Without ``--all``, few launches
+loads, the main loop's instructions and products. Nothing is run and no GPU is needed. With ``--subset``, few launches
 that stand for all (shipped.py).
 
-``--record`` compiles everything and writes the figures with which the tests compare (regressions.py), architecture and
-precision one after the other; with ``--missing`` only those of launches that have none.
+With ``--record`` the figures are written with which the tests compare (regressions.py), after every architecture and
+precision, and the rows are of what changed for the worse; with ``--missing`` only launches without figures are
+compiled. Figures that no launch uses any more are dropped.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import triton
 
 from tests.aot import regressions
 from tests.aot.checks import Compiler, Result
-from tests.aot.layers import ARCHITECTURES, PRECISIONS
+from tests.aot.layers import ARCHITECTURES, PRECISIONS, Launch
 from tests.aot.shipped import TARGETS, Target, everything, subset
 
 _HEADER = (
@@ -26,7 +27,7 @@ _HEADER = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="every binary")
+    parser.add_argument("--subset", action="store_true", help="only launches that stand for all")
     parser.add_argument("--record", action="store_true", help="write the figures that the tests compare with")
     parser.add_argument("--missing", action="store_true", help="with --record: only of launches that have none")
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES)
@@ -43,10 +44,10 @@ def main() -> None:
         if not options.record:
             print(_HEADER, flush=True)
         for target in targets:
+            chosen = subset()[target] if options.subset else everything(target)
             if options.record:
-                count += _record(compiler, target, options.missing)
+                count += _record(compiler, target, chosen, options.missing)
                 continue
-            chosen = everything(target) if options.all else subset()[target]
             compiler.start(chosen)
             for one in chosen:
                 print(_row(*compiler.results([one])), flush=True)
@@ -54,13 +55,13 @@ def main() -> None:
     print(f"{count} binaries in {time.perf_counter() - started:.0f} s")
 
 
-def _record(compiler: Compiler, target: Target, missing: bool) -> int:
+def _record(compiler: Compiler, target: Target, chosen: list[Launch], missing: bool) -> int:
     """How many were compiled."""
     architecture = target[0]
     same_triton = regressions.recorded_with(architecture) == triton.__version__
     before = regressions.recorded(architecture) if same_triton else {}
     shipped = {one.entry() for other in TARGETS if other[0] == architecture for one in everything(other)}
-    results = compiler.results(one for one in everything(target) if not missing or one.entry() not in before)
+    results = compiler.results(one for one in chosen if not missing or one.entry() not in before)
     kept = {name: figures for name, figures in before.items() if name in shipped}
     new = {one.entry(): regressions.figures(made) for one, made in results if made is not None}
     print(f"{'-'.join(target)}: {len(results)} compiled, {len(before) - len(kept)} no longer launched", flush=True)
