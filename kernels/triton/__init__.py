@@ -4,7 +4,8 @@
     launch.py     from tensors to launches: layout, packs, tiles, grid, output
     schedule.py   the tile and the compile-time constants of a launch
     pack.py       the shapes in which the kernels want to read weights and images
-    tiles.py      tile sizes per architecture, read from tiles/*.json
+    tiles.py      tile sizes per architecture and shape class, read from tiles/*.json
+    cost.py       the static model that these were made with; gpus.py has its data
     conv.py, gemm.py, pool.py, epilogue.py    the kernels
     training.py   the primitives of training, and what belongs to them
 

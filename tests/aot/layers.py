@@ -110,14 +110,14 @@ def _letter(value: Any, parameter: Any) -> str:
 
 
 @functools.cache
-def model_layers() -> list[Layer]:
+def model_layers(models: tuple[str, ...] = MODELS) -> list[Layer]:
     """The distinct convolutions of the models, with the residual and the ReLU that the block gives them."""
     found: dict[Layer, None] = {}
-    for name in MODELS:
+    for name in models:
         with torch.device("meta"):
             model = getattr(torchvision.models, name)().eval()
             names = {module: path for path, module in model.named_modules()}
-            last = "conv2" if name == "resnet18" else "conv3"
+            last = "conv2" if name in ("resnet18", "resnet34") else "conv3"
 
             def note(module, args, output, names=names, last=last):
                 leaf = names[module].rpartition(".")[2]
@@ -168,12 +168,12 @@ def plan_layer(layer: Layer, batch: int, precision: str, architecture: str) -> L
     return Launch(f"{layer.name()} batch {batch}", architecture, precision, plan)
 
 
-def launches(architecture: str, precision: str) -> Iterator[Launch]:
+def launches(architecture: str, precision: str, batches: tuple[int, ...] = BATCHES) -> Iterator[Launch]:
     """All layers, all batches, and the poolings."""
     if precision == "tf32" and architecture.startswith("gfx"):
         return  # there PyTorch's own convolutions compute float32 in float32
     for layer in model_layers():
-        for batch in BATCHES:
+        for batch in batches:
             yield plan_layer(layer, batch, precision, architecture)
     dtype = DTYPES[precision]
     max_pool = launch.plan_max_pool(image(128, 64, 112, 112, dtype), architecture)

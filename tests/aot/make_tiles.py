@@ -87,27 +87,40 @@ def make(architecture: str, compiler: Compiler, measure_code: bool) -> dict[str,
             choice = choose(predictions, struck, _SIZES[precision])
             install(architecture, contents, precision, choice)
             found = compiler.results(demanding(architecture, precision))
-            offending = {
-                (_family(one), tile)
-                for one, made in found
-                if made is None or not sound(one, made)
-                for tile in choice.tiles
-                if _made_from(one, tile)
-            }
+            offending = set().union(
+                *(_to_strike(one, made, choice.tiles, possible) for one, made in found if not sound(one, made))
+            )
             print(f"{architecture} {precision}: {len(choice.tiles)} of {len(possible)} tiles, {len(found)} binaries")
-            for family, tile in sorted(offending):
-                print(f"  struck from {family}: {tile}", flush=True)
             if not offending:
                 break
             assert not offending <= struck, f"{architecture} {precision}: nothing fits"
+            print(
+                f"  {len(offending - struck)} struck, of {sorted({(family, tile[:4]) for family, tile in offending})}"
+            )
             struck |= offending
         else:
             raise RuntimeError(f"{architecture} {precision}: still not sound after {_ROUNDS} rounds")
     return contents
 
 
-def sound(one: Launch, made: Compiled) -> bool:
-    return not any(wrong(one, made) for wrong in (spills, too_large, wrong_units, narrow))
+def sound(one: Launch, made: Optional[Compiled]) -> bool:
+    return made is not None and not any(wrong(one, made) for wrong in (spills, too_large, wrong_units, narrow))
+
+
+def _to_strike(
+    one: Launch, made: Optional[Compiled], listed: list[Tile], possible: list[Tile]
+) -> set[tuple[str, Tile]]:
+    """Of the launch's family the tile that it was made from; and unless that only takes too much memory, those which
+    differ from it in the number of stages."""
+    launched = _tile(one)
+    whole = [tile for tile in listed if tile[:6] == launched[:6]]
+    made_from = whole or [tile for tile in listed if tile[:6] == (*launched[:2], tile.reduction, *launched[3:6])]
+    large = made is not None and too_large(one, made) and not spills(one, made)
+
+    def alike(tile: Tile) -> tuple:
+        return tile[:4], tile.split, tile.stages if large else None
+
+    return {(_family(one), tile) for source in made_from for tile in possible if alike(tile) == alike(source)}
 
 
 def inherited(architecture: str) -> dict[str, Any]:
@@ -170,7 +183,7 @@ def _cycles(gpu: Gpu, problem: Problem, tile: Tile, model: dict[str, Code]) -> f
     return predicted.cycles * (_UNFIT if cut or predicted.violations else 1.0)
 
 
-def choose(predictions: Predictions, struck: set[tuple[str, Tile]], count: int) -> Choice:
+def choose(predictions: Predictions, struck: set[tuple[str, Tile]], count: int, gain: float = _GAIN) -> Choice:
     """Up to ``count`` tiles: one after the other that which helps most, then each exchanged if another is better."""
     cycles = predictions.cycles.copy()
     for i, problem in enumerate(predictions.problems):
@@ -186,7 +199,7 @@ def choose(predictions: Predictions, struck: set[tuple[str, Tile]], count: int) 
     others = range(len(predictions.tiles))
     while len(chosen) < min(count, len(others)):
         best = min((j for j in others if j not in chosen), key=lambda j: total([*chosen, j]))
-        if chosen and total(chosen) - total([*chosen, best]) < _GAIN * len(logarithms):
+        if chosen and total(chosen) - total([*chosen, best]) < gain * len(logarithms):
             break
         chosen.append(best)
     for place in range(len(chosen)):
@@ -252,21 +265,16 @@ def demanding(architecture: str, precision: str) -> list[Launch]:
     """For each kernel, tile and kernel height, with and without a prologue, the launch with most to do at the end."""
     found: dict[tuple, Launch] = {}
     for name in ("fp16", "bf16") if precision == "half" else (precision,):
-        for one in (*launches(architecture, name), *forward_launches(architecture, name)):
-            constants = one.plan.constants
-            # bfloat16 is float16 with other conversions, which only a prologue has in the loop.
-            if "SPLIT" in constants and (name != "bf16" or constants["PROLOGUE"]):
-                key = name, _family(one), _tile(one), constants.get("R"), constants["PROLOGUE"]
-                known = found.get(key)
-                if known is None or _work(one) >= _work(known):
-                    found[key] = one
+        for batch in BATCHES:
+            for one in (*launches(architecture, name, (batch,)), *forward_launches(architecture, name, (batch,))):
+                constants = one.plan.constants
+                # bfloat16 is float16 with other conversions, which only a prologue has in the loop.
+                if "SPLIT" in constants and (name != "bf16" or constants["PROLOGUE"]):
+                    key = name, _family(one), _tile(one), constants.get("R"), constants["PROLOGUE"]
+                    known = found.get(key)
+                    if known is None or _work(one) >= _work(known):
+                        found[key] = one
     return list(found.values())
-
-
-def _made_from(one: Launch, tile: Tile) -> bool:
-    """Whether the launch is of that tile, perhaps with a shorter step."""
-    launched = _tile(one)
-    return launched.reduction <= tile.reduction and launched[:2] + launched[3:6] == tile[:2] + tile[3:6]
 
 
 def _work(one: Launch) -> int:
