@@ -220,17 +220,18 @@ def codes_of(data: Mapping[str, Any]) -> dict[str, cost.Code]:
 
 @functools.lru_cache(maxsize=4096)
 def _nearest_class(architecture: str, kind: str, precision: str, columns: int, inner: int) -> list[list[Any]]:
-    """The class itself, or of those of its kind and precision the one with the most similar sizes; columns, which a
-    tile must match, count twice."""
+    """The class itself, or of those of its kind and precision the one with the most similar number of columns, and of
+    these the one with the most similar inner dimension."""
     classes: dict[str, list[list[Any]]] = load(architecture)["classes"]
     wanted = class_key(kind, precision, columns, inner)
     if wanted in classes:
         return classes[wanted]
 
-    def distance(name: str) -> tuple[int, list[int]]:
-        sizes = [int(size).bit_length() for size in name.split()[2:]]
-        wide, long = (int(size).bit_length() for size in wanted.split()[2:])
-        return 2 * abs(sizes[0] - wide) + abs(sizes[1] - long), sizes
+    wide, long = (int(size).bit_length() for size in wanted.split()[2:])
+
+    def distance(name: str) -> tuple[int, int, int]:
+        columns, inner = (int(size).bit_length() for size in name.split()[2:])
+        return abs(columns - wide), abs(inner - long), columns
 
     return classes[min((name for name in classes if name.startswith(f"{kind} {precision} ")), key=distance)]
 

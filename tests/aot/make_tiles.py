@@ -30,6 +30,7 @@ from resnet_fast.kernels.triton.cost import Code, Problem
 from resnet_fast.kernels.triton.gpus import Gpu
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.aot.checks import Compiler, Result, narrow, spills, too_large, wrong_units
+from tests.aot.exceptions import excused
 from tests.aot.layers import Launch, image, launches, model_layers
 from tests.aot.offline import Compiled, lanes
 from tests.aot.training_layers import forward_launches
@@ -48,8 +49,8 @@ MODELS = (
     "wide_resnet101_2",
 )
 BATCHES = (1, 2, 4, 8, 16, 24, 32, 64, 128, 256)
-BUCKETS = (256, 1024, 4096, 16384, 65536, 262144, 1048576, None)
-"""Most rows of each, None: any number."""
+BUCKETS = (*(2**k for k in range(7, 21)), None)
+"""Most rows of each, None: any number. Twice as many rows are one more bucket, as twice the batch is."""
 
 KERNELS = ("pointers",)
 PARTS = (1,)
@@ -104,7 +105,10 @@ def make(architecture: str, compiler: Compiler, measure_code: bool) -> dict[str,
 
 
 def sound(one: Launch, made: Optional[Compiled]) -> bool:
-    return made is not None and not any(wrong(one, made) for wrong in (spills, too_large, wrong_units, narrow))
+    """Whether the tile may be shipped, as far as this launch tells."""
+    return made is not None and not any(
+        wrong(one, made) and not excused(wrong.__name__, one) for wrong in (spills, too_large, wrong_units, narrow)
+    )
 
 
 def _to_strike(

@@ -166,7 +166,8 @@ def test_copies_of_whole_tiles_take_no_instructions():
         ("a100", SQUARE._replace(warps=64), 20, ("threads",)),
         ("b200", Tile(128, 512, 16, 8, 2, True), 100, ()),
         ("b200", Tile(256, 512, 16, 8, 2, True), 100, ("tensor memory",)),
-        ("mi300x", SQUARE._replace(stages=2), 500, ()),
+        ("mi300x", SQUARE._replace(stages=2, warps=4), 500, ()),
+        ("mi300x", SQUARE._replace(stages=2), 500, ("registers",)),
         ("mi300x", SQUARE._replace(stages=4), 100, ("shared memory",)),
     ],
 )
