@@ -40,9 +40,9 @@ _UNITS = {
         "fp8": r"QMMA\.16832\.F32\.E[45]M[32]\.E[45]M[32]",
     },
     "gfx9": {
-        "fp16": r"v_mfma_f32_\w+_f16",
-        "bf16": r"v_mfma_f32_\w+_bf16(_1k)?",
-        "ieee": r"v_mfma_f32_\w+_f32",
+        "fp16": r"v_mfma_f32_(\d+x)+\d+_?f16",
+        "bf16": r"v_mfma_f32_(\d+x)+\d+_?bf16(_1k)?",
+        "ieee": r"v_mfma_f32_(\d+x)+\d+_?f32",
         "int8": r"v_mfma_i32_\w+i8",
         "fp8": r"v_mfma_(scale_)?f32_\w+_(fp8|bf8|f8f6f4)\w*",
     },

@@ -109,5 +109,10 @@ def save(architecture: str, table: Mapping[str, Figures]) -> None:
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(list(table[name]))}" for name in sorted(table))
     text = f'{{\n"triton": {json.dumps(triton.__version__)},\n"binaries": {{\n{lines}\n}}\n}}\n'
     (FOLDER / f"{architecture}.json").write_text(text)
+    forget()
+
+
+def forget() -> None:
+    """What was read of the files."""
     recorded.cache_clear()
     _require_the_same_triton.cache_clear()
