@@ -5,7 +5,9 @@
     prepared.py   launches kept, so that a repeated call is little Python
     planner.py    what was measured: our tiles against PyTorch's convolutions (cudnn.py), timed by measuring.py
     pack.py       the shapes in which the kernels want to read weights and images
-    tiles.py      tile sizes per architecture, read from tiles/*.json
+    problem.py    a convolution as the products that the kernels make of it
+    tiles.py      tile sizes per architecture and shape class, read from tiles/*.json
+    cost.py       the static model that these were made with; gpus.py has its data
     conv.py, gemm.py, parts.py, pool.py, classifier.py, epilogue.py    the kernels
     descriptor.py, conv_descriptor.py, gemm_descriptor.py    the same convolutions through tensor descriptors
     training.py   the primitives of training, and what belongs to them

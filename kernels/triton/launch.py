@@ -20,7 +20,8 @@ from resnet_fast.kernels.triton.conv import conv_kernel
 from resnet_fast.kernels.triton.gemm import gemm_kernel
 from resnet_fast.kernels.triton.parts import add_parts_kernel
 from resnet_fast.kernels.triton.pool import average_pool_kernel, max_pool_kernel
-from resnet_fast.kernels.triton.support import STEM_CHANNELS, interpreted
+from resnet_fast.kernels.triton.problem import conv_problem
+from resnet_fast.kernels.triton.support import interpreted
 from resnet_fast.kernels.triton.tail import tail_kernel
 
 Pair = tuple[int, int]
@@ -220,14 +221,19 @@ def plan_conv(
         residual = nhwc(residual)
     scale, shift, *prologue = (None if v is None else vector(v) for v in (scale, shift, *(prologue or (None, None))))
     precision = precision_of(x.dtype, target)
-    training = scale is None or prologue[0] is not None
+    statistics = scale is None
+    training = statistics or prologue[0] is not None
+    problem = conv_problem(
+        (n, c, h, w), (k, c, r, s), stride, padding, dilation, groups, precision,
+        residual is not None, prologue[0] is not None, statistics,
+    )  # fmt: skip
+    tile = tile or tiles.pick(target, *problem[:7])
     dot = {"PRECISION": "tf32" if precision == "tf32" else "ieee"}
     inference = {"HAS_RESIDUAL": residual is not None, "RELU": relu, **dot}
 
-    if (r, s, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1):
+    if problem.kind == "1x1":
         x = nhwc(x)
         rows = n * h * w
-        tile = tile or tiles.pick(target, precision, rows, k, c, 1)
         packed = pack.weight(weight, x.dtype, 1, 1, tile.reduction)
         if descriptor.refusal(tile, target, precision, x, packed, stride, groups, training) is None:
             operands = (scale, shift, y if residual is None else residual, y)
@@ -245,10 +251,9 @@ def plan_conv(
             end.then,
         )
 
-    if prologue[0] is None and groups == 1 and c <= STEM_CHANNELS and s > 1 and dilation[1] == 1:
+    if problem.kind == "stem":
         # Few channels: all taps of one kernel row side by side.
         pixel = pack.pixel_width(c)
-        tile = tile or tiles.pick(target, precision, n * p * q, k, s * pixel, 1)
         packed = pack.row_weight(weight, x.dtype, pixel, tile.reduction)
         image = _padded(padding)
         x = image(x)
@@ -261,7 +266,6 @@ def plan_conv(
         merge = pack.merged(groups, c // groups)
         groups_before, groups = groups, groups // merge
         c, k = c // groups, k // groups
-        tile = tile or tiles.pick(target, precision, n * p * q, k, c, groups)
         packed = pack.weight(weight, x.dtype, groups_before, merge, tile.reduction)
         if descriptor.refusal(tile, target, precision, x, packed, stride, groups, training) is None:
             operands = (scale, shift, y if residual is None else residual, y)

@@ -16,8 +16,8 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from resnet_fast.kernels.choices import Choices, own_version
-from resnet_fast.kernels.triton import cudnn, pack, tiles
-from resnet_fast.kernels.triton.support import STEM_CHANNELS
+from resnet_fast.kernels.triton import cudnn, tiles
+from resnet_fast.kernels.triton.problem import conv_problem
 
 Pair = tuple[int, int]
 
@@ -98,20 +98,13 @@ def describe(tile: tiles.Tile) -> str:
 
 
 def _tiles(problem: Problem) -> list[tiles.Tile]:
-    """The table's tile, and the architecture's other tiles as they fit the problem."""
-    p, q = problem.output()
-    rows, columns, reduction, groups = problem.n * p * q, problem.k, problem.c, problem.groups
-    if problem.kernel[1] > 1 and groups == 1 and reduction <= STEM_CHANNELS and problem.dilation[1] == 1:
-        reduction = problem.kernel[1] * pack.pixel_width(reduction)  # taps side by side, see launch.plan_conv
-    elif groups > 1:
-        groups //= pack.merged(groups, reduction // groups)
-        columns, reduction = columns // groups, reduction // groups
-    shape = (rows, columns, reduction, groups)
-    first = tiles.pick(problem.architecture, problem.precision, *shape)
-    found = dict.fromkeys([first])
-    for entry in tiles.load(problem.architecture)[problem.precision]:
-        found[tiles.fit(problem.architecture, tiles.Tile(*entry[:5], bool(entry[5])), *shape[:3])] = None
-    return list(found)[:_TILES]
+    """The table's tile, and those that the static model puts next."""
+    p = problem
+    weight = (p.k, p.c // p.groups, *p.kernel)
+    shape = conv_problem(
+        (p.n, p.c, p.h, p.w), weight, p.stride, p.padding, p.dilation, p.groups, p.precision, p.residual
+    )
+    return tiles.candidates(p.architecture, shape, _TILES)
 
 
 def choose(problem: Problem, index: int) -> Optional[Candidate]:

@@ -1,24 +1,38 @@
 """Tile sizes, read from ``tiles/<architecture>.json``.
 
-A file lists, for each precision, tiles from the largest to the smallest. A large tile reads each input fewer times; a
-small one makes more programs. So a problem gets the largest tile that still gives every multiprocessor a program, or
-else the last tile. None of these choices was measured on a GPU; that they compile without spilling registers is
-tested ahead of time (tests/aot).
+A file lists tiles for each precision. A forward convolution gets one of them by its class: what kind of convolution it
+is (cost.KINDS), its columns and the length of its inner dimension, both rounded up to a power of two, and within the
+class by its number of rows, so that a batch gets what a batch of about its size gets. A class that the file does not
+have is served by the nearest one. Which tile is best for a class is what a static model says (cost.py);
+``python -m tests.aot.make_tiles`` asks it, and writes these files. None of the choices was measured on a GPU; that
+the tiles compile without spilling registers is tested ahead of time (tests/aot). ``override`` is for choices that were
+measured.
 
-    multiprocessors   of the largest GPU of the architecture
-    shared_memory     bytes that a program may use, on the smallest GPU that takes this file
+Other kernels' tiles are listed from the largest to the smallest. A large tile reads each input fewer times; a small one
+makes more programs. So a problem gets the largest tile that still gives every multiprocessor a program, or else the
+last tile.
+
+    multiprocessors   of the GPU that the file is made for (gpus.py)
+    shared_memory     bytes that a program may use
     smallest          [BM, BN, BK] below which a tile is not cut down to fit a small problem
-    half, tf32, ieee  [BM, BN, BK, warps, stages, split]; split: finish the tile in two halves (see epilogue.py)
+    half, tf32, ieee  [BM, BN, BK, warps, stages, split], and if they are not Tile's defaults, kernel and parts; split:
+                      finish the tile in two halves (see epilogue.py)
+    classes           "kind precision columns inner": [most rows (of all groups together), position in the list], ...
+    code              for each family of kernels, the numbers of cost.Code
     max_pool, average_pool  [BM, BN, warps]
     dgrad_half, wgrad_half, ..._ieee  like half, for the gradients; never split
-    pointwise         [BM, BN, warps] of passes that only move data: backward ones, the sum of a convolution's parts
+    pointwise         [BM, BN, warps] of the backward passes that only move data
     sum_rows          [BM, elements of the tile, warps]
 """
 
 import functools
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
+
+from resnet_fast.kernels.triton import cost, gpus
+from resnet_fast.kernels.triton.cost import Problem
 
 _FOLDER = Path(__file__).parent / "tiles"
 
@@ -26,8 +40,8 @@ _FOLDER = Path(__file__).parent / "tiles"
 class Tile(NamedTuple):
     """One program makes [rows, columns] of the output, ``reduction`` elements of the inner dimension at a time.
 
-    kernel: "pointers", or "descriptors" or "specialised", which are for some convolutions only (descriptor.py). parts:
-    of the inner dimension, each made by programs of its own and summed afterwards.
+    kernel: "pointers", or another way to the same result, where there is one (launch.py). parts: of the inner
+    dimension, each made by programs of its own and summed afterwards.
     """
 
     rows: int
@@ -50,57 +64,180 @@ class Tile(NamedTuple):
         }
 
 
+_measured: dict[tuple[str, Problem], Tile] = {}  # for an architecture
+
+
 @functools.cache
 def load(architecture: str) -> dict[str, Any]:
     """The tiles of the nearest architecture that has some."""
-    return json.loads((_FOLDER / f"{nearest(architecture)}.json").read_text())
+    return json.loads(path(nearest(architecture)).read_text())
+
+
+def path(architecture: str) -> Path:
+    """Where the file of an architecture is, or would be."""
+    return _FOLDER / f"{architecture}.json"
 
 
 def nearest(architecture: str) -> str:
-    """The file for ``"sm_89"``, ``"gfx90a"``, ``"interpreter"``.
+    """The file for ``"sm_87"``, ``"gfx90a"``, ``"interpreter"``.
 
     NVIDIA: of the files, the newest that is not newer. AMD: gfx942's, whose local memory no later GPU undercuts.
     """
     if architecture.startswith("gfx"):
-        return architecture if (_FOLDER / f"{architecture}.json").exists() else "gfx942"
+        return architecture if path(architecture).exists() else "gfx942"
     if not architecture.startswith("sm_"):
         return architecture
     capability = int(architecture.removeprefix("sm_"))
-    if capability >= 120:
-        # GeForce Blackwell has the tensor instructions and the shared memory of Ampere, not those of sm_100.
-        return "sm_80"
-    known = sorted(int(path.stem.removeprefix("sm_")) for path in _FOLDER.glob("sm_*.json"))
+    known = sorted(int(one.stem.removeprefix("sm_")) for one in _FOLDER.glob("sm_*.json"))
     return f"sm_{max((one for one in known if one <= capability), default=known[0])}"
 
 
 @functools.lru_cache(maxsize=4096)
-def pick(architecture: str, precision: str, rows: int, columns: int, reduction: int, groups: int) -> Tile:
+def pick(
+    architecture: str,
+    precision: str,
+    rows: int,
+    columns: int,
+    reduction: int,
+    groups: int,
+    kind: Optional[str] = None,
+    taps: int = 1,
+) -> Tile:
     """The tile for ``groups`` products of ``[rows, taps * reduction] @ [taps * reduction, columns]``.
 
-    precision: "half", "tf32" or "ieee".
+    precision: "half", "tf32" or "ieee", or the name of another list of tiles. kind: of cost.KINDS, for a convolution
+    that has a class. These are the first fields of a Problem, in its order.
     """
+    if kind is not None:
+        measured = _measured.get((architecture, Problem(precision, rows, columns, reduction, groups, kind, taps)))
+        if measured is not None:
+            return measured
     data = load(architecture)
-    widest = max(power_of_two(columns), data["smallest"][1])
-    for tile in data[precision]:
-        bm, bn, bk, warps, stages, split = tile
-        if bn <= widest and groups * -(-rows // bm) * -(-columns // bn) >= data["multiprocessors"]:
-            break
-    return fit(architecture, Tile(bm, bn, bk, warps, stages, bool(split)), rows, columns, reduction)
+    listed = listed_tiles(architecture, precision)
+    if kind is not None and "classes" in data:
+        steps = _nearest_class(architecture, kind, precision, columns, taps * reduction)
+        tile = listed[next(position for most, position in steps if most is None or rows * groups <= most)]
+    else:
+        widest = _widest(data, columns)
+        for one in listed:
+            tile = one
+            programs = groups * -(-rows // tile.rows) * -(-columns // tile.columns)
+            if tile.columns <= widest and programs >= data["multiprocessors"]:
+                break
+    return fit(architecture, tile, rows, columns, reduction)
+
+
+def candidates(architecture: str, problem: Problem, count: int) -> list[Tile]:
+    """Up to ``count`` different tiles for measuring: the table's choice, then what the model puts first.
+
+    All are tiles that the table gives to the same family of kernels, cut down to the problem.
+    """
+    choices = {pick(architecture, *problem[:7]): None}
+    data = load(architecture)
+    if "classes" in data:
+        gpu, codes = gpu_of(architecture), codes_of(data)
+        listed = listed_tiles(architecture, problem.precision)
+        positions = positions_in_use(data, problem.precision, problem.family)
+        shape = problem.rows, problem.columns, problem.channels
+        fitted = {fit(architecture, listed[position], *shape) for position in positions}
+        predicted = {tile: cost.predict(gpu, problem, tile, codes).cycles for tile in fitted}
+        choices |= dict.fromkeys(sorted(fitted, key=lambda tile: (predicted[tile], tile)))
+    return list(choices)[:count]
+
+
+def override(architecture: str, choices: Mapping[Problem, Tile]) -> None:
+    """From now on, ``pick`` gives these problems these tiles, as they are, and all others what the table says.
+
+    Of a problem, residual, prologue and statistics do not count. Earlier choices for the architecture are forgotten.
+    """
+    for known in [one for one in _measured if one[0] == architecture]:
+        del _measured[known]
+    _measured.update({(architecture, Problem(*problem[:7])): tile for problem, tile in choices.items()})
+    forget()
+
+
+def forget() -> None:
+    """Look everything up again, in what ``load`` returned."""
+    for cached in (pick, listed_tiles, _nearest_class):
+        cached.cache_clear()
 
 
 def fit(architecture: str, tile: Tile, rows: int, columns: int, reduction: int) -> Tile:
-    """``tile``, cut down to products of ``[rows, taps * reduction] @ [taps * reduction, columns]``."""
-    smallest_rows, smallest_columns, smallest_reduction = load(architecture)["smallest"]
-    bm, bn, bk, warps, stages, split, *rest = tile
-    size, widest = bm * bn, max(power_of_two(columns), smallest_columns)
-    bm = max(min(bm, power_of_two(rows)), smallest_rows)
-    split = split and bn <= widest
-    bn = min(bn, widest)
+    """``tile``, cut down to a problem that is smaller, in as many dimensions as it is."""
+    data = load(architecture)
+    smallest_rows, _, smallest_reduction = data["smallest"]
+    widest = _widest(data, columns)
+    bm = max(min(tile.rows, power_of_two(rows)), smallest_rows)
+    bn = min(tile.columns, widest)
+    bk = tile.reduction
     # Rather more steps than a last step that is mostly padding.
     shortest = max(smallest_reduction, min(32, power_of_two(reduction)))
     while bk > shortest and -(-reduction // (bk // 2)) * (bk // 2) < -(-reduction // bk) * bk:
         bk //= 2
-    return Tile(bm, bn, bk, min(warps, max(4, warps * bm * bn // size)), stages, split, *rest)
+    warps = min(tile.warps, max(4, tile.warps * bm * bn // (tile.rows * tile.columns)))
+    split = tile.split and tile.columns <= widest
+    return tile._replace(rows=bm, columns=bn, reduction=bk, warps=warps, split=split)
+
+
+@functools.lru_cache(maxsize=256)
+def listed_tiles(architecture: str, precision: str) -> tuple[Tile, ...]:
+    """The file's list, in its order."""
+    return tuple(from_list(one) for one in load(architecture)[precision])
+
+
+def from_list(values: Iterable[Any]) -> Tile:
+    """As a file has it."""
+    rows, columns, reduction, warps, stages, split, *rest = values
+    return Tile(rows, columns, reduction, warps, stages, bool(split), *rest)
+
+
+def class_key(kind: str, precision: str, columns: int, inner: int) -> str:
+    """The name of a class in a file."""
+    return f"{kind} {precision} {power_of_two(columns)} {power_of_two(inner)}"
+
+
+def positions_in_use(data: Mapping[str, Any], precision: str, family: str) -> set[int]:
+    """Positions in a precision's list of the tiles that some class of a family of kernels takes (cost.family_of)."""
+    classes = ((*name.split()[:2], steps) for name, steps in data["classes"].items())
+    return {
+        position
+        for kind, its_precision, steps in classes
+        if its_precision == precision and cost.family_of(kind) == family
+        for _, position in steps
+    }
+
+
+def gpu_of(architecture: str) -> gpus.Gpu:
+    """The GPU that the architecture's file is made for."""
+    name = nearest(architecture)
+    return next(gpu for gpu in gpus.GPUS.values() if gpu.architecture == name)
+
+
+def codes_of(data: Mapping[str, Any]) -> dict[str, cost.Code]:
+    """What the model wants to know of the compiler's output, by family of kernels, from the contents of a file."""
+    return {family: cost.Code(*numbers) for family, numbers in data["code"].items()}
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest_class(architecture: str, kind: str, precision: str, columns: int, inner: int) -> list[list[Any]]:
+    """The class itself, or of those of its kind and precision the one with the most similar number of columns, and of
+    these the one with the most similar inner dimension."""
+    classes: dict[str, list[list[Any]]] = load(architecture)["classes"]
+    wanted = class_key(kind, precision, columns, inner)
+    if wanted in classes:
+        return classes[wanted]
+
+    wide, long = (int(size).bit_length() for size in wanted.split()[2:])
+
+    def distance(name: str) -> tuple[int, int, int]:
+        columns, inner = (int(size).bit_length() for size in name.split()[2:])
+        return abs(columns - wide), abs(inner - long), columns
+
+    return classes[min((name for name in classes if name.startswith(f"{kind} {precision} ")), key=distance)]
+
+
+def _widest(data: Mapping[str, Any], columns: int) -> int:
+    return max(power_of_two(columns), data["smallest"][1])
 
 
 def power_of_two(value: int) -> int:

@@ -4,7 +4,7 @@ Each primitive is planned with everything that it can be asked to do besides (re
 most registers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -19,16 +19,6 @@ def backward_launches(architecture: str, precision: str) -> Iterator[Launch]:
     for name, steps in _steps(architecture, precision):
         for plan in steps.plans:
             yield Launch(name, architecture, precision, plan)
-
-
-def one_per_tile(all_launches: Iterable[Launch]) -> list[Launch]:
-    """One launch for each kernel and tile: the one with the most taps. Of kernels that only move data, the first."""
-    chosen: dict[tuple, Launch] = {}
-    for one in sorted(all_launches, key=lambda one: -one.plan.constants.get("R", 1)):
-        constants = one.plan.constants
-        tile = ("BM", "BN", "BK", "num_warps", "num_stages", "EXPAND") if "BK" in constants else ()
-        chosen.setdefault((one.plan.kernel.__name__, *map(constants.get, tile)), one)
-    return list(chosen.values())
 
 
 def _steps(architecture: str, precision: str) -> Iterator[tuple[str, training.Steps]]:

@@ -1,28 +1,38 @@
 """Every launch that ResNet-18, ResNet-50 and ResNeXt-50 make at 224x224, planned on the meta device.
 
 Many layers share a binary: shapes that are runtime arguments do not matter, and a tile that is chosen for one batch
-size may be chosen for others. ``distinct`` keeps one launch per binary. ``representative`` keeps one per *kind* of
-binary: layers that differ only in how many channels they loop over, or write, compile to the same instructions with
-other constants, except where the compiler unrolls a short loop.
+size may be chosen for others. ``distinct`` keeps one launch per binary.
 """
 
 import contextlib
+import functools
 from collections.abc import Hashable, Iterable, Iterator
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torchvision
 
-from resnet_fast.kernels.triton import launch
+from resnet_fast.kernels.triton import launch, tiles
 from resnet_fast.kernels.triton.launch import Plan
 
 MODELS = ("resnet18", "resnet50", "resnext50_32x4d")
 BATCHES = (1, 8, 128)
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+# Those with tiles of their own.
+ARCHITECTURES = tuple(
+    name
+    for name in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+    if tiles.nearest(name) == name
+)
 PRECISIONS = ("fp16", "bf16", "tf32", "ieee")
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
-_UNROLLED = 18  # steps up to which LLVM was seen to unroll a loop with a constant count
+_LETTERS = {
+    torch.float16: "h", torch.bfloat16: "b", torch.float32: "f", torch.float64: "d", torch.int8: "c", torch.uint8: "u",
+    torch.int32: "i", torch.int64: "l", torch.float8_e4m3fn: "e", torch.float8_e5m2: "g",
+    torch.float8_e4m3fnuz: "z",
+}  # fmt: skip
+# Constants that an entry's name leaves out.
+_USUAL = {"GROUPS": 1, "STRIDE": 1, "PAD": 0, "DILATION": 1, "STEP": 1, "PRECISION": "ieee"}
 
 
 class Layer(NamedTuple):
@@ -56,35 +66,58 @@ class Launch(NamedTuple):
 
     def binary(self) -> Hashable:
         """What makes another binary."""
-        constants = tuple(sorted(self.plan.constants.items()))
-        return self.architecture, self.precision, self.plan.kernel.__name__, constants
+        return self.architecture, self.entry()
 
-    def kind(self) -> Hashable:
-        """What makes other instructions, as far as one knows beforehand."""
-        constants = dict(self.plan.constants)
-        block, tap_channels, columns = constants.get("BK", 1), constants.pop("C", 0), constants.pop("K", 0)
-        steps = constants.get("R", 1) * constants.get("S", 1) * -(-tap_channels // block)
-        for name in ("PIXEL", "ROW_UNIT", "GROUPS"):
-            constants.pop(name, None)
-        return (
-            self.architecture,
-            self.precision,
-            self.plan.kernel.__name__,
-            min(steps, _UNROLLED + 1),
-            tap_channels % block != 0,
-            columns % constants["BN"] != 0,
-            tuple(sorted(constants.items())),
-        )
+    def entry(self) -> str:
+        """All that the compiler is told but for the architecture, to be read: kernel, arguments, tile, constants.
+
+        One letter for each argument. A tensor's dtype: h, b, f, d (float16, bfloat16, float32, float64), c, u, i, l
+        (integers of 8, 8, 32 and 64 bits, u without a sign), e, g, z (8-bit floats e4m3, e5m2, AMD's e4m3); a capital
+        if it is a tensor descriptor. A number: n, or N of 64 bits; a if the compiler is told that it is a multiple of
+        16, 1 if it is told that it is 1. "-" is None.
+        """
+        kernel, constants = self.plan.kernel, dict(self.plan.constants)
+        arguments = "".join(_letter(value, kernel.params[i]) for i, value in enumerate(self.plan.args))
+        tile = "x".join(str(constants.pop(name)) for name in ("BM", "BN", "BK", "BP") if name in constants)
+        warps, stages = (constants.pop(name, None) for name in ("num_warps", "num_stages"))
+        words = [kernel.__name__, arguments, tile, f"w{warps}"] + ([] if stages is None else [f"s{stages}"])
+        for name, value in constants.items():
+            axis = name[-2:] if name[-2:] in ("_H", "_W") else ""
+            if axis and constants.get(name[:-2] + "_H") == constants.get(name[:-2] + "_W"):
+                if axis == "_W":
+                    continue
+                name = name[:-2]
+            if value is True:
+                words.append(name)
+            elif value is not False and value is not None and value != _USUAL.get(name):
+                words.append(f"{name}={value}")
+        return " ".join(words)
 
 
-def model_layers() -> list[Layer]:
+def _letter(value: Any, parameter: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, torch.Tensor):
+        return _LETTERS[value.dtype]
+    if hasattr(value, "block_shape"):
+        return _LETTERS[value.base.dtype].upper()
+    if isinstance(value, int) and not parameter.do_not_specialize:
+        if value == 1:
+            return "1"
+        if value % 16 == 0 and not parameter.do_not_specialize_on_alignment:
+            return "a"
+    return "N" if isinstance(value, int) and not -(2**31) <= value < 2**31 else "n"
+
+
+@functools.cache
+def model_layers(models: tuple[str, ...] = MODELS) -> list[Layer]:
     """The distinct convolutions of the models, with the residual and the ReLU that the block gives them."""
     found: dict[Layer, None] = {}
-    for name in MODELS:
+    for name in models:
         with torch.device("meta"):
             model = getattr(torchvision.models, name)().eval()
             names = {module: path for path, module in model.named_modules()}
-            last = "conv2" if name == "resnet18" else "conv3"
+            last = "conv2" if name in ("resnet18", "resnet34") else "conv3"
 
             def note(module, args, output, names=names, last=last):
                 leaf = names[module].rpartition(".")[2]
@@ -135,12 +168,12 @@ def plan_layer(layer: Layer, batch: int, precision: str, architecture: str) -> L
     return Launch(f"{layer.name()} batch {batch}", architecture, precision, plan)
 
 
-def launches(architecture: str, precision: str) -> Iterator[Launch]:
+def launches(architecture: str, precision: str, batches: tuple[int, ...] = BATCHES) -> Iterator[Launch]:
     """All layers, all batches, and the poolings."""
     if precision == "tf32" and architecture.startswith("gfx"):
         return  # there PyTorch's own convolutions compute float32 in float32
     for layer in model_layers():
-        for batch in BATCHES:
+        for batch in batches:
             yield plan_layer(layer, batch, precision, architecture)
     dtype = DTYPES[precision]
     max_pool = launch.plan_max_pool(image(128, 64, 112, 112, dtype), architecture)
@@ -153,23 +186,6 @@ def launches(architecture: str, precision: str) -> Iterator[Launch]:
 def distinct(all_launches: Iterable[Launch]) -> list[Launch]:
     """One launch per binary."""
     return list({one.binary(): one for one in all_launches}.values())
-
-
-def representative(all_launches: Iterable[Launch]) -> list[Launch]:
-    """One launch per kind of binary."""
-    return list({one.kind(): one for one in all_launches}.values())
-
-
-def one_per_tile(all_launches: Iterable[Launch]) -> list[Launch]:
-    """One launch per kernel, tile, kernel height, and set of flags: the last, so one with a long loop."""
-    tile = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT")
-    flags = ("HAS_RESIDUAL", "RESIDUAL_AFFINE", "PROLOGUE", "STATISTICS")
-    names = (*tile, *flags, "R")
-    chosen = {}
-    for one in all_launches:
-        key = (one.plan.kernel.__name__, tuple(one.plan.constants.get(name) for name in names))
-        chosen[key] = one
-    return list(chosen.values())
 
 
 def image(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:

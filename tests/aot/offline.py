@@ -6,15 +6,17 @@ PyTorch's ``meta`` device have shapes and dtypes, and an address of 0, which cou
 addresses are.
 
 What a device would report when it loads the binary (registers, stack) is read from the binary with the tools that
-come with Triton.
+come with Triton. NVIDIA's disassembler takes longer to start than Triton to compile a small kernel, and reads one file
+a time: so the code of many kernels goes to it as one, without the files around it.
 """
 
+import functools
 import importlib
 import multiprocessing
 import re
+import struct
 import subprocess
 import tempfile
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -25,14 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from resnet_fast.kernels.triton.launch import Plan
+from tests.aot.assembly import AMD, NVIDIA, Dialect, Instruction, Loop, amdgcn, is_a, main_loop, sass
 
-_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-_TENSOR_CORE = ("HGMMA", "HMMA", "UTCHMMA")  # sm_90's wgmma, mma.sync, sm_100's tcgen05
-
-_TINY = re.compile(r"\.[US](8|16)\b")
-
-# One instruction of SASS: "/*0120*/  @P0 LDG.E.128 R4, [R2] ;"
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9][\w.]*)", re.MULTILINE)
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 class Compiled(NamedTuple):
@@ -42,15 +39,18 @@ class Compiled(NamedTuple):
     spilled: int  # bytes of stack per thread
     local_accesses: int  # loads and stores of spilled or indexed local memory
     shared: int  # bytes
+    tensor_memory: int  # columns, of sm_100
     warps: int
     tensor_core: int  # instructions
-    wide_loads: int  # 16-byte loads from global memory
+    units: frozenset[str]  # their names, with all modifiers
+    wide_loads: int  # loads from global memory of 16 bytes or more
     narrow_loads: int  # all others, those of scale and shift among them
     narrow_copies: int  # of these, copies to shared memory
     tiny_loads: int  # of these, loads of 1 or 2 bytes
     instructions: int
     descriptor_loads: int  # by the copy engine, through tensor descriptors
     thread_copies: int  # to shared memory, without it
+    loop: Loop
 
 
 def lanes(architecture: str) -> int:
@@ -96,17 +96,17 @@ class Worker:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
-    def compile(self, plan: Plan, architecture: str) -> Compiled:
+    def compile(self, plans: list[Plan], architecture: str) -> list[Compiled]:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        function = plan.kernel.fn
+        names = [(plan.kernel.fn.__module__, plan.kernel.fn.__name__) for plan in plans]
         try:
             return self._pool.submit(
-                _compile_named, function.__module__, function.__name__, plan._replace(kernel=None), architecture
+                _compile_named, names, [plan._replace(kernel=None) for plan in plans], architecture
             ).result()
         except BrokenProcessPool:
             self._stop()
-            raise CompilerCrash(f"the compiler crashed on {function.__name__} for {architecture}") from None
+            raise CompilerCrash(f"the compiler crashed on one of {names} for {architecture}") from None
 
     def _stop(self) -> None:
         if self._pool is not None:
@@ -114,75 +114,105 @@ class Worker:
             self._pool = None
 
 
-def _compile_named(module: str, name: str, plan: Plan, architecture: str) -> Compiled:
-    return compile_plan(plan._replace(kernel=getattr(importlib.import_module(module), name)), architecture)
+def _compile_named(names: list[tuple[str, str]], plans: list[Plan], architecture: str) -> list[Compiled]:
+    kernels = [getattr(importlib.import_module(module), name) for module, name in names]
+    return compile_plans([plan._replace(kernel=kernel) for plan, kernel in zip(plans, kernels)], architecture)
 
 
-def compile_plan(plan: Plan, architecture: str) -> Compiled:
-    """Compile ``plan``, whose tensors are on the meta device, for ``"sm_90"`` or ``"gfx942"``."""
+def compile_plans(plans: list[Plan], architecture: str) -> list[Compiled]:
+    """Compile ``plans``, whose tensors are on the meta device, for ``"sm_90"`` or ``"gfx942"``."""
     driver.set_active(_Driver(architecture))
-    kernel = plan.kernel.warmup(*plan.args, grid=plan.grid, **plan.constants)
-    return _read_amd(kernel) if architecture.startswith("gfx") else _read_nvidia(kernel)
+    made = []
+    for plan in plans:
+        made.append(plan.kernel.warmup(*plan.args, grid=plan.grid, **plan.constants))
+        # The just-in-time compiler would keep all that it ever made, with its assembly at every stage: megabytes each.
+        for kernels, *_ in plan.kernel.device_caches.values():
+            kernels.clear()
+    read = _read_amd if architecture.startswith("gfx") else functools.partial(_read_nvidia, architecture)
+    return read(made, [multiplies(plan) for plan in plans])
 
 
-def _read_nvidia(kernel: Any) -> Compiled:
+def multiplies(plan: Plan) -> bool:
+    """Whether the kernel is a matrix product: over blocks of channels, or of pixels."""
+    return "BK" in plan.constants or "BP" in plan.constants
+
+
+def _read_nvidia(architecture: str, kernels: list[Any], products: list[bool]) -> list[Compiled]:
+    code = [_text_section(kernel.asm["cubin"]) for kernel in kernels]
+    # From sm_90 on there are instructions that only the very architecture has, not its successors ("a").
+    name = architecture.upper().replace("_", "") + ("a" if int(architecture.removeprefix("sm_")) >= 90 else "")
+    text = _run("nvdisasm", "--binary", name, content=b"".join(code))
+    each = sass(text, [len(one) for one in code])
+    made = []
+    for kernel, one, product in zip(kernels, each, products):
+        usage = _run("cuobjdump", "-res-usage", content=kernel.asm["cubin"])
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found, usage
+        made.append(_describe(kernel, one, NVIDIA, int(found[1]), int(found[2]), product))
+    return made
+
+
+def _run(tool: str, *options: str, content: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(content)
         file.flush()
-        usage = _run("-res-usage", file.name)
-        sass = _run("-sass", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    names = _INSTRUCTION.findall(sass)
-    opcodes = Counter(name.split(".")[0] for name in names)
-    loads = [name for name in names if name.startswith(("LDG.", "LDGSTS."))]
-    wide = sum(".128" in name for name in loads)
-    return Compiled(
-        registers=int(found[1]),
-        spilled=int(found[2]),
-        local_accesses=opcodes["LDL"] + opcodes["STL"],
-        shared=kernel.metadata.shared,
-        warps=kernel.metadata.num_warps,
-        tensor_core=sum(opcodes[name] for name in _TENSOR_CORE),
-        wide_loads=wide,
-        narrow_loads=len(loads) - wide,
-        narrow_copies=sum(name.startswith("LDGSTS.") and ".128" not in name for name in loads),
-        tiny_loads=sum(bool(_TINY.search(name)) for name in loads),
-        instructions=len(names),
-        descriptor_loads=opcodes["UTMALDG"],
-        thread_copies=opcodes["LDGSTS"],
-    )
-
-
-def _run(option: str, path: str) -> str:
-    done = subprocess.run([_CUOBJDUMP, option, path], capture_output=True, text=True, check=True)
+        done = subprocess.run([_TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 
-def _read_amd(kernel: Any) -> Compiled:
-    assembly = kernel.asm["amdgcn"]
+def _text_section(cubin: bytes) -> bytes:
+    """The kernel's instructions: the section ".text.<name>" of an ELF file (System V ABI, chapter 4)."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    # Of each section: the offset of its name among the names; type, flags, address; its own offset and size.
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    found = [one for one in sections if cubin.startswith(b".text.", sections[names][4] + one[0])]
+    assert len(found) == 1, f"{len(found)} functions in one binary"
+    *_, offset, length = found[0]
+    return cubin[offset : offset + length]
 
-    def number(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
-        assert found, name
-        return int(found[1])
 
-    loads = re.findall(r"^\s+((?:buffer|global)_load_\w+)", assembly, re.MULTILINE)
-    wide = sum(name.endswith("dwordx4") for name in loads)
-    return Compiled(
-        registers=number("vgpr_count"),
+def _read_amd(kernels: list[Any], products: list[bool]) -> list[Compiled]:
+    made = []
+    for kernel, product in zip(kernels, products):
+        assembly = kernel.asm["amdgcn"]
+
+        def number(name: str, assembly: str = assembly) -> int:
+            found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+            assert found, name
+            return int(found[1])
+
         # Vector registers spill to memory, the private segment. Scalar ones spill to lanes of a vector register, which
         # costs a move; they are not counted (gfx950 does so in float32).
-        spilled=number("private_segment_fixed_size") + number("vgpr_spill_count"),
-        local_accesses=len(re.findall(r"^\s+scratch_(?:load|store)", assembly, re.MULTILINE)),
+        spilled = number("private_segment_fixed_size") + number("vgpr_spill_count")
+        made.append(_describe(kernel, amdgcn(assembly), AMD, number("vgpr_count"), spilled, product))
+    return made
+
+
+def _describe(
+    kernel: Any, code: list[Instruction], dialect: Dialect, registers: int, spilled: int, product: bool
+) -> Compiled:
+    def of(kind: re.Pattern) -> list[Instruction]:
+        return [one for one in code if is_a(kind, one)]
+
+    tensor_core, loads = of(dialect.tensor_core), of(dialect.load)
+    wide = sum(is_a(dialect.wide, one) for one in loads)
+    counted = dialect.tensor_core if tensor_core or not product else dialect.multiply_add
+    return Compiled(
+        registers=registers,
+        spilled=spilled,
+        local_accesses=len(of(dialect.local)),
         shared=kernel.metadata.shared,
+        tensor_memory=getattr(kernel.metadata, "tmem_size", 0),
         warps=kernel.metadata.num_warps,
-        tensor_core=len(re.findall(r"^\s+v_(?:mfma|wmma)", assembly, re.MULTILINE)),
+        tensor_core=len(tensor_core),
+        units=frozenset(one.name for one in tensor_core),
         wide_loads=wide,
         narrow_loads=len(loads) - wide,
-        narrow_copies=sum("_lds_" in name and "dwordx4" not in name for name in loads),
-        tiny_loads=sum(bool(re.search("byte|short", name)) for name in loads),
-        instructions=len(re.findall(r"^\s+[a-z]\w+_\w+", assembly, re.MULTILINE)),
-        descriptor_loads=0,
-        thread_copies=sum("_lds_" in name for name in loads),
+        narrow_copies=sum(is_a(dialect.copy, one) and not is_a(dialect.wide, one) for one in loads),
+        tiny_loads=sum(is_a(dialect.tiny, one) for one in loads),
+        instructions=len(code),
+        descriptor_loads=sum(one.name.startswith("UTMALDG") for one in code),
+        thread_copies=len(of(dialect.copy)),
+        loop=main_loop(code, dialect, counted),
     )

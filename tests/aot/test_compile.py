@@ -1,99 +1,123 @@
 """Every shipped kernel and tile, compiled for its targets from the very plans that would be launched. No GPU is used.
 
-Compiled here: one launch of every kind (layers.py) in fp16; in bf16, TF32 and fp32, whose kernels differ from those in
-instructions but not in structure, one for every tile and kernel height, with and without a residual. Left out: layers
-that differ from a compiled one in their numbers of channels only. ``python -m tests.aot.report --all`` compiles those.
+Compiled here: some launches that stand for all (``shipped.subset``), or with ``--all`` every binary that ships. A
+launch that a check may find fault with is named, with the reason, in exceptions.py.
 """
-
-import functools
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from resnet_fast.kernels.triton import launch, tiles
-from tests.aot.checks import SHARED_MEMORY, Compiler, Result, narrow, offenders, spills, too_large, wrong_units
-from tests.aot.layers import ARCHITECTURES, Launch, launches, one_per_tile, representative
-from tests.aot.offline import Worker
+from resnet_fast.kernels.triton.cost import KINDS
+from tests.aot import regressions
+from tests.aot.checks import narrow, offenders, shared_memory, spills, too_large, wrong_units
+from tests.aot.exceptions import EXEMPT
+from tests.aot.layers import ARCHITECTURES, launches
+from tests.aot.shipped import TARGETS, everything, subset
 
-CHOICES: dict[str, Callable[[list[Launch]], list[Launch]]] = {
-    "fp16": representative,
-    "bf16": one_per_tile,
-    "tf32": one_per_tile,
-    "ieee": one_per_tile,
-}
-TARGETS = [(a, p) for a in ARCHITECTURES for p in CHOICES if not (a.startswith("gfx") and p == "tf32")]
+pytestmark = pytest.mark.timeout(3600)  # the first test of a target waits for all that is compiled for it
 
-each_target = pytest.mark.parametrize(("architecture", "precision"), TARGETS)
+each_target = pytest.mark.parametrize("target", TARGETS, ids="-".join)
+each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")
-def results():
-    """A function that compiles for a target, once."""
-    with Compiler() as compiler:
-
-        @functools.cache
-        def all_of(architecture: str, precision: str) -> list[Result]:
-            return compiler.results(CHOICES[precision](list(launches(architecture, precision))))
-
-        yield all_of
+def results(request, compiler, compile_all):
+    """A function: what the compiler makes for a target. It starts here, with the targets of all tests that will run."""
+    chosen = everything if compile_all else subset().__getitem__
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    for target in dict.fromkeys(one["target"] for one in parameters if "target" in one):
+        compiler.start(chosen(target))
+    return lambda target: compiler.results(chosen(target))
 
 
 @each_target
-def test_compiles(results, architecture, precision):
-    found = results(architecture, precision)
-    assert len(found) >= 8
+def test_compiles(results, target):
+    found = results(target)
+    assert found
     assert not [item.name for item, compiled in found if compiled is None]
 
 
 @each_target
-def test_no_register_spills(results, architecture, precision):
-    assert not offenders(results(architecture, precision), spills)
+def test_no_register_spills(results, target):
+    assert not offenders(results(target), spills)
 
 
 @each_target
-def test_a_program_fits_the_multiprocessor(results, architecture, precision):
+def test_a_program_fits_the_multiprocessor(results, target):
     """Triton does not check shared memory when it compiles; a kernel that takes too much fails at its first launch."""
-    assert tiles.load(architecture)["shared_memory"] == SHARED_MEMORY[architecture]
-    assert not offenders(results(architecture, precision), too_large)
+    assert not offenders(results(target), too_large)
 
 
 @each_target
-def test_tensor_cores(results, architecture, precision):
-    """Used by every convolution, but for full-precision float32 on NVIDIA, which has no instruction for it."""
-    assert not offenders(results(architecture, precision), wrong_units)
+def test_tensor_cores(results, target):
+    """Every product uses the instruction that its architecture has for the precision, where it has one."""
+    assert not offenders(results(target), wrong_units)
 
 
 @each_target
-def test_loads_are_16_bytes_wide(results, architecture, precision):
-    """With channels in multiples of 16 bytes: no copy to shared memory is narrower, and no load is of single halves."""
-    assert not offenders(results(architecture, precision), narrow)
+def test_loads_are_16_bytes_wide(results, target):
+    """In the main loop, with channels in multiples of 16 bytes."""
+    assert not offenders(results(target), narrow)
 
 
 @each_target
+def test_no_worse_than_recorded(results, target):
+    """regressions.py says what counts."""
+    assert not regressions.regressions(results(target))
+
+
+@each_architecture
+def test_every_figure_is_of_a_launch(compile_all, architecture):
+    if not compile_all:
+        pytest.skip("needs --all")
+    shipped = [one for target in TARGETS if target[0] == architecture for one in everything(target)]
+    assert not regressions.unused(architecture, shipped), regressions.RECORD
+
+
+@pytest.mark.parametrize("exempt", EXEMPT, ids=lambda one: f"{one.check}-{one.kernel}")
+def test_every_exception_is_needed(compiler, compile_all, exempt):
+    if not compile_all:
+        pytest.skip("needs --all")
+    check = {one.__name__: one for one in (spills, too_large, wrong_units, narrow)}[exempt.check]
+    covered = [one for target in TARGETS for one in everything(target) if exempt.covers(exempt.check, one)]
+    assert any(made is not None and check(one, made) for one, made in compiler.results(covered))
+
+
+@each_architecture
+def test_tiles_state_the_shared_memory(architecture):
+    assert tiles.load(architecture)["shared_memory"] == shared_memory(architecture)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [(a, p) for a in ARCHITECTURES for p in ("fp16", "tf32", "ieee") if (a, p) in TARGETS],
+)
 def test_every_tile_is_in_use(architecture, precision):
-    """The data holds no tile that no layer of the models gets."""
+    """The data holds no tile that no layer of the models gets, and none gets another but for a shorter step."""
     name = "half" if precision in ("fp16", "bf16") else precision
-    shipped = {(bm, bn) for bm, bn, *_ in tiles.load(architecture)[name]}
+    constants = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT")
+    shipped = {tile[:6] for tile in tiles.listed_tiles(architecture, name)}
     used = {
-        (item.plan.constants["BM"], item.plan.constants["BN"])
+        tuple(map(item.plan.constants.get, constants))
         for item in launches(architecture, precision)
         if "BK" in item.plan.constants
     }
-    assert shipped == used
+    assert shipped <= used
+    assert {(*one[:2], *one[3:]) for one in used} == {(*one[:2], *one[3:]) for one in shipped}
 
 
 # Without gfx11 and gfx12 in float32, for which those have no matrix instructions: compiled from gfx942's tiles, such
 # kernels work but spill a few registers.
-@pytest.mark.parametrize(
-    ("architecture", "precision"),
-    [
-        *[(a, p) for a in ("sm_86", "sm_89", "sm_120") for p in ("fp16", "tf32", "ieee")],
-        *[("gfx90a", p) for p in ("fp16", "ieee")],
-        *[(a, "fp16") for a in ("gfx1100", "gfx1201")],
-    ],
-)
-def test_relatives_take_the_tiles_of_their_nearest(architecture, precision):
+RELATIVES = [
+    *[(a, p) for a in ("sm_86", "sm_89", "sm_120") for p in ("fp16", "tf32", "ieee") if a not in ARCHITECTURES],
+    *[("gfx90a", p) for p in ("fp16", "ieee")],
+    *[(a, "fp16") for a in ("gfx1100", "gfx1201")],
+]
+
+
+@pytest.mark.parametrize(("architecture", "precision"), RELATIVES)
+def test_relatives_take_the_tiles_of_their_nearest(compiler, architecture, precision):
     """Architectures without tiles of their own: a large 3x3 and a large 1x1 with a residual each."""
     chosen = [
         item
@@ -101,44 +125,25 @@ def test_relatives_take_the_tiles_of_their_nearest(architecture, precision):
         if "batch 128" in item.name and item.name.startswith(("3x3/1 128->128 28x28 +relu", "1x1/1 64->256 56x56 +res"))
     ]
     assert len(chosen) == 2
-    with Worker() as worker:
-        for item in chosen:
-            made = worker.compile(item.plan, architecture)
-            assert made.spilled == 0
-            assert made.shared <= SHARED_MEMORY["gfx942" if architecture.startswith("gfx") else "sm_80"]
-            assert (made.tensor_core > 0) == (precision != "ieee" or architecture.startswith("gfx"))
+    found = compiler.results(chosen)
+    assert all(compiled is not None for _, compiled in found)
+    assert not [problem for check in (spills, too_large, wrong_units) for problem in offenders(found, check)]
 
 
-def test_nearest_architecture():
-    names = [
-        "sm_75",
-        "sm_80",
-        "sm_86",
-        "sm_89",
-        "sm_90",
-        "sm_100",
-        "sm_103",
-        "sm_110",
-        "sm_120",
-        "gfx942",
-        "gfx950",
-        "gfx90a",
-        "gfx1100",
-    ]
-    nearest = [tiles.nearest(name) for name in names]
-    assert nearest == [*["sm_80"] * 4, "sm_90", *["sm_100"] * 3, "sm_80", "gfx942", "gfx950", *["gfx942"] * 2]
-
-
-def test_tiles_follow_the_problem():
-    """The largest tile that still gives every multiprocessor a program, cut down to the problem."""
+def test_tiles_of_lists_follow_the_problem():
+    """Where there are no classes: the largest tile that still gives every multiprocessor a program, cut down to it."""
     for architecture in ARCHITECTURES:
-        data = tiles.load(architecture)
-        largest, last = data["half"][0], data["half"][-1]
-        assert list(tiles.pick(architecture, "half", 10**6, 1024, 256, 1)[:2]) == largest[:2]
-        assert list(tiles.pick(architecture, "half", 49, 64, 256, 1)[:2]) == last[:2]
-        assert tiles.pick(architecture, "half", 10**6, 10, 256, 1).columns == 16
-        assert tiles.pick(architecture, "half", 10**6, 1024, 3, 1).reduction == 16
-        assert tiles.pick(architecture, "half", 10**6, 1024, 96, 1).reduction == 32
+        listed = tiles.load(architecture)["dgrad_half"]
+        assert list(tiles.pick(architecture, "dgrad_half", 10**6, 1024, 256, 1)[:2]) == listed[0][:2]
+        assert list(tiles.pick(architecture, "dgrad_half", 49, 64, 256, 1)[:2]) == listed[-1][:2]
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_tiles_are_cut_down_to_the_problem(kind):
+    for architecture in ARCHITECTURES:
+        assert tiles.pick(architecture, "half", 10**6, 10, 256, 1, kind).columns == 16
+        assert tiles.pick(architecture, "half", 10**6, 1024, 3, 1, kind).reduction == 16
+        assert tiles.pick(architecture, "half", 10**6, 1024, 96, 1, kind).reduction == 32
 
 
 def test_a_tensor_beyond_2_gib_gets_offsets_of_64_bits():

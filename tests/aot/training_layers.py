@@ -1,6 +1,6 @@
 """Every launch of the forward pass of training ResNet-18, ResNet-50 and ResNeXt-50, planned on the meta device.
 
-As in layers.py, whose layers these are. Training's shapes: 128 images of 224x224.
+As in layers.py, whose layers these are. Training's shapes: 8 and 128 images of 224x224.
 """
 
 from collections.abc import Iterator
@@ -13,34 +13,35 @@ from resnet_fast.kernels.triton import launch, training_forward
 from resnet_fast.kernels.triton.launch import Plan
 from tests.aot.layers import DTYPES, Launch, Layer, float32_precision, image, model_layers
 
-BATCH = 128
+BATCHES = (8, 128)
 
 
-def forward_launches(architecture: str, precision: str) -> Iterator[Launch]:
+def forward_launches(architecture: str, precision: str, batches: tuple[int, ...] = BATCHES) -> Iterator[Launch]:
     if precision == "tf32" and architecture.startswith("gfx"):
         return
     with float32_precision(precision):
         for layer in model_layers():
-            for name, plans in _convolution(layer, DTYPES[precision], architecture):
-                for plan in plans:
-                    yield Launch(f"{name} of {layer.name()}", architecture, precision, plan)
+            for batch in batches:
+                for name, plans in _convolution(layer, batch, DTYPES[precision], architecture):
+                    for plan in plans:
+                        yield Launch(f"{name} of {layer.name()} batch {batch}", architecture, precision, plan)
         for channels, size in [(64, 56), (512, 28), (2048, 7)]:
-            y = image(BATCH, channels, size, size, DTYPES[precision])
+            y = image(BATCHES[-1], channels, size, size, DTYPES[precision])
             for residual, affine in [(None, None), (y, None), (y, _affine(channels))]:
                 plan = launch.plan_tail(y, _affine(channels), residual, affine, True, architecture)
                 yield Launch(f"tail {channels} {size}x{size}", architecture, precision, plan)
-        y = image(BATCH, 64, 112, 112, DTYPES[precision])
+        y = image(BATCHES[-1], 64, 112, 112, DTYPES[precision])
         plan = launch.plan_max_pool(y, architecture, _affine(64))
         yield Launch("tail_pool 64 112x112", architecture, precision, plan)
 
 
-def _convolution(layer: Layer, dtype: torch.dtype, architecture: str) -> Iterator[tuple[str, list[Plan]]]:
+def _convolution(layer: Layer, batch: int, dtype: torch.dtype, architecture: str) -> Iterator[tuple[str, list[Plan]]]:
     """The ways in which training runs a convolution.
 
     An expanding 1x1 gets its statistics from the Gram matrix of its input, or like all others from its result. The
     first convolution of a block reads the finished output of the block before, which has no prologue.
     """
-    x = image(BATCH, layer.c, layer.h, layer.w, dtype)
+    x = image(batch, layer.c, layer.h, layer.w, dtype)
     weight = torch.empty(layer.k, layer.c // layer.groups, *layer.kernel, dtype=dtype, device="meta")
     geometry = Geometry(layer.stride, layer.padding, (1, 1), layer.groups)
     downsample = not layer.relu
@@ -57,7 +58,7 @@ def _convolution(layer: Layer, dtype: torch.dtype, architecture: str) -> Iterato
         )
         if layer.kernel == (1, 1) and (layer.residual or downsample):
             yield "gram" + what, training_forward.plan_gram(x, prologue, layer.stride, architecture)
-            residual = image(BATCH, layer.k, layer.h, layer.w, dtype) if layer.residual else None
+            residual = image(batch, layer.k, layer.h, layer.w, dtype) if layer.residual else None
             yield (
                 "conv_affine" + what,
                 [

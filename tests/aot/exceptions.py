@@ -1,0 +1,49 @@
+"""Launches that a check may find fault with, and why."""
+
+from typing import Any, NamedTuple, Optional
+
+from tests.aot.layers import Launch
+
+
+class Exempt(NamedTuple):
+    """From ``check``, the name of a function in checks.py: what agrees with all that is given."""
+
+    check: str
+    kernel: str
+    reason: str
+    architectures: Optional[tuple[str, ...]] = None
+    precisions: Optional[tuple[str, ...]] = None
+    constants: dict[str, Any] = {}  # noqa: RUF012
+
+    def covers(self, check: str, item: Launch) -> bool:
+        return (
+            check == self.check
+            and item.plan.kernel.__name__ == self.kernel
+            and item.architecture in (self.architectures or (item.architecture,))
+            and item.precision in (self.precisions or (item.precision,))
+            and all(item.plan.constants.get(name) == value for name, value in self.constants.items())
+        )
+
+
+EXEMPT = [
+    Exempt(
+        "narrow",
+        "wgrad_kernel",
+        "TF32's instructions want the summed dimension side by side: pixels, where NHWC has channels; so 4 bytes each",
+        precisions=("tf32",),
+    ),
+    *(
+        Exempt(
+            "narrow",
+            kernel,
+            "Triton 3.8 copies float32 to gfx950's local memory without registers between, and then 4 bytes at a time",
+            architectures=("gfx950",),
+            precisions=("ieee",),
+        )
+        for kernel in ("conv_kernel", "gemm_kernel", "dgrad_kernel")
+    ),
+]
+
+
+def excused(check: str, item: Launch) -> bool:
+    return any(one.covers(check, item) for one in EXEMPT)
