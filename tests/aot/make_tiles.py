@@ -28,6 +28,7 @@ from scipy.optimize import nnls
 from resnet_fast.kernels.triton import cost, launch, tiles
 from resnet_fast.kernels.triton.cost import Code, Problem
 from resnet_fast.kernels.triton.gpus import Gpu
+from resnet_fast.kernels.triton.problem import conv_problem
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.aot.checks import Compiler, Result, narrow, spills, too_large, wrong_units
 from tests.aot.exceptions import excused

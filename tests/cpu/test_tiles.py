@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from resnet_fast.kernels.triton import cost, tiles
 from resnet_fast.kernels.triton.cost import Code, Problem
 from resnet_fast.kernels.triton.gpus import GPUS
+from resnet_fast.kernels.triton.problem import conv_problem
 from resnet_fast.kernels.triton.tiles import Tile
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
