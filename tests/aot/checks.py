@@ -88,6 +88,6 @@ def narrow(item: Launch, made: Compiled) -> bool:
     item_size = 2 if item.precision in ("fp16", "bf16") else 4
     if constants.get("C", constants.get("K")) * item_size % 16 != 0:
         return False
-    # A prologue's scale and shift are a few numbers for each thread.
-    copies = 0 if constants.get("PROLOGUE") else made.narrow_copies
+    # The scale and shift of a prologue, or of a chain's first convolution, are a few numbers for each thread.
+    copies = 0 if constants.get("PROLOGUE") or "BL" in constants else made.narrow_copies
     return made.wide_loads == 0 or copies > 0 or made.tiny_loads > 0
