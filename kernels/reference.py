@@ -46,6 +46,27 @@ def conv_bn_act(
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
+def conv_chain(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    residual: torch.Tensor,
+    next_weight: torch.Tensor,
+    next_scale: torch.Tensor,
+    next_shift: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The end of a bottleneck and the beginning of the next, two 1x1 convolutions: ``(out, z)``.
+
+    ``out = relu(conv2d(x, weight) * scale + shift + residual)``, rounded to the dtype of x, is the first bottleneck's
+    result ``[N, K, H, W]``. ``z = relu(conv2d(out, next_weight) * next_scale + next_shift)`` ``[N, L, H, W]``, with
+    next_weight ``[L, K, 1, 1]``, is the second one's after its first convolution.
+    """
+    pointwise = ((1, 1), (0, 0), (1, 1), 1, True)
+    out = conv_bn_act(x, weight, scale, shift, residual, *pointwise)
+    return out, conv_bn_act(out, next_weight, next_scale, next_shift, None, *pointwise)
+
+
 def stem(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """7x7 stride-2 convolution, batch norm, ReLU, 3x3 stride-2 max-pool: ``[N, C, H, W] -> [N, K, H/4, W/4]``."""
     y = conv_bn_act(x, weight, scale, shift, None, (2, 2), (3, 3), (1, 1), 1, True)

@@ -16,6 +16,7 @@ from resnet_fast.kernels.triton import planner
 from resnet_fast.matching import Step
 from resnet_fast.programs import drop_program, program_of, rebuild
 from resnet_fast.refusals import DROPS_OUT, Path, child_at, head_refusals
+from resnet_fast.rows import Row as BlockRow
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,8 +50,9 @@ def accelerate(model: M, inplace: bool = True) -> M:
         if programs[module].function is not None and module not in inlined and not isinstance(module, Fused):
             stock: Any = type(module)
             module.__class__ = accelerated_class(stock)
-    # Once more, now that every program can tell its accelerated children from unknown code.
-    for module in containers:
+    # Once more, now that every program can tell its accelerated children from unknown code; children first, whose
+    # programs may become part of their parents'.
+    for module in reversed(containers):
         if isinstance(module, Fused):
             rebuild(module)
     return model
@@ -182,9 +184,22 @@ def _explain_fused(path: str, module: nn.Module, program: Program, algorithms: d
         f"{step}: {f'native {algorithm}' if algorithm else _served_by(module, step)}"
         for step, algorithm in zip(program.steps, planned)
     ]
+    for row in program.rows:
+        steps += [] if row.refusal(module, ignore_training=True) else _explain_row(module, row)
     own = [f"{name} ({type(child).__name__})" for name in program.rest if _unusual(child := module.get_submodule(name))]
     reason = f"own forward: {', '.join(own)}" if own else ""
     return Row(path, kind, "partly fused" if own else "fused", steps, reason, training)
+
+
+def _explain_row(module: nn.Module, row: BlockRow) -> list[str]:
+    """The pairs of convolutions, of neighbouring blocks, for which there is one kernel."""
+    weight = next(module.parameters())
+    cases = [Case("conv_chain", weight.device.type, weight.dtype, *widths) for widths in row.widths]
+    return [
+        f"{'.'.join(last)} and {'.'.join(first)} in one kernel, for images that fill the device: triton"
+        for (last, first), case in zip(row.pairs, cases)
+        if ops.chained(case)
+    ]
 
 
 def _explain_training(module: nn.Module, program: Optional[Program]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from resnet_fast import ops, training
+from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.kernels.reference_training import Geometry
 from resnet_fast.refusals import SYNCHRONISED, head_refusals, is_stem_conv
@@ -58,6 +59,52 @@ def conv_bn_act(
     y = op(x, conv.weight, scale, shift, None, *geometry, False)
     y = y.add_(residual) if inplace_add else y + residual
     return F.relu(y) if relu else y
+
+
+def conv_chain(
+    x: Tensor,
+    conv: nn.Conv2d,
+    bn: BatchNorm,
+    residual: Tensor,
+    next_conv: nn.Conv2d,
+    next_bn: BatchNorm,
+    inplace_add: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Where one bottleneck ends and the next begins: ``out = relu(bn(conv(x)) + residual)`` and
+    ``z = relu(next_bn(next_conv(out)))`` in one op, both norms normalising by their running statistics.
+
+    Args:
+        x: as for ``conv_bn_act``.
+        conv, next_conv: ``pointwise`` ones, or it is two ops.
+        residual, inplace_add: as for ``conv_bn_act``.
+
+    Returns:
+        ``out`` ``[N, K, H, W]`` and ``z`` ``[N, L, H, W]``, in channels_last.
+
+    Raises as ``conv_bn_act`` does.
+    """
+    _check_input(x, conv)
+    plain = pointwise(conv) and pointwise(next_conv) and next_conv.weight.dtype == conv.weight.dtype
+    if not plain or not _fits(residual, x, [conv]):
+        out = conv_bn_act(x, conv, bn, residual, inplace_add=inplace_add)
+        return out, conv_bn_act(out, next_conv, next_bn)
+    first = (conv.weight, *fold_batch_norm(bn, conv.bias))
+    second = (next_conv.weight, *fold_batch_norm(next_bn, next_conv.bias))
+    return torch.ops.resnet_fast.conv_chain(x, *first, residual, *second)
+
+
+def chained(x: Tensor, in_channels: int, out_channels: int) -> bool:
+    """Whether ``conv_chain``, from so many channels to so many, has a kernel for images like ``x``.
+
+    Those that are too small to gain from it do without all the same.
+    """
+    return ops.chained(Case("conv_chain", x.device.type, _dtype_of_result(x), in_channels, out_channels))
+
+
+def pointwise(conv: nn.Conv2d) -> bool:
+    """Whether it is 1x1, of stride 1, without padding and groups."""
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
+    return geometry == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def residual_block(
@@ -276,10 +323,13 @@ def _autocast_enabled(device: str) -> bool:
 
 def _fits(residual: Tensor, x: Tensor, convs: Sequence[nn.Conv2d]) -> bool:
     """Whether the op can add the residual itself: the output's shape, and the dtype that the output will have."""
-    dtype = x.dtype
-    if _autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
     shape: Any = x.shape
     for conv in convs:
         shape = ops.conv_output(shape, conv.weight.shape, *geometry_of(conv)[:3])
-    return residual.dtype == dtype and list(residual.shape) == list(shape)
+    return residual.dtype == _dtype_of_result(x) and list(residual.shape) == list(shape)
+
+
+def _dtype_of_result(x: Tensor) -> torch.dtype:
+    if _autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from resnet_fast import network
-from resnet_fast.fusion import Fused, stock_wanted
-from resnet_fast.programs import PROGRAM, program_of, rebuild
+from resnet_fast.fusion import PROGRAM, Fused, stock_wanted
+from resnet_fast.programs import program_of, rebuild
 
 
 def fused(cls: Any) -> Any:

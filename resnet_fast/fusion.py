@@ -37,6 +37,9 @@ _LAYOUT_FUNCTIONS = {
 }
 _LAYOUT_SAFE_PACKAGES = {"resnet_fast", "torch", "torchvision", "timm", "_operator", "builtins", "math"}
 
+PROGRAM = "_resnet_fast_program"
+"""The attribute in which an accelerated module keeps its program: see ``programs.py``."""
+
 _PLAIN = (bool, int, float, str, type(None), tuple)
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
@@ -83,6 +86,7 @@ class Program:
     graph: Optional[fx.Graph] = None  # what ``function`` computes; without one, what the module's own forward does
     training: bool = False  # the mode it is for
     in_training: Optional["Program"] = None  # the one for training mode, beside that for eval mode
+    rows: list[Any] = field(default_factory=list)  # blocks that ``rows`` has joined
     plans: Any = None  # what ``network`` made of it
 
     def takes(self, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -100,7 +104,9 @@ class Program:
             owner = child_at(module, path)
             if owner is None or _child_names(owner) != names:
                 return True
-        return not torch.compiler.is_compiling() and _settings(module) != self.settings
+        if torch.compiler.is_compiling():
+            return False
+        return _settings(module) != self.settings or any(row.stale(module) for row in self.rows)
 
     def refusal(self, module: nn.Module, ignore_training: bool = False) -> str:
         """Why the program cannot stand in for the module's own forward right now, or ''.
@@ -225,7 +231,7 @@ def _reads_layout(module: nn.Module, node: fx.Node) -> bool:
 _serial = count()
 
 
-def _compile(graph: fx.Graph, name: str) -> tuple[Callable, str]:
+def compile_graph(graph: fx.Graph, name: str) -> tuple[Callable, str]:
     code = graph.python_code("self")
     filename = f"<resnet_fast {name} {next(_serial)}>"
     namespace = dict(code.globals)
@@ -261,6 +267,6 @@ def build(module: nn.Module, training: bool = False) -> Program:
         parts |= match.parts
     _rewrite(module, graph, found)
     rest = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    function, source = _compile(graph, type(module).__name__)
+    function, source = compile_graph(graph, type(module).__name__)
     steps = [match.step for match in found]
     return Program(function, tracer.inputs, source, steps, rest, "", parts, children, settings, graph, training)

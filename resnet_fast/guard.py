@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from resnet_fast.fusion import PROGRAM
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.native import library
-from resnet_fast.programs import PROGRAM
 
 _TENSORS = ("_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -25,6 +25,7 @@ from resnet_fast.kernels.native import library, planner
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.programs import program_of
 from resnet_fast.refusals import Path
+from resnet_fast.rows import Row
 
 _packs = PackCache()
 # Leaf modules of these packages may be traced like containers: their forward does nothing that a trace would miss.
@@ -127,6 +128,11 @@ class Lowering:
             return self._module(child, (*self._at, *path), args, kwargs)
         if getattr(node.target, "__module__", "") == "_operator" and not any(isinstance(arg, Image) for arg in args):
             return node.target(*args, **kwargs)  # type: ignore[operator]  # sizes
+        if isinstance(node.target, Row):
+            x, *blocks = args
+            for block in blocks:
+                x = self._module(block.module, block.path, (x,), {})
+            return x
         lower = _CALLS.get(node.target)
         if lower is None:
             raise NotPlanned(f"{self._name()} calls {getattr(node.target, '__name__', node.target)}")

@@ -17,12 +17,12 @@ from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from resnet_fast import arena, schedule
-from resnet_fast.fusion import Path, Program
+from resnet_fast.fusion import PROGRAM, Path, Program
 from resnet_fast.guard import Guard
 from resnet_fast.kernels import native
 from resnet_fast.kernels.native import library, planner
 from resnet_fast.lowering import Image, Lowering, NotPlanned, Storage, of_images
-from resnet_fast.programs import PROGRAM, program_of
+from resnet_fast.programs import program_of
 from resnet_fast.schedule import Part, Places
 
 _PLANS_KEPT = 4  # per module: detectors see many shapes

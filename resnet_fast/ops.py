@@ -236,6 +236,90 @@ def _conv_gradients(
     return d_x if needed[0] else None, d_weight, d_scale, d_shift
 
 
+# --- conv_chain -----------------------------------------------------------------------------------------------------
+
+library.define(
+    "conv_chain(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor residual, "
+    "Tensor next_weight, Tensor next_scale, Tensor next_shift) -> (Tensor, Tensor)"
+)
+
+_POINTWISE: tuple[Pair, Pair, Pair, int] = ((1, 1), (0, 0), (1, 1), 1)
+
+
+def chained(case: Case) -> bool:
+    """Whether the op has a kernel for ``case``; if not, it is two convolutions, and gains nothing."""
+    return implementation_for(case, {"triton": triton, "reference": reference}) == "triton"
+
+
+def _conv_chain(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor,
+    next_weight: Tensor,
+    next_scale: Tensor,
+    next_shift: Tensor,
+) -> tuple[Tensor, Tensor]:
+    args = (x, weight, scale, shift, residual, next_weight, next_scale, next_shift)
+    n, _, p, q = _conv_chain_checked(*args)
+    case = Case("conv_chain", x.device.type, x.dtype, weight.shape[1], next_weight.shape[0])
+    if x.numel() > 0 and chained(case) and triton.chain_pays(case, n * p * q):
+        return triton.conv_chain(*args)
+    out = _conv_bn_act(x, weight, scale, shift, residual, *_POINTWISE, True)
+    return out, _conv_bn_act(out, next_weight, next_scale, next_shift, None, *_POINTWISE, True)
+
+
+def _conv_chain_checked(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor,
+    next_weight: Tensor,
+    next_scale: Tensor,
+    next_shift: Tensor,
+) -> list[Any]:
+    """Shape of the first convolution's result."""
+    for name, tensor in (("weight", weight), ("next_weight", next_weight)):
+        if tensor.dim() != 4 or tuple(tensor.shape[2:]) != (1, 1):
+            raise RuntimeError(f"{name} has shape {list(tensor.shape)}, expected [K, C, 1, 1]")
+    out = conv_output(x.shape, weight.shape, *_POINTWISE[:3])
+    check_conv(x, weight, scale, shift, residual, 1, out)
+    try:
+        check_conv(residual, next_weight, next_scale, next_shift, None, 1, out)  # which is like the first one's result
+    except RuntimeError as error:
+        raise RuntimeError(f"the second convolution (x: the first one's result): {error}") from None
+    return out
+
+
+def _conv_chain_fake(x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    n, k, p, q = _conv_chain_checked(x, *rest)
+    return empty_channels_last(x, [n, k, p, q]), empty_channels_last(x, [n, rest[4].shape[0], p, q])
+
+
+def _conv_chain_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, scale, _, _, next_weight, next_scale, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, scale, next_weight, next_scale, *output)
+
+
+def _conv_chain_backward(ctx: Any, grad: Optional[Tensor], grad_z: Optional[Tensor]) -> tuple:
+    x, weight, scale, next_weight, next_scale, out, z = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    next_grads: tuple = (None, None, None, None)
+    if grad_z is not None:
+        grad_z = torch.ops.aten.threshold_backward(grad_z, z, 0)
+        wanted = (any(needed[:5]), *needed[5:])
+        next_grads = _conv_gradients(grad_z, out, next_weight, next_scale, _POINTWISE, wanted)
+        if next_grads[0] is not None:
+            grad = next_grads[0] if grad is None else grad + next_grads[0]
+    if grad is None or not any(needed[:5]):
+        return (None, None, None, None, None, *next_grads[1:])
+    grad = torch.ops.aten.threshold_backward(grad, out, 0)
+    return (*_conv_gradients(grad, x, weight, scale, _POINTWISE, needed[:4]), grad, *next_grads[1:])
+
+
 # --- stem -----------------------------------------------------------------------------------------------------------
 
 library.define("stem(Tensor x, Tensor weight, Tensor scale, Tensor shift) -> Tensor")
@@ -369,20 +453,23 @@ def _autocast(op: Any, key: torch._C.DispatchKey, device: str) -> Callable:
 
     The implementations take a float32 weight beside a half-precision ``x``: they cast once, when they pack it.
     """
+    kinds = [argument.name.removeprefix("next_") for argument in op._schema.arguments]
 
-    def parameter(tensor: Optional[Tensor]) -> Optional[Tensor]:
-        return tensor if tensor is None or tensor.dtype == torch.float32 else cast(tensor, device)
-
-    def kernel(x: Tensor, *args: Any) -> Tensor:
-        args = (*map(parameter, args[:3]), *(cast(image, device) for image in args[3:4]), *args[4:])
+    def kernel(*args: Any) -> Any:
+        given = list(args)
+        for i, (kind, arg) in enumerate(zip(kinds, args)):
+            parameter = kind in ("weight", "bias") and arg is not None and arg.dtype != torch.float32
+            if kind in ("x", "residual") or parameter:
+                given[i] = cast(arg, device)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(cast(x, device), *args)
+            return op(*given)
 
     return kernel
 
 
 for _name, _kernel, _fake, _backward, _setup in (
     ("conv_bn_act", _conv_bn_act, _conv_bn_act_fake, _conv_bn_act_backward, _conv_bn_act_setup),
+    ("conv_chain", _conv_chain, _conv_chain_fake, _conv_chain_backward, _conv_chain_setup),
     ("stem", _stem, _stem_fake, _stem_backward, _stem_setup),
     ("global_avg_pool", _global_avg_pool, _global_avg_pool_fake, _global_avg_pool_backward, _global_avg_pool_setup),
     ("head", _head, _head_fake, _head_backward, _head_setup),
@@ -393,7 +480,7 @@ for _name, _kernel, _fake, _backward, _setup in (
     torch.library.register_autograd(f"resnet_fast::{_name}", _backward, setup_context=_setup, lib=library)
 
 # A pool alone runs in the dtype that it is given, as adaptive_avg_pool2d does.
-for _name in ("conv_bn_act", "stem", "head"):
+for _name in ("conv_bn_act", "conv_chain", "stem", "head"):
     _op = getattr(torch.ops.resnet_fast, _name).default
     library.impl(_name, _autocast(_op, torch._C.DispatchKey.AutocastCPU, "cpu"), "AutocastCPU")
     library.impl(_name, _autocast(_op, torch._C.DispatchKey.AutocastCUDA, "cuda"), "AutocastCUDA")

@@ -5,14 +5,14 @@ from typing import Optional
 import torch
 from torch import nn
 
-from resnet_fast.fusion import Program, build
-
-PROGRAM = "_resnet_fast_program"
+from resnet_fast import rows
+from resnet_fast.fusion import PROGRAM, Program, build
 
 
 def rebuild(module: nn.Module) -> Program:
-    """Trace the module's forward again and keep the program."""
+    """Trace the module's forward again and keep the program. The blocks that it calls have theirs already."""
     program = build(module)
+    rows.join(module, program)
     program.in_training = build(module, training=True)
     module.__dict__[PROGRAM] = program
     return program

@@ -10,25 +10,31 @@
     cost.py       the static model that these were made with; gpus.py has its data
     conv.py, gemm.py, parts.py, pool.py, classifier.py, epilogue.py    the kernels
     descriptor.py, conv_descriptor.py, gemm_descriptor.py    the same convolutions through tensor descriptors
+    chain.py, chain_launch.py    two convolutions in one kernel
     training.py   the primitives of training, and what belongs to them
 
 Importing this package imports neither Triton nor a kernel; the first call of an op does. No file may have an op's name,
 since importing it would make it the package's attribute in the op's place.
 """
 
+import importlib
 from typing import Any
 
-from resnet_fast.kernels.triton.support import supports
+from resnet_fast.kernels.triton.support import chain_pays, supports
 
-_OPS = ("conv_bn_act", "stem", "global_avg_pool", "head")
+_OPS = {
+    "conv_bn_act": "launch",
+    "conv_chain": "chain_launch",
+    "stem": "launch",
+    "global_avg_pool": "launch",
+    "head": "launch",
+}
 
-__all__ = [*_OPS, "supports"]
+__all__ = [*_OPS, "chain_pays", "supports"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _OPS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from resnet_fast.kernels.triton import launch
-
-    globals().update({op: getattr(launch, op) for op in _OPS})
+    globals()[name] = getattr(importlib.import_module(f"{__name__}.{_OPS[name]}"), name)
     return globals()[name]

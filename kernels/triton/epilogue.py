@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _store_columns(
+def store_columns(
     acc,
     y_ptr,
     residual_ptr,
@@ -27,6 +27,7 @@ def _store_columns(
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
 ):
+    """The same for some of a tile's columns. Returns what was stored, undefined where ``columns >= K``."""
     offsets = row_offsets[:, None] + columns[None, :]
     mask = row_mask[:, None]
     if MASK_COLUMNS:
@@ -43,7 +44,9 @@ def _store_columns(
     if RELU:
         # As in PyTorch, the ReLU of NaN is NaN.
         y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, y, mask=mask)
+    return y
 
 
 @triton.jit
@@ -72,17 +75,17 @@ def finish_tile(
         HALF: tl.constexpr = BN // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, HALF)), (0, 2, 1)))
         columns = first_column + tl.arange(0, HALF)
-        _store_columns(
+        store_columns(
             left, y_ptr, residual_ptr, scale_ptr, shift_ptr, row_offsets, row_mask, columns,
             K, K % BN != 0, HAS_RESIDUAL, RELU,
         )  # fmt: skip
-        _store_columns(
+        store_columns(
             right, y_ptr, residual_ptr, scale_ptr, shift_ptr, row_offsets, row_mask, columns + HALF,
             K, K % BN != 0, HAS_RESIDUAL, RELU,
         )  # fmt: skip
     else:
         columns = first_column + tl.arange(0, BN)
-        _store_columns(
+        store_columns(
             acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, row_offsets, row_mask, columns,
             K, K % BN != 0, HAS_RESIDUAL, RELU,
         )  # fmt: skip

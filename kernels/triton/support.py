@@ -8,6 +8,7 @@ from typing import Optional
 import torch
 
 from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.triton import tiles
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STEM_CHANNELS = 8  # what pack.pixels takes
@@ -42,4 +43,34 @@ def supports(case: Case) -> Optional[str]:
         return f"no {case.dtype}"
     if case.op == "stem" and case.in_channels > STEM_CHANNELS:
         return f"a stem of {case.in_channels} input channels; up to {STEM_CHANNELS} are covered"
-    return _too_old() if case.device == "cuda" else None
+    if case.device == "cuda" and _too_old():
+        return _too_old()
+    return _chain_refusal(case) if case.op == "conv_chain" else None
+
+
+def chain_pays(case: Case, rows: int) -> bool:
+    """Whether a ``conv_chain`` of so many pixels, which is covered, should run as one kernel rather than as two.
+
+    A rule, not a measurement: there must be a program for every multiprocessor. Two kernels cut their columns too.
+    """
+    tile = _chain_tile(case)
+    return tile is not None and -(-rows // tile.rows) >= tiles.load(_target(case))["multiprocessors"]
+
+
+def _chain_refusal(case: Case) -> Optional[str]:
+    if _chain_tile(case) is not None:
+        return None
+    return f"a chain from {case.in_channels} to {case.out_channels} channels in {case.dtype} does not fit a program"
+
+
+def _chain_tile(case: Case) -> Optional[tiles.ChainTile]:
+    from resnet_fast.kernels.triton import launch
+
+    target = _target(case)
+    return tiles.pick_chain(target, launch.precision_of(case.dtype, target), case.in_channels, case.out_channels)
+
+
+def _target(case: Case) -> str:
+    from resnet_fast.kernels.triton import launch
+
+    return launch.architecture(torch.device(case.device))

@@ -23,6 +23,8 @@ last tile.
     dgrad_half, wgrad_half, ..._ieee  like half, for the gradients; never split
     pointwise         [BM, BN, warps] of the backward passes that only move data
     sum_rows          [BM, elements of the tile, warps]
+    chain             for each precision, [widest, BM, BN, warps, stages, split]: for chain.py, where neither the first
+                      convolution's input nor the second one's output has more than ``widest`` channels
 """
 
 import functools
@@ -35,6 +37,7 @@ from resnet_fast.kernels.triton import cost, gpus
 from resnet_fast.kernels.triton.cost import Problem
 
 _FOLDER = Path(__file__).parent / "tiles"
+_NARROWEST = 16  # channels that a matrix instruction takes
 
 
 class Tile(NamedTuple):
@@ -65,6 +68,28 @@ class Tile(NamedTuple):
 
 
 _measured: dict[tuple[str, Problem], Tile] = {}  # for an architecture
+
+
+class ChainTile(NamedTuple):
+    """One program of chain.py takes so many rows through both products, ``columns`` of what lies between at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    split: bool
+
+    def constants(self, channels: int, last: int) -> dict[str, Any]:
+        """For so many channels at the beginning, and so many at the end."""
+        return {
+            "BM": self.rows,
+            "BN": self.columns,
+            "BK": max(_NARROWEST, power_of_two(channels)),
+            "BL": max(_NARROWEST, power_of_two(last)),
+            "SPLIT": self.split,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 @functools.cache
@@ -238,6 +263,13 @@ def _nearest_class(architecture: str, kind: str, precision: str, columns: int, i
 
 def _widest(data: Mapping[str, Any], columns: int) -> int:
     return max(power_of_two(columns), data["smallest"][1])
+
+
+@functools.lru_cache(maxsize=1024)
+def pick_chain(architecture: str, precision: str, channels: int, last: int) -> Optional[ChainTile]:
+    """The tile for a chain of convolutions from so many channels to so many; None: it does not fit a program."""
+    fitting = [tile for widest, *tile in load(architecture)["chain"][precision] if max(channels, last) <= widest]
+    return ChainTile(*fitting[0][:-1], bool(fitting[0][-1])) if fitting else None
 
 
 def power_of_two(value: int) -> int:

@@ -192,6 +192,6 @@ def narrow(item: Launch, made: Compiled) -> bool:
         smaller_tile = min(constants["BM"], constants["BN"]) * constants["BK"] * item_size
         if smaller_tile < 16 * made.warps * lanes(item.architecture):
             return False
-    if constants.get("PROLOGUE"):
-        return False  # its scale and shift are a few numbers for each thread
+    if constants.get("PROLOGUE") or "BL" in constants:
+        return False  # its scale and shift, or those of a chain's first convolution, are a few numbers for each thread
     return (made.loop.narrow_loads if made.loop.rolled else made.narrow_copies) > 0
