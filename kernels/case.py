@@ -8,7 +8,7 @@ import torch
 class Case(NamedTuple):
     """One call of an op, without its data. ``in_channels`` and ``out_channels`` count all groups together."""
 
-    op: str  # "conv_bn_act", "conv_chain" (out_channels: of its second convolution), "stem", "global_avg_pool" or "head"
+    op: str  # of ops.py, as "conv_bn_act"; out_channels of "conv_chain" are those of its second convolution
     device: str  # torch.device.type
     dtype: torch.dtype  # of x, and so of the result
     in_channels: int
