@@ -7,6 +7,7 @@
     tiles.py      tile sizes per architecture, read from tiles/*.json
     conv.py, gemm.py, pool.py, epilogue.py    the kernels
     training.py   the primitives of training, and what belongs to them
+    quantised.py  the ops on 8-bit numbers, and what belongs to them
 
 Importing this package imports neither Triton nor a kernel; the first call of an op does.
 """

@@ -13,6 +13,8 @@ tested ahead of time (tests/aot).
     dgrad_half, wgrad_half, ..._ieee  like half, for the gradients; never split
     pointwise         [BM, BN, warps] of the backward passes that only move data
     sum_rows          [BM, elements of the tile, warps]
+    int8, fp8         like half, for convolutions of 8-bit numbers
+    quantise          [BLOCK, warps] of the passes from real to 8-bit numbers and back
 """
 
 import functools
@@ -77,7 +79,7 @@ def nearest(architecture: str) -> str:
 def pick(architecture: str, precision: str, rows: int, columns: int, reduction: int, groups: int) -> Tile:
     """The tile for ``groups`` products of ``[rows, taps * reduction] @ [taps * reduction, columns]``.
 
-    precision: "half", "tf32" or "ieee".
+    precision: "half", "tf32", "ieee", "int8" or "fp8".
     """
     data = load(architecture)
     smallest_rows, smallest_columns, smallest_reduction = data["smallest"]

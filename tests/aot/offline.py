@@ -27,7 +27,11 @@ from triton.runtime.driver import driver
 from resnet_fast.kernels.triton.launch import Plan
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-_TENSOR_CORE = ("HGMMA", "HMMA", "UTCHMMA")  # sm_90's wgmma, mma.sync, sm_100's tcgen05
+_TENSOR_CORE = (
+    *("HGMMA", "HMMA", "UTCHMMA"),  # sm_90's wgmma, mma.sync, sm_100's tcgen05
+    *("IGMMA", "IMMA", "UTCIMMA"),  # the same of int8
+    *("QGMMA", "QMMA", "UTCQMMA"),  # of fp8
+)
 
 _TINY = re.compile(r"\.[US](8|16)\b")
 
