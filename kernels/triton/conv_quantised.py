@@ -56,11 +56,13 @@ def conv_quantised_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SPLIT: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """See ``reference_quantised.conv_quantised``. C and K count the channels of one group.
 
     x [N, H, W, GROUPS * C] int8 or float8_e4m3fn; w [GROUPS * K, R, S, ceil(C / BK) * BK], zero beyond C; scale, shift
-    [GROUPS * K] float32; residual, y [N, P, Q, GROUPS * K]. REQUANTISE: y has 8 bits, by ``inverse_scale``.
+    [GROUPS * K] float32; residual, y [N, P, Q, GROUPS * K]. REQUANTISE: y has 8 bits, by ``inverse_scale``. UNROLL: how
+    many steps of the loop are written out as one.
     """
     INTEGER: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
     COLUMN_TILES: tl.constexpr = (K + BN - 1) // BN
@@ -115,7 +117,7 @@ def conv_quantised_kernel(
     s = 0
     first_channel = 0
     x_step = 0
-    for step in range(R * S * BLOCKS):
+    for step in tl.range(R * S * BLOCKS, loop_unroll_factor=UNROLL):
         if not CHECK_BOUNDS:
             inside = row_mask
         elif BOUNDS_IN_BITS:
