@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import NamedTuple, Optional
 
+from resnet_fast.kernels.triton import tiles
 from tests.aot.layers import Launch
 from tests.aot.offline import Compiled, CompilerCrash, Worker, lanes
 
@@ -68,7 +69,7 @@ def too_large(item: Launch, made: Compiled) -> bool:
     """For a multiprocessor."""
     registers = REGISTERS["gfx" if item.architecture.startswith("gfx") else "sm"]
     return (
-        made.shared > SHARED_MEMORY[item.architecture]
+        made.shared > SHARED_MEMORY[tiles.nearest(item.architecture)]
         or made.registers * made.warps * lanes(item.architecture) > registers
     )
 
@@ -85,9 +86,11 @@ def wrong_units(item: Launch, made: Compiled) -> bool:
 def narrow(item: Launch, made: Compiled) -> bool:
     """A load of single halves, or a copy of the image or the weight to shared memory of less than 16 bytes."""
     constants = item.plan.constants
-    item_size = 2 if item.precision in ("fp16", "bf16") else 4
-    if constants.get("C", constants.get("K")) * item_size % 16 != 0:
+    item_size = {"fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}.get(item.precision, 4)
+    if constants.get("C", constants.get("K", 16)) * item_size % 16 != 0:
         return False
+    if "BK" in constants and constants["BN"] * constants["BK"] * item_size < 16 * made.warps * lanes(item.architecture):
+        return False  # less than 16 bytes for each thread
     # A prologue's scale and shift are a few numbers for each thread.
     copies = 0 if constants.get("PROLOGUE") else made.narrow_copies
     return made.wide_loads == 0 or copies > 0 or made.tiny_loads > 0

@@ -163,7 +163,7 @@ def representative(all_launches: Iterable[Launch]) -> list[Launch]:
 def one_per_tile(all_launches: Iterable[Launch]) -> list[Launch]:
     """One launch per kernel, tile, kernel height, and set of flags: the last, so one with a long loop."""
     tile = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT")
-    flags = ("HAS_RESIDUAL", "RESIDUAL_AFFINE", "PROLOGUE", "STATISTICS", "REQUANTISE")
+    flags = ("HAS_RESIDUAL", "RESIDUAL_AFFINE", "PROLOGUE", "STATISTICS")
     names = (*tile, *flags, "R")
     chosen = {}
     for one in all_launches:
