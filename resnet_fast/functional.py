@@ -15,9 +15,10 @@ from torchvision.ops import FrozenBatchNorm2d
 from resnet_fast import ops, training
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.kernels.reference_training import Geometry
-from resnet_fast.refusals import is_stem_conv
+from resnet_fast.refusals import SYNCHRONISED, is_stem_conv
+from resnet_fast.sync_batch_norm import CpuSyncBatchNorm
 
-BatchNorm = Union[nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d]
+BatchNorm = Union[nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm, FrozenBatchNorm2d]
 
 _folds = PackCache()
 
@@ -143,11 +144,11 @@ def _uses_batch_statistics(norm: BatchNorm) -> bool:
 
 def _process_group(norm: BatchNorm) -> str:
     """Over which processes the norm takes its batch statistics, as SyncBatchNorm decides it; "": this one."""
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+    if not isinstance(norm, SYNCHRONISED) or not norm.training:
         return ""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return ""
-    group: Any = norm.process_group or torch.distributed.group.WORLD
+    group: Any = getattr(norm, "process_group", None) or torch.distributed.group.WORLD
     return group.group_name if torch.distributed.get_world_size(group) > 1 else ""
 
 

@@ -8,7 +8,6 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from resnet_fast import functional
 from resnet_fast.refusals import (
@@ -161,7 +160,7 @@ def path_of(node: fx.Node) -> Path:
 
 def _harmless(node: fx.Node, child: Optional[nn.Module]) -> bool:
     """Whether a node surely writes to none of its inputs, so that a convolution may move past it."""
-    known = child is None or type(child).__module__.startswith("torch.nn.") or isinstance(child, FrozenBatchNorm2d)
+    known = child is None or type(child).__module__.startswith("torch.nn.") or isinstance(child, NORMS)
     return known and not writes(node, child)
 
 

@@ -6,9 +6,12 @@ from typing import Any, Optional
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from resnet_fast.sync_batch_norm import CpuSyncBatchNorm
+
 Path = tuple[str, ...]
 
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+SYNCHRONISED = (nn.SyncBatchNorm, CpuSyncBatchNorm)
+NORMS = (nn.BatchNorm2d, *SYNCHRONISED, FrozenBatchNorm2d)
 BATCH_STATISTICS = "normalises by batch statistics (training mode)"
 
 
@@ -32,7 +35,7 @@ def _stem_conv_refusal(conv: nn.Module) -> str:
 
 
 def norm_refusal(bn: nn.Module) -> str:
-    if type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    if type(bn) in (nn.BatchNorm2d, *SYNCHRONISED):
         if bn.training:
             return BATCH_STATISTICS
         if bn.running_mean is None or bn.running_var is None:
