@@ -8,9 +8,9 @@ import torch
 class Case(NamedTuple):
     """One call of an op, without its data. ``in_channels`` and ``out_channels`` count all groups together."""
 
-    op: str  # "conv_bn_act", "stem" or "global_avg_pool"
+    op: str  # "conv_bn_act", "stem" or "global_avg_pool"; of training or of 8-bit numbers, the function's name
     device: str  # torch.device.type
-    dtype: torch.dtype  # of x, and so of the result
+    dtype: torch.dtype  # of x, and so of the result; of 8-bit ops, the 8-bit one
     in_channels: int
     out_channels: int
     kernel: tuple[int, int] = (1, 1)

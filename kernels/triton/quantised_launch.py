@@ -1,6 +1,6 @@
 """The ops on 8-bit numbers (``reference_quantised.py``), from tensors to kernel launches, as in launch.py."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ def plan_dequantise(x: Tensor, scale: float, dtype: torch.dtype, target: str) ->
     return _plan_elementwise(dequantise_kernel, x, dtype, float(scale), target)
 
 
-def _plan_elementwise(kernel, x: Tensor, dtype: torch.dtype, factor: float, target: str) -> Plan:
+def _plan_elementwise(kernel: Any, x: Tensor, dtype: torch.dtype, factor: float, target: str) -> Plan:
     x = launch.nhwc(x)
     y = launch.allocate(x, tuple(x.shape), dtype)
     block, warps = tiles.load(target)["quantise"]
