@@ -10,7 +10,7 @@ class Case(NamedTuple):
 
     op: str  # of ops.py, as "conv_bn_act"; out_channels of "conv_chain" are those of its second convolution
     device: str  # torch.device.type
-    dtype: torch.dtype  # of x, and so of the result
+    dtype: torch.dtype  # of x, and so of the result; of 8-bit ops, the 8-bit one
     in_channels: int
     out_channels: int
     kernel: tuple[int, int] = (1, 1)

@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels import native, onednn, reference, reference_training, triton
+from resnet_fast.kernels import native, onednn, reference, reference_quantised, reference_training, triton
 from resnet_fast.kernels.case import Case
 from resnet_fast.kernels.native import training as native_training
 from resnet_fast.kernels.triton import prepared
+from resnet_fast.kernels.triton import quantised as triton_quantised
 from resnet_fast.kernels.triton import training as triton_training
 
 Pair = tuple[int, int]
@@ -45,6 +46,9 @@ TRAINING: dict[str, ModuleType] = {
     "reference": reference_training,
 }
 """The same for training's primitives: each module has functions of ``reference_training``."""
+
+QUANTISED: dict[str, ModuleType] = {"triton": triton_quantised, "reference": reference_quantised}
+"""The same for the ops on 8-bit numbers: ``reference_quantised``."""
 
 # Triton's interpreter is a test instrument: it serves the CPU only on request.
 _NOT_ON = {"cpu": "triton"}
@@ -74,7 +78,7 @@ def _implementation(case: Case, x: Tensor) -> ModuleType:
 # --- what every op checks -------------------------------------------------------------------------------------------
 
 
-def _check_images(x: Any) -> None:
+def check_images(x: Any) -> None:
     if len(x) != 4:
         raise RuntimeError(f"x has shape {list(x)}, expected 4 dimensions: [N, C, H, W]")
 
@@ -86,7 +90,7 @@ def conv_output(x: Any, weight: Any, stride: Pair, padding: Pair, dilation: Pair
         RuntimeError: ``x`` or ``weight`` has not 4 dimensions, the image is smaller than the kernel, or the geometry
             makes no sense.
     """
-    _check_images(x)
+    check_images(x)
     if min(*stride, *dilation) < 1 or min(padding) < 0:
         raise RuntimeError(
             f"stride is {stride}, dilation is {dilation}, padding is {padding}, "
@@ -113,6 +117,22 @@ def check_conv(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor], groups: int, out: list[Any]
 ) -> None:
     """Raise RuntimeError unless the tensors fit; ``out`` is the shape of the result."""
+    check_operands(x, weight, scale, shift, residual, groups, out)
+    dtype = x.dtype
+    wider = weight.dtype is not dtype and torch.promote_types(dtype, weight.dtype) != weight.dtype
+    if wider or not dtype.is_floating_point:
+        raise RuntimeError(f"x is {dtype} and weight is {weight.dtype}, expected the same floating-point dtype")
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector.dtype not in (torch.float32, torch.float64):
+            raise RuntimeError(f"{name} is {vector.dtype}, expected float32 or float64")
+    if residual is not None and residual.dtype is not dtype:
+        raise RuntimeError(f"residual is {residual.dtype}, expected {dtype}")
+
+
+def check_operands(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor], groups: int, out: list[Any]
+) -> None:
+    """Raise RuntimeError unless shapes and devices fit."""
     k, group_channels = weight.shape[:2]
     if groups < 1 or k % groups:
         raise RuntimeError(f"groups is {groups}, expected a divisor of weight.shape[0] = {k}")
@@ -121,20 +141,14 @@ def check_conv(
             f"x has {x.shape[1]} channels (shape {list(x.shape)}), expected {group_channels * groups}: "
             f"weight is {list(weight.shape)} with groups={groups}"
         )
-    dtype, device = x.dtype, x.device
-    wider = weight.dtype is not dtype and torch.promote_types(dtype, weight.dtype) != weight.dtype
-    if wider or not dtype.is_floating_point:
-        raise RuntimeError(f"x is {dtype} and weight is {weight.dtype}, expected the same floating-point dtype")
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector.dim() != 1 or vector.shape[0] != k:
             raise RuntimeError(f"{name} has shape {list(vector.shape)}, expected [{k}]")
-        if vector.dtype not in (torch.float32, torch.float64):
-            raise RuntimeError(f"{name} is {vector.dtype}, expected float32 or float64")
-    if residual is not None and (list(residual.shape) != out or residual.dtype is not dtype):
-        raise RuntimeError(f"residual is {residual.dtype} of shape {list(residual.shape)}, expected {dtype} of {out}")
+    if residual is not None and list(residual.shape) != out:
+        raise RuntimeError(f"residual has shape {list(residual.shape)}, expected {out}")
     for name, tensor in (("weight", weight), ("scale", scale), ("shift", shift), ("residual", residual)):
-        if tensor is not None and tensor.device != device:
-            raise RuntimeError(f"{name} is on {tensor.device}, expected the device of x, {device}")
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"{name} is on {tensor.device}, expected the device of x, {x.device}")
 
 
 def pooled(size: int) -> int:
@@ -368,13 +382,13 @@ library.define("global_avg_pool(Tensor x) -> Tensor")
 
 
 def _global_avg_pool(x: Tensor) -> Tensor:
-    _check_images(x.shape)
+    check_images(x.shape)
     case = Case("global_avg_pool", x.device.type, x.dtype, x.shape[1], x.shape[1])
     return _implementation(case, x).global_avg_pool(x)
 
 
 def _global_avg_pool_fake(x: Tensor) -> Tensor:
-    _check_images(x.shape)
+    check_images(x.shape)
     return empty_channels_last(x, [x.shape[0], x.shape[1], 1, 1])
 
 
@@ -398,7 +412,7 @@ def _head(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 def _head_checked(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> list[Any]:
     """Shape of the result."""
-    _check_images(x.shape)
+    check_images(x.shape)
     if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
         raise RuntimeError(f"weight has shape {list(weight.shape)}, expected [K, {x.shape[1]}]: x is {list(x.shape)}")
     k = weight.shape[0]

@@ -12,6 +12,7 @@
     descriptor.py, conv_descriptor.py, gemm_descriptor.py    the same convolutions through tensor descriptors
     chain.py, chain_launch.py    two convolutions in one kernel
     training.py   the primitives of training, and what belongs to them
+    quantised.py  the ops on 8-bit numbers, and what belongs to them
 
 Importing this package imports neither Triton nor a kernel; the first call of an op does. No file may have an op's name,
 since importing it would make it the package's attribute in the op's place.

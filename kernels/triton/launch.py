@@ -505,9 +505,9 @@ def plan_head(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor
     )
 
 
-def allocate(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """An output like ``x``, in NHWC."""
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def allocate(x: torch.Tensor, shape: tuple[int, ...], dtype: Optional[torch.dtype] = None) -> torch.Tensor:
+    """An output in NHWC, like ``x`` or of another dtype."""
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def allocate_floats(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

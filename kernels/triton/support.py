@@ -33,13 +33,13 @@ def _too_old() -> Optional[str]:
     return None if major >= 8 else f"needs compute capability 8.0, this GPU has {major}.{minor}"
 
 
-def supports(case: Case) -> Optional[str]:
+def supports(case: Case, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Optional[str]:
     """None if the kernels cover the case, else the reason why not. Asks a driver only about a case on a GPU."""
     if not _installed():
         return "Triton is not installed"
     if case.device != "cuda" and not (case.device == "cpu" and interpreted()):
         return f"Triton runs on a GPU, not on {case.device}"
-    if case.dtype not in DTYPES:
+    if case.dtype not in dtypes:
         return f"no {case.dtype}"
     if case.op == "stem" and case.in_channels > STEM_CHANNELS:
         return f"a stem of {case.in_channels} input channels; up to {STEM_CHANNELS} are covered"

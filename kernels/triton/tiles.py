@@ -25,6 +25,8 @@ last tile.
     sum_rows          [BM, elements of the tile, warps]
     chain             for each precision, [widest, BM, BN, warps, stages, split]: for chain.py, where neither the first
                       convolution's input nor the second one's output has more than ``widest`` channels
+    int8, fp8         like half, for convolutions of 8-bit numbers
+    quantise          [BLOCK, warps] of the passes from real to 8-bit numbers and back
 """
 
 import functools

@@ -184,7 +184,7 @@ def narrow(item: Launch, made: Compiled) -> bool:
     """
     constants = item.plan.constants
     item_size = {"fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}.get(item.precision, 4)
-    if constants.get("C", constants.get("K")) * item_size % 16 != 0:
+    if constants.get("C", constants.get("K", 16)) * item_size % 16 != 0:
         return False
     if made.loop.wide_loads == 0 or made.tiny_loads > 0:
         return True

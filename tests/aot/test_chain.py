@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from resnet_fast.kernels.triton import chain_launch, launch, tiles
-from tests.aot.checks import SHARED_MEMORY, Compiler, Result, narrow, offenders, spills, too_large, wrong_units
+from tests.aot.checks import Compiler, Result, narrow, offenders, shared_memory, spills, too_large, wrong_units
 from tests.aot.layers import ARCHITECTURES, DTYPES, Launch, float32_precision, image
 from tests.aot.offline import Worker
 
@@ -100,7 +100,7 @@ def test_relatives_take_the_tiles_of_their_nearest(architecture):
     with Worker() as worker:
         made = worker.compile(plan(architecture, "fp16", 256, 14), architecture)
     assert made.spilled == 0
-    assert made.shared <= SHARED_MEMORY["sm_80"]
+    assert made.shared <= shared_memory("sm_86")
     assert made.tensor_core > 0
 
 

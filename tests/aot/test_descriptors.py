@@ -11,7 +11,7 @@ import torch
 
 from resnet_fast.kernels.triton import launch, tiles
 from resnet_fast.kernels.triton.tiles import Tile
-from tests.aot.checks import SHARED_MEMORY, Compiler, Result, offenders, spills, too_large, wrong_units
+from tests.aot.checks import Compiler, Result, offenders, shared_memory, spills, too_large, wrong_units
 from tests.aot.layers import DTYPES, Launch, Layer, float32_precision, image
 from tests.aot.offline import Compiled
 
@@ -103,7 +103,7 @@ def test_as_many_programs_as_run_side_by_side(results):
 
     def other(item: Launch, made: Compiled) -> bool:
         multiprocessors = tiles.load(item.architecture)["multiprocessors"]
-        by_memory = SHARED_MEMORY[item.architecture] // made.shared
+        by_memory = shared_memory(item.architecture) // made.shared
         by_registers = 65536 // (made.registers * made.warps * 32)
         return item.plan.grid[0] > multiprocessors * max(1, min(by_memory, by_registers))
 

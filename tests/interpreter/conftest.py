@@ -15,9 +15,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import torch
 
 from resnet_fast.kernels.triton import tiles
-from tests.interpreter import bfloat16, cases, guard
+from tests.interpreter import bfloat16, cases, eight_bits, guard
 
 bfloat16.install()
+eight_bits.install()
 
 
 torch.set_num_threads(1)  # the cases are small; more threads only wait for each other

@@ -5,7 +5,7 @@ numbers, often in a column that is never stored; on a GPU it may be a fault. So 
 load and store is checked: the addresses that its mask lets through must all lie in one operand. The load of a tensor
 descriptor is such a load as well, with a mask of what lies inside the descriptor's shape.
 
-Outputs start as NaN, so that an element never written shows.
+Outputs start as NaN (int8: as 85), so that an element never written shows.
 """
 
 import numpy as np
@@ -36,7 +36,7 @@ class Guards:
             return lambda *args: self.operand(function(*args))
 
         def poisoned(function):
-            return lambda *args: function(*args).fill_(torch.nan)
+            return lambda *args: _poison(function(*args))
 
         for name in ("nhwc", "vector"):
             monkeypatch.setattr(launch, name, registered(getattr(launch, name)))
@@ -66,3 +66,7 @@ class Guards:
     def _check(self, first: int, end: int, name: str) -> None:
         if not any(t.data_ptr() <= first and end <= t.data_ptr() + t.nbytes for t in self._operands):
             raise AssertionError(f"{name} outside its operand")
+
+
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.fill_(torch.nan if tensor.is_floating_point() else 85)

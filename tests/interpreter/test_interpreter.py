@@ -1,4 +1,5 @@
-"""What the other tests stand on: bfloat16.py against PyTorch's casts and products, and that guard.py sees an access."""
+"""What the other tests stand on: bfloat16.py and eight_bits.py against PyTorch's casts and products, and that guard.py
+sees an access."""
 
 import pytest
 import torch
@@ -56,6 +57,30 @@ def test_arithmetic_in_bfloat16_is_refused():
     x = torch.ones(16, dtype=torch.bfloat16)
     with pytest.raises(triton.runtime.errors.InterpreterError, match="widen to float32"):
         _double_kernel[(1,)](x, torch.empty_like(x), 16)
+
+
+def test_casts_of_fp8_are_those_of_pytorch():
+    """Every number of it to float32; to it numbers of all magnitudes, ties, and NaN."""
+    x = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    y = torch.empty(x.shape)
+    _cast_kernel[(1,)](x, y, x.numel())
+    torch.testing.assert_close(y, x.float(), rtol=0, atol=0, equal_nan=True)
+
+    wide = torch.cat(
+        [torch.randn(1020) * 2.0 ** torch.randint(-12, 7, (1020,)), torch.tensor([17.0, 19, 2**-10, torch.nan])]
+    )
+    narrow = torch.empty(wide.shape, dtype=torch.float8_e4m3fn)
+    _cast_kernel[(1,)](wide, narrow, wide.numel())
+    assert narrow[-4:-1].tolist() == [16.0, 20.0, 0.0]  # halfway: to the even one
+    torch.testing.assert_close(narrow.float(), wide.to(torch.float8_e4m3fn).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_dot_of_8_bits(dtype):
+    a, b = torch.randint(-128, 128, (2, 64, 64)).to(dtype)
+    y = torch.empty(64, 64, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
+    _dot_kernel[(1,)](a, b, y, 64)
+    assert torch.equal(y.double(), a.double() @ b.double())  # few bits each: exact in float32 as well
 
 
 @triton.jit

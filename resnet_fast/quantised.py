@@ -1,0 +1,323 @@
+"""Inference in 8 bits: convolution, batch norm, residual and ReLU on int8 or fp8 images, in one op.
+
+Quantisation is symmetric: a tensor ``q`` and its scale stand for the real numbers ``q * scale``. An image has one
+scale, from the largest magnitude that was seen there (``scale_from_amax``); a weight has one for every output channel.
+``kernels/reference_quantised.py`` has the formulas, and where they come from.
+
+A residual block, after its tensors' largest magnitudes have been observed (a first layer of 3 channels stays in half
+precision, see ``kernels/triton/conv_quantised.py``):
+
+    xq = quantise(x, x_scale)
+    y1 = conv_bn_act(xq, x_scale, block.conv1, block.bn1, out_scale=y1_scale)
+    y2 = conv_bn_act(y1, y1_scale, block.conv2, block.bn2, residual=xq, residual_scale=x_scale, out_scale=y2_scale)
+
+The ops are ``torch.ops.resnet_fast.conv_quantised``, ``quantise`` and ``dequantise``. They have no gradients.
+"""
+
+import math
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast import functional, ops
+from resnet_fast.kernels import reference_quantised
+from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.packing import PackCache
+from resnet_fast.kernels.reference_quantised import MOST_PRODUCTS, RANGE, REAL
+
+_packs = PackCache()
+
+
+def scale_from_amax(amax: Union[float, Tensor], dtype: torch.dtype = torch.int8) -> float:
+    """The scale with which numbers of magnitudes up to ``amax`` just fit: ``amax / 127``, or ``amax / 448`` for fp8.
+
+    1 for an ``amax`` of 0.
+
+    Args:
+        amax: a number, or a tensor of one.
+        dtype: torch.int8 or torch.float8_e4m3fn.
+
+    Raises:
+        ValueError: ``amax`` is negative or not finite, or so small that a float32 cannot hold the scale's reciprocal.
+    """
+    amax = float(amax)
+    if not (math.isfinite(amax) and amax >= 0):
+        raise ValueError(f"amax is {amax}, expected a finite number, 0 or more")
+    scale = amax / _range(dtype)[1] if amax else 1.0
+    _check_scale("amax divided by the highest number", scale, ValueError)
+    return scale
+
+
+def quantise(x: Tensor, scale: float, dtype: torch.dtype = torch.int8) -> Tensor:
+    """``saturate(round(x / scale))``, half to even; see ``reference_quantised.quantise``.
+
+    Args:
+        x: ``[N, C, H, W]``, float16, bfloat16 or float32.
+        scale: what a step of the result stands for.
+        dtype: torch.int8 or torch.float8_e4m3fn.
+
+    Returns:
+        ``[N, C, H, W]`` of ``dtype``, in channels_last.
+
+    Raises:
+        RuntimeError: another shape or dtype, or a scale that is not positive.
+    """
+    return torch.ops.resnet_fast.quantise(x, scale, dtype)
+
+
+def dequantise(x: Tensor, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``x * scale``, rounded to ``dtype``: the inverse of ``quantise``, with its arguments the other way round."""
+    return torch.ops.resnet_fast.dequantise(x, scale, dtype)
+
+
+def quantise_weight(weight: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """``[K, C/groups, R, S]`` to the same shape in ``dtype``, and the scales ``[K]`` float32, by each channel's amax.
+
+    A batch norm that follows multiplies whole output channels. So it changes a channel's scale and not its quantised
+    numbers (but for their sign), and is left to the scale.
+
+    Raises:
+        ValueError: ``weight`` holds NaN or Inf.
+    """
+    highest = _range(dtype)[1]
+    wide = weight.detach().float()
+    amax = wide.abs().amax((1, 2, 3)) if wide.numel() else wide.new_zeros(wide.shape[0])
+    if not bool(amax.isfinite().all()):
+        raise ValueError("weight holds NaN or Inf, expected finite numbers")
+    # Below, a scale's reciprocal would not be finite. Such channels are 0 beside any other.
+    scales = torch.where(amax < highest * _SMALLEST_SCALE, 1.0, amax / highest)
+    return reference_quantised.quantise(wide, scales.view(-1, 1, 1, 1), dtype), scales
+
+
+@torch.no_grad()
+def conv_bn_act(
+    x: Tensor,
+    x_scale: float,
+    conv: nn.Conv2d,
+    bn: functional.BatchNorm,
+    residual: Optional[Tensor] = None,
+    residual_scale: float = 1.0,
+    out_scale: float = 1.0,
+    relu: bool = True,
+    out_dtype: Optional[torch.dtype] = None,
+) -> Tensor:
+    """``relu(bn(conv(x)) + residual)`` in one op, on quantised tensors; ``bn`` normalises by its running statistics.
+
+    The weight is quantised once, and again when it has changed.
+
+    Args:
+        x: ``[N, C, H, W]``, int8 or float8_e4m3fn; stands for ``x * x_scale``.
+        conv: with numeric padding and ``padding_mode="zeros"``, in float32 or half precision.
+        bn: its ``training`` flag is not read.
+        residual: ``[N, K, P, Q]``, of the dtype of ``x``, float16, bfloat16 or float32; stands for ``residual *
+            residual_scale``.
+        out_scale: what a step of a quantised result stands for.
+        relu: whether the ReLU is applied.
+        out_dtype: that of ``x`` (the default): the result is quantised. Or float16, bfloat16 or float32: it is not, and
+            ``out_scale`` is not read.
+
+    Returns:
+        ``[N, K, P, Q]`` of ``out_dtype``, in channels_last.
+
+    Raises:
+        RuntimeError: wrong shapes, dtypes, devices or scales.
+        ValueError: the weight holds NaN or Inf.
+    """
+    _check_quantised("x", x)
+    weight, weight_scale = _packs.get((conv.weight,), x.dtype, lambda: quantise_weight(conv.weight, x.dtype))
+    bn_scale, shift = functional.fold_batch_norm(bn, conv.bias)
+    scale, shift = _packs.get(
+        (weight_scale, bn_scale, shift),
+        x_scale,
+        lambda: ((x_scale * weight_scale * bn_scale).float(), shift.float()),
+    )
+    return torch.ops.resnet_fast.conv_quantised(
+        x, weight, scale, shift, residual, residual_scale, out_scale,
+        *functional.geometry_of(conv), relu, x.dtype if out_dtype is None else out_dtype,
+    )  # fmt: skip
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+_SMALLEST_SCALE = 2.0**-126  # of which a float32 holds the reciprocal
+_QUANTISED_NAMES = "torch.int8 or torch.float8_e4m3fn"
+
+
+def _range(dtype: torch.dtype) -> tuple[float, float]:
+    if dtype not in RANGE:
+        raise ValueError(f"dtype is {dtype}, expected {_QUANTISED_NAMES}")
+    return RANGE[dtype]
+
+
+def _check_scale(name: str, scale: float, error: type[Exception] = RuntimeError) -> None:
+    if not _SMALLEST_SCALE <= scale <= 1 / _SMALLEST_SCALE:
+        raise error(f"{name} is {scale}, expected from 2^-126 to 2^126")
+
+
+def _check_quantised(name: str, x: Tensor) -> None:
+    if x.dtype not in RANGE:
+        raise RuntimeError(f"{name} is {x.dtype}, expected {_QUANTISED_NAMES}")
+
+
+def _check_real(name: str, dtype: torch.dtype) -> None:
+    if dtype not in REAL:
+        raise RuntimeError(f"{name} is {dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
+
+
+# --- the ops ----------------------------------------------------------------------------------------------------------
+
+ops.library.define(
+    "conv_quantised(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, float residual_scale, "
+    "float out_scale, int[2] stride, int[2] padding, int[2] dilation, int groups, bool relu, ScalarType out_dtype) "
+    "-> Tensor"
+)
+ops.library.define("quantise(Tensor x, float scale, ScalarType dtype) -> Tensor")
+ops.library.define("dequantise(Tensor x, float scale, ScalarType dtype) -> Tensor")
+
+
+def _conv_quantised(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Optional[Tensor],
+    residual_scale: float,
+    out_scale: float,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    relu: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    stride, padding, dilation = ((pair[0], pair[-1]) for pair in (stride, padding, dilation))
+    geometry = (stride, padding, dilation)
+    out = _checked(x, weight, scale, shift, residual, residual_scale, out_scale, geometry, groups, out_dtype)
+    kernel = (weight.shape[2], weight.shape[3])
+    case = Case("conv_quantised", x.device.type, x.dtype, x.shape[1], out[1], kernel, *geometry, groups)
+    return _implementation(case, x).conv_quantised(
+        x, weight, scale, shift, residual, residual_scale, out_scale, *geometry, groups, relu, out_dtype
+    )
+
+
+def _implementation(case: Case, x: Tensor) -> Any:
+    return reference_quantised if x.numel() == 0 else ops.QUANTISED[ops.implementation_for(case, ops.QUANTISED)]
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Optional[Tensor],
+    residual_scale: float,
+    out_scale: float,
+    geometry: tuple[Any, Any, Any],
+    groups: int,
+    out_dtype: torch.dtype,
+) -> list[Any]:
+    """Shape of the result."""
+    out = ops.conv_output(x.shape, weight.shape, *geometry)
+    ops.check_operands(x, weight, scale, shift, residual, groups, out)
+    _check_quantised("x", x)
+    if weight.dtype is not x.dtype:
+        raise RuntimeError(f"weight is {weight.dtype}, expected the dtype of x, {x.dtype}")
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector.dtype is not torch.float32:
+            raise RuntimeError(f"{name} is {vector.dtype}, expected torch.float32")
+    products = weight.shape[1] * weight.shape[2] * weight.shape[3]
+    if x.dtype is torch.int8 and products > MOST_PRODUCTS:
+        raise RuntimeError(
+            f"weight has shape {list(weight.shape)}, {products} products a sum, expected up to {MOST_PRODUCTS}, which "
+            "always fit an int32"
+        )
+    if residual is not None:
+        if residual.dtype is not x.dtype:
+            _check_real(f"x is {x.dtype} and residual", residual.dtype)
+        _check_scale("residual_scale", residual_scale)
+    if out_dtype is x.dtype:
+        _check_scale("out_scale", out_scale)
+    else:
+        _check_real(f"x is {x.dtype} and out_dtype", out_dtype)
+    return out
+
+
+def _conv_quantised_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Optional[Tensor],
+    residual_scale: float,
+    out_scale: float,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    relu: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    stride, padding, dilation = ((pair[0], pair[-1]) for pair in (stride, padding, dilation))
+    geometry = (stride, padding, dilation)
+    out = _checked(x, weight, scale, shift, residual, residual_scale, out_scale, geometry, groups, out_dtype)
+    return _empty(x, out, out_dtype)
+
+
+def _empty(x: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _quantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    _check_quantise(x, scale, dtype)
+    case = Case("quantise", x.device.type, dtype, x.shape[1], x.shape[1])
+    return _nhwc(_implementation(case, x).quantise(x, scale, dtype))
+
+
+def _quantise_fake(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    _check_quantise(x, scale, dtype)
+    return _empty(x, x.shape, dtype)
+
+
+def _check_quantise(x: Tensor, scale: float, dtype: torch.dtype) -> None:
+    ops.check_images(x.shape)
+    _check_real("x", x.dtype)
+    _check_scale("scale", scale)
+    if dtype not in RANGE:
+        raise RuntimeError(f"dtype is {dtype}, expected {_QUANTISED_NAMES}")
+
+
+def _dequantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    _check_dequantise(x, scale, dtype)
+    case = Case("dequantise", x.device.type, x.dtype, x.shape[1], x.shape[1])
+    return _nhwc(_implementation(case, x).dequantise(x, scale, dtype))
+
+
+def _dequantise_fake(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    _check_dequantise(x, scale, dtype)
+    return _empty(x, x.shape, dtype)
+
+
+def _check_dequantise(x: Tensor, scale: float, dtype: torch.dtype) -> None:
+    ops.check_images(x.shape)
+    _check_quantised("x", x)
+    _check_scale("scale", scale)
+    _check_real("dtype", dtype)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _no_gradient(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("8-bit ops have no gradient; call them under torch.no_grad() or on detached tensors")
+
+
+for _name, _kernel, _fake in (
+    ("conv_quantised", _conv_quantised, _conv_quantised_fake),
+    ("quantise", _quantise, _quantise_fake),
+    ("dequantise", _dequantise, _dequantise_fake),
+):
+    ops.library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resnet_fast::{_name}", _fake, lib=ops.library)
+    torch.library.register_autograd(f"resnet_fast::{_name}", _no_gradient, lib=ops.library)
