@@ -98,7 +98,7 @@ def test_every_tile_is_in_use():
 @pytest.mark.parametrize("architecture", ["sm_89", "sm_120"])
 def test_relatives_take_the_tiles_of_their_nearest(architecture):
     with Worker() as worker:
-        made = worker.compile(plan(architecture, "fp16", 256, 14), architecture)
+        (made,) = worker.compile([plan(architecture, "fp16", 256, 14)], architecture)
     assert made.spilled == 0
     assert made.shared <= shared_memory("sm_86")
     assert made.tensor_core > 0
@@ -110,7 +110,7 @@ def main() -> None:
             for item in launches(architecture, precision):
                 constants = item.plan.constants
                 tile = [constants[name] for name in ("BM", "BN", "num_warps", "num_stages", "SPLIT")]
-                print(architecture, precision, item.name, tile, worker.compile(item.plan, architecture), flush=True)
+                print(architecture, precision, item.name, tile, worker.compile([item.plan], architecture)[0], flush=True)
 
 
 if __name__ == "__main__":
