@@ -55,7 +55,9 @@ def test_tiles_fit_what_the_kernel_will_see():
     few = planner._tiles(problem(c=3, kernel=(7, 7), stride=(2, 2), padding=(3, 3), h=224, w=224, k=64))
     assert few[0] == tiles.pick("sm_90", "ieee", 2 * 112 * 112, 64, 7 * 4, 1, "stem", 7)
     grouped = planner._tiles(problem(c=128, k=128, groups=32, h=56, w=56))
-    assert grouped[0] == tiles.pick("sm_90", "ieee", 2 * 56 * 56, 32, 32, 4, "grouped", 9)  # 32 groups of 4 channels as 4 of 32
+    assert grouped[0] == tiles.pick(
+        "sm_90", "ieee", 2 * 56 * 56, 32, 32, 4, "grouped", 9
+    )  # 32 groups of 4 channels as 4 of 32
 
 
 @pytest.mark.parametrize(
