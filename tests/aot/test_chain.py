@@ -1,7 +1,7 @@
 """Chains of two 1x1 convolutions, compiled for their targets from the plans that would be launched. No GPU is used.
 
 Compiled here: where one bottleneck of ResNet-50 meets the next, in every stage that has a tile for it, in fp16 and
-TF32; in bf16, which differs in a few conversions, the widest. ``python -m tests.aot.test_chain`` prints what came out.
+TF32; in bf16, which differs in a few conversions, the widest.
 """
 
 import functools
