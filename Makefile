@@ -33,8 +33,9 @@ lint: install
 	$(BIN)/mypy
 
 # The lanes run in processes of their own: Triton's interpreter and its compiler cannot share one.
+# A thread for each process, for PyTorch's would spin while those of another work; files stay whole, for what they share.
 test-cpu: install
-	$(BIN)/python -m pytest tests/cpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/cpu
 
 # The C++ kernels one by one, also between pages without access and under sanitizers.
 test-native: install
