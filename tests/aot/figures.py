@@ -6,7 +6,9 @@ the tables of tiles change. Nothing is run and no GPU is needed.
 
 import argparse
 import functools
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 import torch
@@ -26,6 +28,7 @@ _MFMA = Tile(128, 128, 64, 8, 2, False)
 _SMALL = Tile(64, 64, 64, 4, 4, False)
 _PORTED = (("sm_80", _MMA), ("sm_90", _MMA), ("sm_90", _WIDE), ("sm_100", _MMA), ("gfx942", _MFMA))
 
+PAGE = Path(__file__).parents[2] / "docs/kernels.md"
 HEADER = "| what | target | tile | loop / products | registers | shared memory | spills | programs |"
 
 
@@ -155,22 +158,19 @@ def quantised() -> Iterator[Entry]:
         yield Entry(f"3x3 256->256, {str(dtype).removeprefix('torch.')}", architecture, plan)
     real = image(_BATCH, 64, 56, 56, _HALF)
     yield Entry("quantise", "sm_90", quantised_launch.plan_quantise(real, 0.02, torch.int8, "sm_90"))
-    plan = quantised_launch.plan_dequantise(real.to(torch.int8), 0.02, _HALF, "sm_90")
-    yield Entry("dequantise", "sm_90", plan)
 
 
 def forward() -> Iterator[Entry]:
     """What training adds to the forward pass."""
     for c, size, k, kernel in ((2048, 7, 512, 1), (256, 14, 256, 3)):
-        for flags in ((), ("prologue",), ("statistics",), ("prologue", "statistics")):
+        for flags in ((), ("prologue",), ("statistics",)):
             plan = _conv("sm_90", _MMA, c, size, k, kernel, **dict.fromkeys(flags, True))
             yield Entry(", ".join((f"{kernel}x{kernel} {c}->{k}", *flags)), "sm_90", plan)
     x = image(_BATCH, 256, 14, 14, _HALF)
     weight = torch.empty(256, 256, 3, 3, dtype=_HALF, device="meta")
     plans = training_forward.plan_conv_statistics(x, None, weight, Geometry(padding=(1, 1)), "sm_90")
     yield Entry("combine 256", "sm_90", plans[1])
-    for name, plan in zip(("gram 256", "covariance 256"), training_forward.plan_gram(x, _affine(256), (1, 1), "sm_90")):
-        yield Entry(name, "sm_90", plan)
+    yield Entry("gram 256", "sm_90", training_forward.plan_gram(x, _affine(256), (1, 1), "sm_90")[0])
     wide = image(_BATCH, 1024, 14, 14, _HALF)
     yield Entry("tail, residual", "sm_90", launch.plan_tail(wide, _affine(1024), wide, None, True, "sm_90"))
 
@@ -191,7 +191,6 @@ def backward() -> Iterator[Entry]:
     for name, prologue in (("", None), (", prologue", _affine(256))):
         steps = training_backward.plan_wgrad(x, x, prologue, weight.shape, Geometry((1, 1), pad), "sm_90")
         yield Entry(f"wgrad 3x3{name}", "sm_90", steps.plans[0])
-    yield Entry("sum of wgrad's parts", "sm_90", steps.plans[1])
     wide_vector = _vector(1024)
     steps = training_backward.plan_tail_backward(wide, wide, wide, wide_vector, None, None, "sm_90")
     yield Entry("tail backward", "sm_90", steps.plans[0])
@@ -199,8 +198,7 @@ def backward() -> Iterator[Entry]:
     yield Entry("batch norm backward", "sm_90", steps.plans[0])
     stem, pooled = image(_BATCH, 64, 112, 112, _HALF), image(_BATCH, 64, 56, 56, _HALF)
     steps = training_backward.plan_tail_pool_backward(pooled, stem, _affine(64), _vector(64), "sm_90")
-    for name, plan in zip(("pool winner", "pool backward"), steps.plans):
-        yield Entry(name, "sm_90", plan)
+    yield Entry("pool backward", "sm_90", steps.plans[1])
 
 
 FAMILIES: dict[str, Callable[[], Iterator[Entry]]] = {
@@ -250,17 +248,28 @@ def _loop(made: Compiled) -> str:
     return each if loop.rolled else f"{each}, unrolled"
 
 
+def table(family: str) -> str:
+    """As it stands in the page, below a comment that names the family."""
+    return "\n".join([HEADER, f"|{'---|' * (HEADER.count('|') - 1)}", *rows(family)])
+
+
+def replaced(page: str, family: str) -> str:
+    """``page`` with the family's table as it is now."""
+    return re.sub(rf"(<!-- figures: {family} -->\n)(\|.*\n)*", lambda found: f"{found[1]}{table(family)}\n", page)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; all by default")
+    parser.add_argument("--write", action="store_true", help="also put them into the page")
     options = parser.parse_args()
     unknown = [name for name in options.family if name not in FAMILIES]
     if unknown:
         parser.error(f"{unknown[0]!r}, expected some of {', '.join(FAMILIES)}")
     for name in options.family or FAMILIES:
-        print(f"\n{name}\n\n{HEADER}\n|{'---|' * HEADER.count(' | ')}---|", flush=True)
-        for row in rows(name):
-            print(row, flush=True)
+        print(f"{name}\n\n{table(name)}\n", flush=True)
+        if options.write:
+            PAGE.write_text(replaced(PAGE.read_text(), name))
 
 
 if __name__ == "__main__":
