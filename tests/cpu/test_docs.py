@@ -78,6 +78,12 @@ def test_public_names_exist(page):
         assert name in resnet_fast.__all__, name
 
 
+def test_the_example_of_recorded_figures():
+    (line,) = re.findall(r'^"\w+_kernel .*\]$', PAGES["kernels.md"], re.MULTILINE)
+    recorded = (ROOT / "tests/aot/expected/sm_90.json").read_text()
+    assert line in recorded.replace(",\n", "\n").splitlines()
+
+
 def test_the_choices_lie_where_the_page_says(monkeypatch, tmp_path):
     from resnet_fast.kernels.triton import planner
 
