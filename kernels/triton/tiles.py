@@ -196,11 +196,11 @@ def fit(architecture: str, tile: Tile, rows: int, columns: int, reduction: int) 
     widest = _widest(data, columns)
     bm = max(min(tile.rows, power_of_two(rows)), smallest_rows)
     bn = min(tile.columns, widest)
-    bk = tile.reduction
-    # Rather more steps than a last step that is mostly padding.
+    # Rather more steps than a last step that is mostly padding; of those with the least padding, the fewest.
     shortest = max(smallest_reduction, min(32, power_of_two(reduction)))
-    while bk > shortest and -(-reduction // (bk // 2)) * (bk // 2) < -(-reduction // bk) * bk:
-        bk //= 2
+    halved = [tile.reduction >> i for i in range(tile.reduction.bit_length())]
+    steps = [bk for bk in halved if bk >= shortest] or [tile.reduction]
+    bk = min(steps, key=lambda bk: -(-reduction // bk) * bk)
     warps = min(tile.warps, max(4, tile.warps * bm * bn // (tile.rows * tile.columns)))
     split = tile.split and tile.columns <= widest
     return tile._replace(rows=bm, columns=bn, reduction=bk, warps=warps, split=split)

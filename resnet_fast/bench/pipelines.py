@@ -143,6 +143,8 @@ def _kernels(move: Move) -> list[Kernel]:
         launches += _combinations(move.writes[0])
     elif move.op == "tail_pool_backward":
         launches += 2
+    elif move.op == "head":
+        launches += 1  # the pool and the product, but for few images
     if move.op in ("conv_bn_act", "conv_statistics", "conv_affine", "wgrad"):
         launches += 2 * _padded(move)
     return [Kernel(move, launches)]

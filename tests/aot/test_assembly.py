@@ -164,6 +164,42 @@ def test_loops_share_no_header():
     assert natural_loops([*code[:3], Instruction("d", "", target=2), code[4]]) == [{0, 1}, {2, 3}]
 
 
+def test_loops_are_natural_ones():
+    """The way back from behind the end leads into the middle of a loop, and makes no loop of its own."""
+    waiting, channels, tiles = sorted(natural_loops(nvidia(NESTED)), key=len)
+    assert waiting == {12, 13}
+    assert channels == {2, 3, 4, 5, 6, 12, 13, 14}
+    assert tiles == channels | {1, 7, 8, 9, 10}
+
+
+def test_a_call_leaves_a_loop():
+    code = nvidia("""
+        /*0000*/                   MOV R1, R2 ;
+        /*0010*/                   HMMA.16816.F32 R16, R8, R10, R16 ;
+        /*0020*/              @!P3 CALL.REL.NOINC 0x40 ;
+        /*0030*/                   BRA 0x10 ;
+        /*0040*/                   FADD R6, R6, R5 ;
+        /*0050*/               @P1 BRA 0x0 ;
+        /*0060*/                   EXIT ;
+    """)
+    assert natural_loops(code) == [{1, 2, 3}, {0, 1, 2, 3, 4, 5}]
+
+
+def test_what_goes_on_to_the_next_instruction():
+    code = nvidia("""
+        /*0000*/               @P0 EXIT ;
+        /*0010*/                   BRA.U UP1, 0x0 ;
+        /*0020*/                   BRA P2, 0x0 ;
+        /*0030*/              @!P0 BRA 0x0 ;
+        /*0040*/             @!UP0 CALL.REL.NOINC 0x0 ;
+        /*0050*/                   BRA 0x0 ;
+        /*0060*/                   BRXU UR4 -0x20 ;
+        /*0070*/                   EXIT ;
+    """)
+    assert [one.goes_on for one in code] == [True] * 5 + [False] * 3
+    assert [one.target for one in code] == [None, 0, 0, 0, 0, 0, None, None]
+
+
 def test_several_kernels_at_once():
     """They lie one behind the other, and so do the addresses of their branches."""
     second = """

@@ -1,7 +1,7 @@
 """Chains of two 1x1 convolutions, compiled for their targets from the plans that would be launched. No GPU is used.
 
 Compiled here: where one bottleneck of ResNet-50 meets the next, in every stage that has a tile for it, in fp16 and
-TF32; in bf16, which differs in a few conversions, the widest. ``python -m tests.aot.test_chain`` prints what came out.
+TF32; in bf16, which differs in a few conversions, the widest.
 """
 
 import functools
@@ -102,16 +102,3 @@ def test_relatives_take_the_tiles_of_their_nearest(architecture):
     assert made.spilled == 0
     assert made.shared <= shared_memory("sm_86")
     assert made.tensor_core > 0
-
-
-def main() -> None:
-    with Worker() as worker:
-        for architecture, precision in TARGETS:
-            for item in launches(architecture, precision):
-                constants = item.plan.constants
-                tile = [constants[name] for name in ("BM", "BN", "num_warps", "num_stages", "SPLIT")]
-                print(architecture, precision, item.name, tile, worker.compile([item.plan], architecture)[0], flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -66,6 +66,7 @@ def test_too_large():
         # Up to 128 registers, two programs of 8 warps share the 16 warps that the registers suffice for.
         ("sm_90", 128, 8, 1000, 2),
         ("sm_90", 129, 8, 1000, 1),
+        ("sm_90", 169, 4, 1000, 2),  # as much as 176
         # 228 KiB of shared memory, of which every program takes 1 KiB more than it asks for.
         ("sm_90", 32, 4, 75 * 1024, 3),
         ("sm_90", 32, 4, 75 * 1024 + 1, 2),
@@ -86,6 +87,7 @@ def test_resident_programs(architecture, registers, warps, shared, programs):
         ("sm_80", "bf16", "HMMA.16816.F32.BF16", "HMMA.16816.F32"),
         ("sm_80", "tf32", "HMMA.1688.F32.TF32", "HMMA.16816.F32"),
         ("sm_90", "fp16", "HGMMA.64x256x16.F32", "HMMA.16816.F32"),
+        ("sm_90", "fp16", "HGMMA.64x256x16.F32", "HGMMA.64x256x16.F32.BF16"),
         ("sm_90", "bf16", "HGMMA.64x64x16.F32.BF16", "HGMMA.64x64x16.F32"),
         ("sm_100", "fp16", "UTCHMMA", "HMMA.16816.F32"),
         ("gfx942", "bf16", "v_mfma_f32_32x32x8_bf16", "v_mfma_f32_32x32x8_f16"),

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from resnet_fast.kernels.triton import cost, tiles
@@ -48,7 +49,7 @@ def test_rows_of_a_class_are_in_buckets():
     problems = [MANY._replace(rows=rows) for rows in (49, 300, 100_000, 500_000)]
     (steps,) = choose(Predictions(gpu, problems, [LARGE, SMALL], codes), set(), 2).classes.values()
     # The small tile up to the bucket in which it is best for the last time.
-    assert steps == [(1024, 1), (None, 0)]
+    assert steps == [(512, 1), (None, 0)]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -76,18 +77,16 @@ def test_the_classes_are_what_the_model_says(architecture, precision):
 
 
 @each_target
-def test_what_the_list_costs(architecture, precision):
-    """Beside the best of all tiles for each layer, by the model: 2 % on average, if none of them spilled."""
+def test_what_the_few_tiles_cost(architecture, precision):
+    """Some layers, beside the best of all possible tiles for each, spilling or not, by the model."""
     gpu, codes = tiles.gpu_of(architecture), tiles.codes_of(tiles.load(architecture))
-    for problem in list(dict.fromkeys(layer_problems(precision)))[::97]:
-        best = min(
-            cost.predict(gpu, problem, tile, codes).cycles
-            for tile in make_tiles.enumerate_tiles(gpu, precision)
-            if not cost.violations(gpu, problem, tile, codes[problem.family])
-        )
-        chosen = cost.predict(gpu, problem, tiles.pick(architecture, *problem[:7]), codes).cycles
-        assert chosen >= best * 0.999 or problem.channels <= 32  # a cut tile is none of the list's
-        assert chosen <= best * 1.5
+    problems = list(dict.fromkeys(layer_problems(precision)))[::41]
+    possible = Predictions(gpu, problems, list(make_tiles.enumerate_tiles(gpu, precision)), codes)
+    chosen = [cost.predict(gpu, one, tiles.pick(architecture, *one[:7]), codes).cycles for one in problems]
+    ratios = np.array(chosen) / possible.cycles.min(axis=1)
+    assert ratios.min() > 1 - 1e-9
+    assert ratios.max() < 1.5
+    assert np.exp(np.log(ratios).mean()) < 1.1
 
 
 @each_target

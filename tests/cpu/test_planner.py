@@ -39,7 +39,7 @@ def test_every_candidate_has_a_name_of_its_own_and_the_tables_tile_is_first():
             found = planner.candidates(one)
             assert list(found) == [candidate.name for candidate in found.values()]
             ours = [candidate.tile for candidate in found.values() if candidate.tile is not None]
-            assert ours[0] == tiles.pick(architecture, precision, 128 * 56 * 56, 64, 64, 1)
+            assert ours[0] == tiles.pick(architecture, precision, 128 * 56 * 56, 64, 64, 1, "rxs", 9)
             assert 2 <= len(ours) <= planner._TILES
             assert len(set(ours)) == len(ours)
             assert list(found)[-2:] == [cudnn.FUSED, cudnn.POINTWISE]
@@ -53,9 +53,11 @@ def test_without_a_relu_only_the_pass_after_the_convolution_can_finish_it():
 def test_tiles_fit_what_the_kernel_will_see():
     """Few channels come as taps side by side; groups of a few channels come merged."""
     few = planner._tiles(problem(c=3, kernel=(7, 7), stride=(2, 2), padding=(3, 3), h=224, w=224, k=64))
-    assert few[0] == tiles.pick("sm_90", "ieee", 2 * 112 * 112, 64, 7 * 4, 1)
+    assert few[0] == tiles.pick("sm_90", "ieee", 2 * 112 * 112, 64, 7 * 4, 1, "stem", 7)
     grouped = planner._tiles(problem(c=128, k=128, groups=32, h=56, w=56))
-    assert grouped[0] == tiles.pick("sm_90", "ieee", 2 * 56 * 56, 32, 32, 4)  # 32 groups of 4 channels as 4 of 32
+    assert grouped[0] == tiles.pick(
+        "sm_90", "ieee", 2 * 56 * 56, 32, 32, 4, "grouped", 9
+    )  # 32 groups of 4 channels as 4 of 32
 
 
 @pytest.mark.parametrize(

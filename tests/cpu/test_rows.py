@@ -138,7 +138,7 @@ BAD: dict[str, tuple[int, Optional[torch.Tensor], str]] = {
     "3x3 weight": (1, torch.ones(9, 5, 3, 3), r"weight has shape \[9, 5, 3, 3\], expected \[K, C, 1, 1\]"),
     "short scale": (2, torch.ones(8), r"scale has shape \[8\], expected \[9\]"),
     "half shift": (3, torch.ones(9).half(), "shift is torch.float16, expected float32 or float64"),
-    "small residual": (4, torch.ones(2, 9, 3, 3), r"residual is .* of shape \[2, 9, 3, 3\], expected"),
+    "small residual": (4, torch.ones(2, 9, 3, 3), r"residual has shape \[2, 9, 3, 3\], expected"),
     "3x3 next_weight": (5, torch.ones(6, 9, 3, 3), r"next_weight has shape \[6, 9, 3, 3\]"),
     "next_weight's channels": (5, torch.ones(6, 8, 1, 1), "the second convolution .*: x has 9 channels .*, expected 8"),
     "double next_weight": (5, torch.ones(6, 9, 1, 1).int(), "second convolution .*weight is torch.int32"),
