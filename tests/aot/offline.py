@@ -84,7 +84,8 @@ class CompilerCrash(Exception):
 class Worker:
     """Compiles in one process of its own, since LLVM may abort a process (seen with tcgen05); then it starts another.
 
-    A kernel does not travel to the process as an object, but as the name of its module and its own.
+    A kernel does not travel to the process as an object, but as the name of its module and its own; functions for
+    later images do not travel at all.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,7 @@ class Worker:
         names = [(plan.kernel.fn.__module__, plan.kernel.fn.__name__) for plan in plans]
         try:
             return self._pool.submit(
-                _compile_named, names, [plan._replace(kernel=None) for plan in plans], architecture
+                _compile_named, names, [plan._replace(kernel=None, image=None) for plan in plans], architecture
             ).result()
         except BrokenProcessPool:
             self._stop()
