@@ -28,6 +28,8 @@ GOOD = Compiled(
     narrow_copies=0,
     tiny_loads=0,
     instructions=500,
+    descriptor_loads=0,
+    thread_copies=16,
     loop=Loop(instructions=100, products=4, rolled=True, wide_loads=8, narrow_loads=0),
 )
 
