@@ -208,8 +208,11 @@ def fit(architecture: str, tile: Tile, rows: int, columns: int, reduction: int) 
 
 @functools.lru_cache(maxsize=256)
 def listed_tiles(architecture: str, precision: str) -> tuple[Tile, ...]:
-    """The file's list, in its order."""
-    return tuple(from_list(one) for one in load(architecture)[precision])
+    """The file's list, in its order. From gfx10 on AMD's warps have 32 lanes, half as many as those that files are for."""
+    found = tuple(from_list(one) for one in load(architecture)[precision])
+    if architecture.startswith("gfx1"):
+        return tuple(tile._replace(warps=2 * tile.warps) for tile in found)
+    return found
 
 
 def from_list(values: Iterable[Any]) -> Tile:

@@ -210,7 +210,7 @@ def test_arguments_are_checked_as_ever(gpu):
     conv = Conv(residual=True)
     conv.call()
     conv.residual = image(64, 9)
-    with pytest.raises(RuntimeError, match="residual is"):
+    with pytest.raises(RuntimeError, match="residual has shape"):
         conv.call()
     conv.residual = torch.zeros(1, 64, 8, 8).half()
     with pytest.raises(RuntimeError, match="residual is on cpu"):
@@ -305,11 +305,12 @@ def test_a_measured_choice_serves_at_once_and_is_prepared(residual, gpu, monkeyp
     planner.choices.forget()
     conv = Conv(residual=residual)
     conv.call()
-    assert planner.served(conv.weight) == "triton 64x32x64 4 warps 4 stages (table)"
     p = planner.Problem(
         "sm_90", torch.float16, "half", 1, 64, 8, 8, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, residual, relu=True
     )
-    tile = list(planner.candidates(p))[1]
+    (table, first), *others = planner.candidates(p).items()
+    assert planner.served(conv.weight) == f"{table} (table)"
+    tile = next(name for name, other in others if other.tile[:3] != first.tile[:3])
     before = conv.started(gpu)
     planner.keep(0, {p.key(): tile})
     other = conv.started(gpu)
