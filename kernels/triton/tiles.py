@@ -208,7 +208,7 @@ def fit(architecture: str, tile: Tile, rows: int, columns: int, reduction: int) 
 
 @functools.lru_cache(maxsize=256)
 def listed_tiles(architecture: str, precision: str) -> tuple[Tile, ...]:
-    """The file's list, in its order. From gfx10 on AMD's warps have 32 lanes, half as many as those that files are for."""
+    """The file's list, in its order. Warps of RDNA have 32 lanes, half as many as those that AMD's files are for."""
     found = tuple(from_list(one) for one in load(architecture)[precision])
     if architecture.startswith("gfx1"):
         return tuple(tile._replace(warps=2 * tile.warps) for tile in found)
