@@ -25,6 +25,10 @@ WINOGRAD = 5e-5
 STEP_ROUNDINGS = 64
 """A training step's results go through up to ten roundings of whole images in half precision and sums over them."""
 REPEATS = 20
+EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+SHORT_SUMS = 2.0**-12
+"""Of the largest result: sm_90's tensor cores keep about 14 bits of a sum of fp8 products (DeepSeek-V3, 2024, section
+3.3.2), of which ours take one step of the inner dimension at a time."""
 
 _EPS = {"float32": 2.0**-23, "tf32": 2.0**-10, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
@@ -34,6 +38,9 @@ def numerics(device: str, quick: bool) -> Results:
     for case in cases(quick):
         for name in _dtypes(device):
             yield _guarded(_compared, case, name, device)
+    for name, dtype in EIGHT_BITS.items():
+        for residual in (False, True):
+            yield _eight_bits(name, dtype, residual, device)
 
 
 def repeats(device: str, quick: bool) -> Results:
@@ -91,6 +98,30 @@ def _compared(case: Case, name: str, device: str) -> dict[str, Any]:
     roundings = STEP_ROUNDINGS if case.training else ROUNDINGS
     allowed = max(TIMES_PYTORCHS * pytorchs, roundings * _EPS[name], WINOGRAD if device == "cpu" else 0.0)
     return {"error": error, "pytorchs": pytorchs, "allowed": allowed, "passed": error <= allowed}  # NaN does not pass
+
+
+def _eight_bits(name: str, dtype: torch.dtype, residual: bool, device: str) -> dict[str, Any]:
+    """A 3x3 convolution of 8-bit numbers, with a result in float32: sums are exact of int8 products, nearly of fp8."""
+    from resnet_fast import quantised
+    from resnet_fast.kernels import reference_quantised
+
+    generator = torch.Generator().manual_seed(0)
+    x = quantised.quantise(torch.randn(2, 64, 14, 14, generator=generator), 0.02, dtype)
+    weight, scales = quantised.quantise_weight(torch.randn(128, 64, 3, 3, generator=generator) / 24, dtype)
+    added = torch.randn(2, 128, 14, 14, generator=generator) if residual else None
+    shift = torch.randn(128, generator=generator)
+    rest = (1.0, 1.0, (1, 1), (1, 1), (1, 1), 1, True, torch.float32)
+    label = {"case": f"conv_quantised{': residual' if residual else ''}", "dtype": name}
+    try:
+        there = [None if t is None else t.to(device) for t in (x, weight, scales * 0.02, shift, added)]
+        result = torch.ops.resnet_fast.conv_quantised(*there, *rest).cpu()
+    except Exception as error:
+        return {**label, "passed": False, "reason": f"{type(error).__name__}: {error}"}
+    wide = [None if t is None else t.double() for t in (scales * 0.02, shift, added)]
+    exact = reference_quantised.conv_quantised(x, weight, *wide, *rest[:-1], torch.float64)
+    error = _error(result, exact)
+    allowed = ROUNDINGS * _EPS["float32"] if dtype == torch.int8 else SHORT_SUMS
+    return {**label, "error": error, "allowed": allowed, "passed": error <= allowed}
 
 
 def _error(result: Tensor, exact: Tensor) -> float:
