@@ -67,8 +67,8 @@ def cases(quick: bool = False) -> Iterator[Case]:
             yield _conv(name, x, k, kernel, stride, padding, dilation, groups, residual, relu)
     for h, w in ((64, 64), (45, 37)) if quick else ((224, 224), (65, 47)):
         yield _op("stem", f"stem of {h}x{w}", *_weights(f"stem {h}x{w}", (2, 3, h, w), (64, 3, 7, 7)))
-    for shape in ((2, 512, 7, 7), (1, 2048, 7, 7), (2, 33, 5, 9)):
-        yield _op("global_avg_pool", f"average of {list(shape)}", _normal(f"average {shape}", *shape))
+    for pooled in ((2, 512, 7, 7), (1, 2048, 7, 7), (2, 33, 5, 9)):
+        yield _op("global_avg_pool", f"average of {list(pooled)}", _normal(f"average {pooled}", *pooled))
     for n, c, k in ((2, 512, 1000), (40, 2048, 1000), (3, 33, 10)):
         head = (_normal(f"head {c}", k, c) / c**0.5, _normal(f"head {k}", k))
         yield _op("head", f"{c} to {k}, batch {n}", _normal(f"head {n}", n, c, 7, 7), *head)
@@ -78,8 +78,8 @@ def cases(quick: bool = False) -> Iterator[Case]:
         first = _weights(f"chain {c}", (2, c, size, size), (4 * c, c, 1, 1))
         _, *second = _weights(f"chain {c} next", (), (c, 4 * c, 1, 1))
         yield _op("conv_chain", f"{c} {size}x{size}", *first, _normal("chain", 2, 4 * c, size, size), *second)
-    for name, block, size in _blocks(quick):
-        yield _training(name, block, size)
+    for name, block, shape in _blocks(quick):
+        yield _training(name, block, shape)
 
 
 def _conv(

@@ -117,11 +117,11 @@ def _eight_bits(name: str, dtype: torch.dtype, residual: bool, device: str) -> d
         result = torch.ops.resnet_fast.conv_quantised(*there, *rest).cpu()
     except Exception as error:
         return {**label, "passed": False, "reason": f"{type(error).__name__}: {error}"}
-    wide = [None if t is None else t.double() for t in (scales * 0.02, shift, added)]
-    exact = reference_quantised.conv_quantised(x, weight, *wide, *rest[:-1], torch.float64)
-    error = _error(result, exact)
+    wide: list[Any] = [None if t is None else t.double() for t in (scales * 0.02, shift, added)]
+    settings: list[Any] = [*rest[:-1], torch.float64]
+    distance = _error(result, reference_quantised.conv_quantised(x, weight, *wide, *settings))
     allowed = ROUNDINGS * _EPS["float32"] if dtype == torch.int8 else SHORT_SUMS
-    return {**label, "error": error, "allowed": allowed, "passed": error <= allowed}
+    return {**label, "error": distance, "allowed": allowed, "passed": distance <= allowed}
 
 
 def _error(result: Tensor, exact: Tensor) -> float:
