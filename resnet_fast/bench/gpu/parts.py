@@ -93,7 +93,7 @@ def _compared(case: Case, name: str, device: str) -> dict[str, Any]:
     # The definition of the very numbers that were given, which may have been rounded.
     exact = case.definition(*(t.double() if isinstance(t, Tensor) else t for t in inputs))
     # A step's sums over images cancel to much less than their terms, which are of the order of its largest results.
-    scale = max(float(right.abs().max()) for right in exact) if case.training else 1.0
+    scale = max(float(right.abs().max()) for right in exact) if case.training else 0.0
     error, pytorchs = (
         max(_error(result, right, scale) for result, right in zip(results, exact, strict=True))
         for results in (ours, stock)
@@ -127,7 +127,7 @@ def _eight_bits(name: str, dtype: torch.dtype, residual: bool, device: str) -> d
     return {**label, "error": distance, "allowed": allowed, "passed": distance <= allowed}
 
 
-def _error(result: Tensor, exact: Tensor, scale: float = 1.0) -> float:
+def _error(result: Tensor, exact: Tensor, scale: float = 0.0) -> float:
     """The largest, relative to the largest result, or to ``scale`` where that is larger."""
     if result.shape != exact.shape:
         raise ValueError(f"result has shape {list(result.shape)}, expected {list(exact.shape)}")
