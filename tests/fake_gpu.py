@@ -44,6 +44,9 @@ class _Utils:
     def build_signature_metadata(self, signature: list[str]) -> bytes:
         return b""
 
+    def fill_tma_descriptor_tiled(self, address, swizzle, size, kind, block, shape, strides, padding) -> tuple:
+        return "descriptor", address, tuple(block), tuple(shape), tuple(strides)
+
     def launch(self, x, y, z, stream, function, cooperative, pdl, packed, metadata, enter, leave, *rest) -> None:
         if enter is not None:
             enter(metadata)

@@ -13,7 +13,7 @@ of the result in steps of ``reduction`` elements of the inner dimension. Per ste
     l2      bytes of both operands that come from the second-level cache
 
 and the slowest of these is what the step takes, if enough programs share the multiprocessor, and a tenth of the others,
-for nothing overlaps perfectly. A program that runs alone also waits at a barrier in every step, and for its loads,
+for nothing overlaps perfectly. Where warps are specialised, the finishing of a tile is one more of them. A program that runs alone also waits at a barrier in every step, and for its loads,
 which take a latency and are asked for ``stages - 1`` steps ahead. To that come the filling of the pipeline and the
 finishing of the tile, which other programs hide as well. The launch takes as long as the multiprocessor with the most
 programs, so that a last wave that is nearly empty counts in full; and it takes as long as memory needs for the bytes
@@ -136,18 +136,42 @@ def family_of(kind: str) -> str:
     return "gemm" if kind == "1x1" else "conv"
 
 
+def served(problem: Problem, tile: "Tile") -> "Tile":
+    """The tile as ``launch.plan_conv`` launches it, which has a simpler kernel or fewer parts where there is no choice.
+
+    Descriptors serve inference at stride 1 without groups, of pixels that are multiples of 16 bytes (descriptor.py),
+    and are not cut in parts.
+    """
+    kernel, parts = tile.kernel, parts_of(problem.taps * -(-problem.channels // tile.reduction), tile.parts)
+    training = problem.prologue or problem.statistics
+    whole_pixels = problem.channels * _BYTES[problem.precision] % 16 == 0
+    if problem.kind not in ("1x1", "rxs") or training or problem.precision == "ieee" or not whole_pixels:
+        kernel = "pointers"
+    if training or kernel != "pointers":
+        parts = 1
+    return tile._replace(kernel=kernel, parts=parts)
+
+
+def parts_of(steps: int, wanted: int) -> int:
+    """Into how many equal parts (but for the last) so many steps are cut when so many are wanted."""
+    return -(-steps // -(-steps // min(wanted, steps)))
+
+
 def predict(gpu: Gpu, problem: Problem, tile: "Tile", codes: Mapping[str, Code]) -> Cost:
     """The model's opinion. codes: by kernel family, of the GPU's architecture."""
     code = codes[problem.family]
+    tile = served(problem, tile)
     size = _BYTES[problem.precision]
     row_tiles, column_tiles = -(-problem.rows // tile.rows), -(-problem.columns // tile.columns)
     programs = problem.groups * row_tiles * column_tiles * tile.parts
     steps = problem.taps * -(-problem.channels // tile.reduction)
     steps = -(-steps // tile.parts)
 
+    specialised = tile.kernel == "specialised"
+    issuing = 2 if specialised else tile.warps  # one warp copies, one multiplies, and the others finish tiles
     per_step = {
         "mma": _mma(gpu, problem.precision, tile),
-        "issue": instructions(gpu, problem, tile, code) * tile.warps * _issue_cycles(gpu) / _SCHEDULERS,
+        "issue": instructions(gpu, problem, tile, code) * issuing * _issue_cycles(gpu) / _SCHEDULERS,
         "shared": _shared_bytes(gpu, problem, tile, size) / _SHARED_BANDWIDTH,
         "l2": (tile.rows + tile.columns) * tile.reduction * size / _l2_bandwidth(gpu),
     }
@@ -158,12 +182,12 @@ def predict(gpu: Gpu, problem: Problem, tile: "Tile", codes: Mapping[str, Code])
     occupancy = max(1, _occupancy(gpu, problem, tile, code))
     most = -(-programs // gpu.multiprocessors)
     step = _together(per_step.values())
-    busy = most * (steps * step + finish)
+    busy = most * (_together((steps * step, finish)) if specialised else steps * step + finish)
     # A step's operands are under way while those of ``stages - 1`` steps before it are used.
     loading = (_LATENCY + per_step["l2"]) / max(1, tile.stages - 1)
     alone = steps * max(step + _BARRIER, loading) + finish
     waiting = _START + _LATENCY * (2 if more else 1)
-    if tile.kernel == "specialised":  # loads of the next tile go on while one is finished
+    if tile.kernel != "pointers":  # loads of the next tile go on while one is finished
         chain = waiting + -(-most // occupancy) * alone
     else:
         chain = -(-most // occupancy) * (waiting + alone)
@@ -315,6 +339,8 @@ def _occupancy(gpu: Gpu, problem: Problem, tile: "Tile", code: Code) -> int:
     # The file is handed out in units of 8 registers a thread.
     registers = min(-(-register_count(gpu, tile, code) // 8) * 8, _most_registers(gpu))
     limits = [gpu.shared_memory // shared, gpu.registers // (registers * threads), gpu.threads // threads]
+    if tile.kernel == "specialised":
+        limits.append(1)  # with its warps for copies and products, it takes all registers
     if _unit(gpu) == "tcgen05":
         limits.append(_TENSOR_MEMORY // _tensor_memory(tile))
     return min(*limits, _MOST_PROGRAMS)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 
 from resnet_fast.kernels import reference
-from resnet_fast.kernels.triton import cudnn, descriptor, pack, planner, prepared, tiles
+from resnet_fast.kernels.triton import cost, cudnn, descriptor, pack, planner, prepared, tiles
 from resnet_fast.kernels.triton.classifier import head_kernel
 from resnet_fast.kernels.triton.conv import conv_kernel
 from resnet_fast.kernels.triton.gemm import gemm_kernel
@@ -238,7 +238,7 @@ def plan_conv(
         if descriptor.refusal(tile, target, precision, x, packed, stride, groups, training) is None:
             operands = (scale, shift, y if residual is None else residual, y)
             constants = {**inference, "INDEX64": index64(x, y)}
-            return Plan(*descriptor.gemm(tile, target, x, packed, operands, constants), y)
+            return Plan(*descriptor.gemm(tile, target, x, packed, operands, constants), y, image=nhwc)
         end = _end(tile, ceil_div(c, tile.reduction), y, scale, shift, residual, prologue, relu, target)
         return Plan(
             gemm_kernel,
@@ -270,7 +270,7 @@ def plan_conv(
         if descriptor.refusal(tile, target, precision, x, packed, stride, groups, training) is None:
             operands = (scale, shift, y if residual is None else residual, y)
             constants = {**inference, "INDEX64": index64(x, y)}
-            return Plan(*descriptor.conv(tile, target, x, packed, operands, padding, dilation, constants), y)
+            return Plan(*descriptor.conv(tile, target, x, packed, operands, padding, dilation, constants), y, image=nhwc)
     end = _end(tile, r * s * ceil_div(c, tile.reduction), y, scale, shift, residual, prologue, relu, target)
     return Plan(
         conv_kernel,
@@ -342,7 +342,7 @@ def _end(
         "RELU": relu,
         "PARTS": 1,
     }
-    parts = 1 if statistics or prologue[0] is not None else parts_of(steps, tile.parts)
+    parts = 1 if statistics or prologue[0] is not None else cost.parts_of(steps, tile.parts)
     if parts > 1:
         sums = allocate_floats(y, (parts, rows, k))
         constants |= {"HAS_RESIDUAL": False, "RELU": False, "PARTS": parts}
@@ -352,11 +352,6 @@ def _end(
     return _End(
         (scale, shift, y if residual is None else residual, y, *prologue, partials), constants, parts, partials
     )  # fmt: skip
-
-
-def parts_of(steps: int, wanted: int) -> int:
-    """Into how many equal parts (but for the last) so many steps are cut when so many are wanted."""
-    return ceil_div(steps, ceil_div(steps, min(wanted, steps)))
 
 
 def _plan_add_parts(

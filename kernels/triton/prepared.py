@@ -161,8 +161,10 @@ def launches_of(plans: Sequence[Any], compiled: Sequence[Any], residual: Optiona
     They were launched in this order as the binaries ``compiled``, and the last one's output is the result. A workspace
     is allocated in every call, as the output is.
 
-    None where that is not known to be enough: in the interpreter, with tensor descriptors, which hold addresses, and
-    for plans that do not say how their image is made (``Plan.image``).
+    A tensor descriptor of the image, which holds its address, is made anew in every call; Triton encodes it.
+
+    None where that is not known to be enough: in the interpreter, and for plans that do not say how their image is
+    made (``Plan.image``).
     """
     import triton
 
@@ -170,21 +172,27 @@ def launches_of(plans: Sequence[Any], compiled: Sequence[Any], residual: Optiona
     if image_of is None or not all(isinstance(one, triton.compiler.CompiledKernel) for one in compiled):
         return None
     workspaces = [plan.workspace for plan in plans if plan.workspace is not None]
-    images = [plans[0].args[0], y, residual, *workspaces]
+    first = plans[0].args[0]
+    described = first if hasattr(first, "block_shape") else None
+    images = [first if described is None else described.base, y, residual, *workspaces]
     if images[0].dtype != y.dtype:
         return None
     starts, owners, seen = [], [], set()
     for plan, binary in zip(plans, compiled):
         names = plan.kernel.arg_names
         given = dict(zip(names, plan.args)) | plan.constants
-        kinds = binary.src.signature.values()
-        simple = all(isinstance(kind, str) and not kind.startswith("tensordesc") for kind in kinds)
+        simple = all(isinstance(kind, str) for kind in binary.src.signature.values())
         if not simple or plan.kernel.launch_metadata is not None or not all(name in given for name in names):
             return None
         fixed, slots = [], []
         for i, name in enumerate(names):
             value = given[name]
-            if isinstance(value, torch.Tensor):
+            if hasattr(value, "block_shape"):
+                if value is described:
+                    slots.append((i, 0))
+                else:
+                    owners.append(value)
+            elif isinstance(value, torch.Tensor):
                 # A block's residual is often the very image, which the first kernel has in the first place.
                 known = images if i == 0 and plan is plans[0] else [None, *images[1:]]
                 at = next((j for j, image in enumerate(known) if image is value), None)
@@ -203,13 +211,26 @@ def launches_of(plans: Sequence[Any], compiled: Sequence[Any], residual: Optiona
         return None
     device = y.device.index if y.is_cuda else triton.runtime.driver.active.get_current_device()
     shapes = [(tuple(one.shape), one.dtype) for one in workspaces]
-    call = _launches(image_of, tuple(y.shape), y.stride(), shapes, starts, device, triton)
+    call = _launches(image_of, described, tuple(y.shape), y.stride(), shapes, starts, device, triton)
     call.owners = owners, compiled  # type: ignore[attr-defined]  # of the addresses, and of the functions
     return call
 
 
+class _Described:
+    """A tensor descriptor of another image of the same shape, as far as encoding one asks. Making Triton's own would
+    check again what was checked.
+    """
+
+    __slots__ = ("base", "padding", "round_f32_to_tf32", "shape", "strides")
+
+    def __init__(self, image: torch.Tensor, like: Any) -> None:
+        self.base, self.shape, self.strides = image, like.shape, like.strides
+        self.padding, self.round_f32_to_tf32 = like.padding, like.round_f32_to_tf32
+
+
 def _launches(
     image_of: Callable[[torch.Tensor], torch.Tensor],
+    described: Optional[Any],
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     workspaces: list[tuple[tuple[int, ...], torch.dtype]],
@@ -225,7 +246,7 @@ def _launches(
     def call(x: torch.Tensor, residual: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
         image = image_of(x)
         y = x.new_empty_strided(shape, strides)
-        addresses = [image.data_ptr(), y.data_ptr(), 0]
+        addresses: list[Any] = [image.data_ptr(), y.data_ptr(), 0]
         if residual is not None:
             residual = residual.contiguous(memory_format=nhwc)
             addresses[2] = residual.data_ptr()
@@ -245,6 +266,8 @@ def _launches(
             with torch.cuda.device(device):
                 return call(x, residual)
         stream = driver.get_current_stream(device)
+        if described is not None:
+            addresses[0] = _Described(image, described)
         for start, grid, function, metadata, kernel, fixed, slots in starts:
             if kernel.pre_run_hooks:
                 return None

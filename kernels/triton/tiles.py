@@ -159,14 +159,14 @@ def candidates(architecture: str, problem: Problem, count: int) -> list[Tile]:
 
     All are tiles that the table gives to the same family of kernels, cut down to the problem.
     """
-    choices = {pick(architecture, *problem[:7]): None}
+    choices = {cost.served(problem, pick(architecture, *problem[:7])): None}
     data = load(architecture)
     if "classes" in data:
         gpu, codes = gpu_of(architecture), codes_of(data)
         listed = listed_tiles(architecture, problem.precision)
         positions = positions_in_use(data, problem.precision, problem.family)
         shape = problem.rows, problem.columns, problem.channels
-        fitted = {fit(architecture, listed[position], *shape) for position in positions}
+        fitted = {cost.served(problem, fit(architecture, listed[position], *shape)) for position in positions}
         predicted = {tile: cost.predict(gpu, problem, tile, codes).cycles for tile in fitted}
         choices |= dict.fromkeys(sorted(fitted, key=lambda tile: (predicted[tile], tile)))
     return list(choices)[:count]

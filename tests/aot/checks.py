@@ -180,9 +180,12 @@ def narrow(item: Launch, made: Compiled) -> bool:
     """A main loop that loads the image or the weight less than 16 bytes at a time, though all threads find as much.
 
     Unrolled, it may have the narrow loads of what comes after it among its own, the scale and the shift; then only
-    copies to shared memory are looked at. A kernel without products is all loop.
+    copies to shared memory are looked at. A kernel without products is all loop. With tensor descriptors the copy
+    engine fetches both operands, and no thread copies anything to shared memory.
     """
     constants = item.plan.constants
+    if "SPECIALISE" in constants:
+        return made.descriptor_loads < 2 or made.thread_copies > 0
     item_size = {"fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}.get(item.precision, 4)
     if constants.get("C", constants.get("K", 16)) * item_size % 16 != 0:
         return False

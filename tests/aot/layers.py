@@ -174,13 +174,19 @@ def launches(architecture: str, precision: str, batches: tuple[int, ...] = BATCH
         return  # there PyTorch's own convolutions compute float32 in float32
     for layer in model_layers():
         for batch in batches:
-            yield plan_layer(layer, batch, precision, architecture)
+            yield from each(plan_layer(layer, batch, precision, architecture))
     dtype = DTYPES[precision]
     max_pool = launch.plan_max_pool(image(128, 64, 112, 112, dtype), architecture)
     yield Launch("max-pool 64 112x112 batch 128", architecture, precision, max_pool)
     for channels in (512, 2048):
         plan = launch.plan_average_pool(image(128, channels, 7, 7, dtype), architecture)
         yield Launch(f"average-pool {channels} 7x7 batch 128", architecture, precision, plan)
+
+
+def each(one: Launch) -> Iterator[Launch]:
+    """Of a plan with several launches, each as one of its own."""
+    for plan in one.plan.launches():
+        yield one._replace(plan=plan)
 
 
 def distinct(all_launches: Iterable[Launch]) -> list[Launch]:

@@ -53,12 +53,13 @@ BATCHES = (1, 2, 4, 8, 16, 24, 32, 64, 128, 256)
 BUCKETS = (*(2**k for k in range(7, 21)), None)
 """Most rows of each, None: any number. Twice as many rows are one more bucket, as twice the batch is."""
 
-KERNELS = ("pointers",)
-PARTS = (1,)
-"""Values of ``Tile.kernel`` and ``Tile.parts`` that ``launch.plan_conv`` can launch."""
+KERNELS = {"sm_90": ("descriptors", "pointers"), "sm_100": ("specialised", "pointers")}
+"""Values of ``Tile.kernel`` for architectures that have more than pointers."""
+PARTS = (1, 2, 4, 8)
+"""Values of ``Tile.parts``. Kernels with descriptors have one."""
 
-_SIZES = {"half": 7, "tf32": 5, "ieee": 3}
-"""How many tiles a list has, at most."""
+_SIZES = {"half": 9, "tf32": 6, "ieee": 4}
+"""How many tiles a list has, at most; one third more where there is more than one kernel."""
 _PARENTS = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
 _GAIN = 0.002  # share of the time of an average layer that another tile of the list must save
 _ROUNDS = 10  # of choosing and compiling
@@ -84,9 +85,10 @@ def make(architecture: str, compiler: Compiler, measure_code: bool) -> dict[str,
         problems = list(dict.fromkeys(layer_problems(precision)))
         possible = list(enumerate_tiles(gpu, precision))
         predictions = Predictions(gpu, problems, possible, tiles.codes_of(contents))
+        size = _SIZES[precision] * (4 if len({tile.kernel for tile in possible}) > 1 else 3) // 3
         struck: set[tuple[str, Tile]] = set()
         for _ in range(_ROUNDS):
-            choice = choose(predictions, struck, _SIZES[precision])
+            choice = choose(predictions, struck, size)
             install(architecture, contents, precision, choice)
             found = compiler.results(demanding(architecture, precision))
             offending = set().union(
@@ -116,14 +118,16 @@ def _to_strike(
     one: Launch, made: Optional[Compiled], listed: list[Tile], possible: list[Tile]
 ) -> set[tuple[str, Tile]]:
     """Of the launch's family the tile that it was made from; and unless that only takes too much memory, those which
-    differ from it in the number of stages."""
+    differ from it in the number of stages. A tile that does not fit the kernel with pointers is struck for all kernels,
+    since that one serves where the others cannot."""
     launched = _tile(one)
     whole = [tile for tile in listed if tile[:6] == launched[:6]]
     made_from = whole or [tile for tile in listed if tile[:6] == (*launched[:2], tile.reduction, *launched[3:6])]
     large = made is not None and too_large(one, made) and not spills(one, made)
+    other = launched.kernel != "pointers"
 
     def alike(tile: Tile) -> tuple:
-        return tile[:4], tile.split, tile.stages if large else None
+        return tile[:4], tile.split, tile.stages if large else None, tile.kernel == launched.kernel if other else None
 
     return {(_family(one), tile) for source in made_from for tile in possible if alike(tile) == alike(source)}
 
@@ -165,7 +169,9 @@ def enumerate_tiles(gpu: Gpu, precision: str) -> Iterator[Tile]:
         (4, 8),
         (2,) if amd else (3,) if scalar else (5, 4, 3, 2),
     )
-    for (rows, columns, reduction, warps, stages), kernel, parts in itertools.product(sizes, KERNELS, PARTS):
+    kernels = KERNELS.get(gpu.architecture, ("pointers",)) if precision != "ieee" else ("pointers",)
+    variants = [(kernel, parts) for kernel in kernels for parts in (PARTS if kernel == "pointers" else (1,))]
+    for (rows, columns, reduction, warps, stages), (kernel, parts) in itertools.product(sizes, variants):
         tile = Tile(rows, columns, reduction, warps, stages, columns == 256, kernel, parts)
         accumulators = rows * columns // (warps * lanes(gpu.architecture))
         if 8 <= accumulators <= most and cost.shared_memory(gpu, precision, tile) <= gpu.program_shared_memory:
@@ -183,9 +189,12 @@ class Predictions:
 def _cycles(gpu: Gpu, problem: Problem, tile: Tile, model: dict[str, Code]) -> float:
     fitted = tiles.fit(gpu.architecture, tile, problem.rows, problem.columns, problem.channels)
     predicted = cost.predict(gpu, problem, fitted, model)
-    # One tile in several guises would be compiled several times. But short inner dimensions need no tile of their own.
-    cut = fitted != tile and (fitted._replace(reduction=tile.reduction) != tile or problem.channels > 32)
-    return predicted.cycles * (_UNFIT if cut or predicted.violations else 1.0)
+    # One tile in several guises would be compiled several times. But short inner dimensions need no tile of their own,
+    # and are cut in as many parts as there are.
+    whole = fitted._replace(reduction=tile.reduction)
+    cut = fitted != tile and (whole != tile or problem.channels > 32)
+    other = cost.served(problem, fitted)[:-1] != fitted[:-1]
+    return predicted.cycles * (_UNFIT if cut or other or predicted.violations else 1.0)
 
 
 def choose(predictions: Predictions, struck: set[tuple[str, Tile]], count: int, gain: float = _GAIN) -> Choice:
@@ -274,8 +283,10 @@ def demanding(architecture: str, precision: str) -> list[Launch]:
             for one in (*launches(architecture, name, (batch,)), *forward_launches(architecture, name, (batch,))):
                 constants = one.plan.constants
                 # bfloat16 is float16 with other conversions, which only a prologue has in the loop.
-                if "SPLIT" in constants and (name != "bf16" or constants["PROLOGUE"]):
-                    key = name, _family(one), _tile(one), constants.get("R"), constants["PROLOGUE"]
+                prologue = constants.get("PROLOGUE", False)
+                if "SPLIT" in constants and (name != "bf16" or prologue):
+                    cut = constants.get("PARTS", 1) > 1
+                    key = name, _family(one), _tile(one), constants.get("R"), prologue, cut
                     known = found.get(key)
                     if known is None or _work(one) >= _work(known):
                         found[key] = one
@@ -284,7 +295,7 @@ def demanding(architecture: str, precision: str) -> list[Launch]:
 
 def _work(one: Launch) -> int:
     constants = one.plan.constants
-    return constants["HAS_RESIDUAL"] + 2 * constants["STATISTICS"]
+    return constants["HAS_RESIDUAL"] + 2 * constants.get("STATISTICS", False)
 
 
 def _family(one: Launch) -> str:
@@ -292,10 +303,13 @@ def _family(one: Launch) -> str:
 
 
 def _tile(one: Launch) -> Tile:
+    """What it was launched with, in one part."""
     constants = one.plan.constants
     names = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT")
-    return Tile(*map(constants.get, names))
+    return Tile(*map(constants.get, names), _KERNEL_OF[constants.get("SPECIALISE")])
 
+
+_KERNEL_OF = {None: "pointers", False: "descriptors", True: "specialised"}  # by the constant SPECIALISE
 
 _SAMPLES = [
     Tile(rows, columns, reduction, warps, 3, False)

@@ -23,7 +23,7 @@ def forward_launches(architecture: str, precision: str, batches: tuple[int, ...]
         for layer in model_layers():
             for batch in batches:
                 for name, plans in _convolution(layer, batch, DTYPES[precision], architecture):
-                    for plan in plans:
+                    for plan in (one for several in plans for one in several.launches()):
                         yield Launch(f"{name} of {layer.name()} batch {batch}", architecture, precision, plan)
         for channels, size in [(64, 56), (512, 28), (2048, 7)]:
             y = image(BATCHES[-1], channels, size, size, DTYPES[precision])

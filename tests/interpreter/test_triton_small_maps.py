@@ -11,7 +11,7 @@ import resnet_fast.kernels.triton as kernels
 import resnet_fast.ops  # noqa: F401  registers torch.ops.resnet_fast
 from resnet_fast.kernels import reference
 from resnet_fast.kernels.reference_training import Affine, Geometry
-from resnet_fast.kernels.triton import launch, tiles, training
+from resnet_fast.kernels.triton import cost, launch, tiles, training
 from tests.interpreter.cases import CONVS, SMALL, TILES, Conv, each_dtype, nhwc
 from tests.interpreter.checking import (
     assert_as_good_as_pytorch,
@@ -106,13 +106,13 @@ def test_every_part_has_work():
     """All steps are in a part, none is empty, and there are as many as asked for where that is possible."""
     for steps in range(1, 80):
         for wanted in range(1, 90):
-            parts = launch.parts_of(steps, wanted)
+            parts = cost.parts_of(steps, wanted)
             each = -(-steps // parts)
             assert 1 <= parts <= min(steps, wanted)
             assert (parts - 1) * each < steps <= parts * each
-        assert [launch.parts_of(steps, wanted) for wanted in (1, steps, 1000)] == [1, steps, steps]
-    assert launch.parts_of(72, 8) == 8
-    assert launch.parts_of(10, 6) == 5
+        assert [cost.parts_of(steps, wanted) for wanted in (1, steps, 1000)] == [1, steps, steps]
+    assert cost.parts_of(72, 8) == 8
+    assert cost.parts_of(10, 6) == 5
 
 
 @each_dtype
