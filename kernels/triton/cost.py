@@ -185,7 +185,10 @@ def predict(gpu: Gpu, problem: Problem, tile: "Tile", codes: Mapping[str, Code])
     busy = most * (_together((steps * step, finish)) if specialised else steps * step + finish)
     # A step's operands are under way while those of ``stages - 1`` steps before it are used.
     loading = (_LATENCY + per_step["l2"]) / max(1, tile.stages - 1)
-    alone = steps * max(step + _BARRIER, loading) + finish
+    if specialised:  # nobody waits for all warps
+        alone = _together((steps * max(step, loading), finish))
+    else:
+        alone = steps * max(step + _BARRIER, loading) + finish
     waiting = _START + _LATENCY * (2 if more else 1)
     if tile.kernel != "pointers":  # loads of the next tile go on while one is finished
         chain = waiting + -(-most // occupancy) * alone

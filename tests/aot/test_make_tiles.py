@@ -1,6 +1,8 @@
 """The script that makes the tables of tiles, and whether the tables are what it would make now."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,7 +11,17 @@ from resnet_fast.kernels.triton import cost, tiles
 from resnet_fast.kernels.triton.cost import Problem
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.aot import make_tiles
-from tests.aot.make_tiles import ARCHITECTURES, Choice, Predictions, choose, demanding, layer_problems, sound
+from tests.aot.layers import model_layers, plan_layer
+from tests.aot.make_tiles import (
+    ARCHITECTURES,
+    Choice,
+    Predictions,
+    _to_strike,
+    choose,
+    demanding,
+    layer_problems,
+    sound,
+)
 
 TARGETS = [(name, precision) for name in ARCHITECTURES for precision in make_tiles.precisions(tiles.gpu_of(name))]
 
@@ -42,6 +54,26 @@ def test_a_struck_tile_is_not_chosen_for_its_family(predictions):
     chosen = choose(predictions, {("gemm", LARGE)}, 2)
     assert chosen.tiles == [SMALL]
     assert choose(predictions, {("conv", LARGE)}, 2).tiles == [LARGE, SMALL]
+
+
+def test_a_tile_that_spills_is_struck_for_the_kernels_that_it_would_be_launched_with():
+    """With pointers, for all: they serve where the others cannot."""
+    listed = [LARGE._replace(kernel=kernel) for kernel in ("pointers", "specialised")] + [SMALL]
+    (layer,) = (one for one in model_layers() if one.name().startswith("1x1/1 256->1024 14x14"))
+    with tiles_of(LARGE):
+        pointers = plan_layer(layer, 8, "fp16", "sm_100")
+    with tiles_of(LARGE._replace(kernel="specialised")):
+        specialised = plan_layer(layer, 8, "fp16", "sm_100")
+    assert _to_strike(pointers, None, listed, listed) == {("gemm", tile) for tile in listed[:2]}
+    assert _to_strike(specialised, None, listed, listed) == {("gemm", listed[1])}
+
+
+@contextlib.contextmanager
+def tiles_of(tile: Tile) -> Iterator[None]:
+    """Every convolution that ``plan_layer`` plans gets the tile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "pick", lambda *_: tile)
+        yield
 
 
 def test_rows_of_a_class_are_in_buckets():
@@ -95,7 +127,9 @@ def test_possible_tiles_fit(architecture, precision):
     possible = list(make_tiles.enumerate_tiles(gpu, precision))
     assert len(possible) == len(set(possible)) > 5
     assert all(cost.shared_memory(gpu, precision, tile) <= gpu.program_shared_memory for tile in possible)
-    assert {(tile.kernel, tile.parts) for tile in possible} == {("pointers", 1)}
+    kernels = {"pointers"} if precision == "ieee" else {"pointers", *make_tiles.KERNELS.get(architecture, ())}
+    wanted = {("pointers", parts) for parts in make_tiles.PARTS} | {(kernel, 1) for kernel in kernels}
+    assert {(tile.kernel, tile.parts) for tile in possible} == wanted
 
 
 def test_what_a_file_lacks_comes_from_its_parent(tmp_path, monkeypatch):

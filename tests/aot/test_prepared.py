@@ -9,7 +9,9 @@ import torch
 
 from resnet_fast import ops
 from resnet_fast.kernels import packing, reference
-from resnet_fast.kernels.triton import cudnn, launch, measuring, planner, prepared
+from resnet_fast.kernels.triton import cudnn, descriptor, launch, measuring, planner, prepared, tiles
+from resnet_fast.kernels.triton.problem import conv_problem
+from resnet_fast.kernels.triton.tiles import Tile
 from tests import fake_gpu
 from tests.fake_gpu import on_gpu
 
@@ -50,6 +52,7 @@ def image(c: int, h: int = 8) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     monkeypatch.setattr(planner, "machine", lambda index: "a fake GPU")
+    monkeypatch.setattr(descriptor, "_multiprocessors", lambda device: 132)
     with fake_gpu.installed() as driver, torch.no_grad():
         yield driver
     prepared._kept.clear()
@@ -91,6 +94,36 @@ def test_other_images_of_the_same_shape(gpu):
     conv.x = on_gpu(conv.x.contiguous())  # NCHW: converted first
     assert was_prepared(started := conv.started(gpu))
     assert started.arguments[0] != conv.x.data_ptr()
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_descriptors_of_other_images(kernel, gpu):
+    """What Triton encodes again in every call: the image's address is the new one's, all else stays."""
+    conv = Conv(kernel, residual=True)
+    x, weight = conv.x, conv.weight
+    problem = conv_problem(x.shape, weight.shape, (1, 1), conv.padding, (1, 1), 1, "half")
+    tiles.override("sm_90", {problem: Tile(64, 64, 64, 4, 4, False, "descriptors")})
+    try:
+        first = conv.started(gpu)
+        conv.x = image(64)
+        second = conv.started(gpu)
+        conv.x = on_gpu(torch.randn(1, 64 * 64 + 1).half()[0, 1:].view(1, 8, 8, 64).permute(0, 3, 1, 2))
+        odd_address = conv.started(gpu)
+    finally:
+        tiles.override("sm_90", {})
+    assert "descriptor_kernel" in first.function
+    assert was_prepared(second)
+    assert not was_prepared(odd_address)
+    (image_before, *before), (image_now, *now) = (descriptors(one) for one in (first, second))
+    assert image_before[1] == x.data_ptr()
+    assert image_now[1] not in (image_before[1], conv.x.data_ptr())
+    assert (image_before[0], *image_before[2:]) == (image_now[0], *image_now[2:])
+    assert before == now and len(now) == 1
+    assert conv.residual.data_ptr() in second.arguments
+
+
+def descriptors(started: fake_gpu.Started) -> list[tuple]:
+    return [one for one in started.arguments if isinstance(one, tuple) and one[0] == "descriptor"]
 
 
 def test_the_residual_may_be_the_image(gpu):
