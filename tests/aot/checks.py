@@ -117,6 +117,12 @@ def offenders(results: list[Result], wrong: Callable[[Launch, Compiled], bool]) 
     ]
 
 
+def faults(results: list[Result]) -> list[str]:
+    """All that the compiler crashed on, and all that a check finds fault with."""
+    crashed = [f"{item.name} on {item.architecture}: the compiler crashed" for item, made in results if made is None]
+    return crashed + [one for check in (spills, too_large, wrong_units, narrow) for one in offenders(results, check)]
+
+
 def spills(_: Launch, made: Compiled) -> bool:
     return made.spilled > 0 or made.local_accesses > 0
 

@@ -10,7 +10,7 @@ from tests.aot import regressions
 from tests.aot.assembly import Loop
 from tests.aot.checks import Result, narrow, offenders, resident_programs, spills, too_large, wrong_units
 from tests.aot.exceptions import EXEMPT
-from tests.aot.layers import Launch, launches
+from tests.aot.layers import EIGHT_BITS, Launch, launches
 from tests.aot.offline import Compiled
 from tests.aot.shipped import TARGETS, everything, subset
 
@@ -218,6 +218,8 @@ def test_the_subset_holds_every_kernel_precision_architecture_and_tile():
         lambda one: (one.precision, one.plan.kernel.__name__),
         lambda one: (one.architecture, one.precision),
         lambda one: (one.architecture, *(one.plan.constants.get(name) for name in ("BM", "BN", "BK", "num_warps"))),
+        lambda one: (one.architecture, one.precision in EIGHT_BITS and (one.precision, one.plan.constants.get("BN"))),
+        lambda one: (one.architecture, one.plan.constants.get("BL")),  # of a chain
     ):
         products = [one for one in whole if "BK" in one.plan.constants]
         assert {feature(one) for one in products} <= {feature(one) for one in chosen}
