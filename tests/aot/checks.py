@@ -186,9 +186,12 @@ def narrow(item: Launch, made: Compiled) -> bool:
     """A main loop that loads the image or the weight less than 16 bytes at a time, though all threads find as much.
 
     Unrolled, it may have the narrow loads of what comes after it among its own, the scale and the shift; then only
-    copies to shared memory are looked at. A kernel without products is all loop.
+    copies to shared memory are looked at. A kernel without products is all loop. In a kernel with tensor descriptors,
+    the copy engine has to bring both, and no thread anything to shared memory.
     """
     constants = item.plan.constants
+    if any(hasattr(value, "block_shape") for value in item.plan.args):
+        return made.descriptor_loads < 2 or made.thread_copies > 0
     item_size = {"fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}.get(item.precision, 4)
     if constants.get("C", constants.get("K", 16)) * item_size % 16 != 0:
         return False
