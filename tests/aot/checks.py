@@ -195,12 +195,14 @@ def narrow(item: Launch, made: Compiled) -> bool:
     item_size = {"fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}.get(item.precision, 4)
     if constants.get("C", constants.get("K", 16)) * item_size % 16 != 0:
         return False
-    if made.loop.wide_loads == 0 or made.tiny_loads > 0:
+    if made.tiny_loads > 0:
         return True
-    if "BK" in constants:
-        smaller_tile = min(constants["BM"], constants["BN"]) * constants["BK"] * item_size
-        if smaller_tile < 16 * made.warps * lanes(item.architecture):
-            return False
+    operands = [constants[name] * constants["BK"] * item_size for name in ("BM", "BN") if "BK" in constants]
+    enough = 16 * made.warps * lanes(item.architecture)
+    if made.loop.wide_loads == 0:
+        return not operands or max(operands) >= enough
+    if operands and min(operands) < enough:
+        return False
     if constants.get("PROLOGUE") or "BL" in constants:
         return False  # its scale and shift, or those of a chain's first convolution, are a few numbers for each thread
     return (made.loop.narrow_loads if made.loop.rolled else made.narrow_copies) > 0

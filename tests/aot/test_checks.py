@@ -128,6 +128,12 @@ def test_narrow():
     # A tile of 32 x 32 halves is 8 bytes for each of 256 threads.
     small = first("gfx942", "fp16", BN=32, BK=32)
     assert not narrow(small, GOOD._replace(warps=4, loop=GOOD.loop._replace(narrow_loads=1)))
+    # One of 64 x 32 bytes, and the other operand's 32 x 32, have nowhere 16 bytes for each.
+    none = GOOD._replace(warps=4, loop=GOOD.loop._replace(wide_loads=0, narrow_loads=3))
+    bytes_ = first("gfx950", "int8", "conv_quantised_kernel", BM=64, BN=32, BK=32)
+    assert not narrow(bytes_, none)
+    assert narrow(bytes_, none._replace(tiny_loads=1))
+    assert narrow(first("gfx950", "int8", "conv_quantised_kernel", BM=128, BN=32, BK=32), none)
 
 
 def test_narrow_of_descriptors():
