@@ -117,6 +117,12 @@ def offenders(results: list[Result], wrong: Callable[[Launch, Compiled], bool]) 
     ]
 
 
+def faults(results: list[Result]) -> list[str]:
+    """All that the compiler crashed on, and all that a check finds fault with."""
+    crashed = [f"{item.name} on {item.architecture}: the compiler crashed" for item, made in results if made is None]
+    return crashed + [one for check in (spills, too_large, wrong_units, narrow) for one in offenders(results, check)]
+
+
 def spills(_: Launch, made: Compiled) -> bool:
     return made.spilled > 0 or made.local_accesses > 0
 
@@ -180,21 +186,23 @@ def narrow(item: Launch, made: Compiled) -> bool:
     """A main loop that loads the image or the weight less than 16 bytes at a time, though all threads find as much.
 
     Unrolled, it may have the narrow loads of what comes after it among its own, the scale and the shift; then only
-    copies to shared memory are looked at. A kernel without products is all loop. With tensor descriptors the copy
-    engine fetches both operands, and no thread copies anything to shared memory.
+    copies to shared memory are looked at. A kernel without products is all loop. In a kernel with tensor descriptors,
+    the copy engine has to bring both, and no thread anything to shared memory.
     """
     constants = item.plan.constants
-    if "SPECIALISE" in constants:
+    if any(hasattr(value, "block_shape") for value in item.plan.args):
         return made.descriptor_loads < 2 or made.thread_copies > 0
     item_size = {"fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}.get(item.precision, 4)
     if constants.get("C", constants.get("K", 16)) * item_size % 16 != 0:
         return False
-    if made.loop.wide_loads == 0 or made.tiny_loads > 0:
+    if made.tiny_loads > 0:
         return True
-    if "BK" in constants:
-        smaller_tile = min(constants["BM"], constants["BN"]) * constants["BK"] * item_size
-        if smaller_tile < 16 * made.warps * lanes(item.architecture):
-            return False
+    operands = [constants[name] * constants["BK"] * item_size for name in ("BM", "BN") if "BK" in constants]
+    enough = 16 * made.warps * lanes(item.architecture)
+    if made.loop.wide_loads == 0:
+        return not operands or max(operands) >= enough
+    if operands and min(operands) < enough:
+        return False
     if constants.get("PROLOGUE") or "BL" in constants:
         return False  # its scale and shift, or those of a chain's first convolution, are a few numbers for each thread
     return (made.loop.narrow_loads if made.loop.rolled else made.narrow_copies) > 0

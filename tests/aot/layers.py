@@ -23,16 +23,21 @@ ARCHITECTURES = tuple(
     for name in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
     if tiles.nearest(name) == name
 )
-PRECISIONS = ("fp16", "bf16", "tf32", "ieee")
+REAL = ("fp16", "bf16", "tf32", "ieee")
+EIGHT_BITS = ("int8", "fp8")
+PRECISIONS = (*REAL, *EIGHT_BITS)
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+DTYPES = {
+    "fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32,
+    "int8": torch.int8, "fp8": torch.float8_e4m3fn,
+}  # fmt: skip
 _LETTERS = {
     torch.float16: "h", torch.bfloat16: "b", torch.float32: "f", torch.float64: "d", torch.int8: "c", torch.uint8: "u",
     torch.int32: "i", torch.int64: "l", torch.float8_e4m3fn: "e", torch.float8_e5m2: "g",
     torch.float8_e4m3fnuz: "z",
 }  # fmt: skip
 # Constants that an entry's name leaves out.
-_USUAL = {"GROUPS": 1, "STRIDE": 1, "PAD": 0, "DILATION": 1, "STEP": 1, "PRECISION": "ieee"}
+_USUAL = {"GROUPS": 1, "STRIDE": 1, "PAD": 0, "DILATION": 1, "STEP": 1, "UNROLL": 1, "PRECISION": "ieee"}
 
 
 class Layer(NamedTuple):
@@ -80,7 +85,8 @@ class Launch(NamedTuple):
         arguments = "".join(_letter(value, kernel.params[i]) for i, value in enumerate(self.plan.args))
         tile = "x".join(str(constants.pop(name)) for name in ("BM", "BN", "BK", "BP") if name in constants)
         warps, stages = (constants.pop(name, None) for name in ("num_warps", "num_stages"))
-        words = [kernel.__name__, arguments, tile, f"w{warps}"] + ([] if stages is None else [f"s{stages}"])
+        words = [kernel.__name__, arguments, *([tile] if tile else []), f"w{warps}"]
+        words += [] if stages is None else [f"s{stages}"]
         for name, value in constants.items():
             axis = name[-2:] if name[-2:] in ("_H", "_W") else ""
             if axis and constants.get(name[:-2] + "_H") == constants.get(name[:-2] + "_W"):

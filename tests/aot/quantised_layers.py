@@ -1,18 +1,17 @@
-"""The 8-bit launches of ResNet-18, ResNet-50 and ResNeXt-50 at 224x224, planned on the meta device: see layers.py."""
+"""The 8-bit launches of ResNet-18, ResNet-50 and ResNeXt-50 at 224x224, planned on the meta device.
 
-from collections.abc import Iterable, Iterator
+As in layers.py, whose layers these are.
+"""
+
+from collections.abc import Iterator
 
 import torch
 
 from resnet_fast.kernels.triton import quantised, quantised_launch
-from tests.aot.layers import BATCHES, Launch, image, model_layers
-
-DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
-TARGETS = tuple((a, p) for a in ARCHITECTURES for p in DTYPES if p == "int8" or quantised.no_fp8(a) is None)
+from tests.aot.layers import BATCHES, DTYPES, REAL, Launch, image, model_layers
 
 
-def launches(architecture: str, precision: str) -> Iterator[Launch]:
+def quantised_launches(architecture: str, precision: str) -> Iterator[Launch]:
     """All layers but the first, all batches; a residual and a result in 8 bits, or both in float16; and the passes."""
     dtype = DTYPES[precision]
     for layer in model_layers():
@@ -30,29 +29,9 @@ def launches(architecture: str, precision: str) -> Iterator[Launch]:
                 )  # fmt: skip
                 name = f"{layer.name()} batch {batch} to {out_dtype}"
                 yield Launch(name, architecture, precision, plan)
-    real = image(128, 64, 56, 56, torch.float16)
-    plan = quantised_launch.plan_quantise(real, 0.02, dtype, architecture)
-    yield Launch("quantise 64 56x56 batch 128", architecture, precision, plan)
-    plan = quantised_launch.plan_dequantise(real.to(dtype), 0.02, torch.float16, architecture)
-    yield Launch("dequantise 64 56x56 batch 128", architecture, precision, plan)
-
-
-def representative(all_launches: Iterable[Launch]) -> list[Launch]:
-    """For each tile of the table a 3x3 convolution, of the largest a 1x1 and another result as well, and the passes.
-
-    With a residual, where there is one, and a loop that is too long to be unrolled.
-    """
-    chosen: dict[object, Launch] = {}
-    ranks: dict[object, tuple] = {}
-    for one in all_launches:
-        constants = one.plan.constants
-        if "BK" not in constants:
-            chosen[one.name] = one
-            continue
-        key: tuple = (constants["BM"], constants["BN"])
-        if key >= (128, 128):
-            key += (constants["R"], constants["REQUANTISE"] or constants["R"] == 1)
-        rank = (constants["R"], constants["REQUANTISE"], constants["HAS_RESIDUAL"], constants["C"])
-        if rank >= ranks.get(key, ()):
-            chosen[key], ranks[key] = one, rank
-    return list(chosen.values())
+    for real in dict.fromkeys(DTYPES[name] for name in REAL):
+        x = image(BATCHES[-1], 64, 56, 56, real)
+        plan = quantised_launch.plan_quantise(x, 0.02, dtype, architecture)
+        yield Launch(f"quantise {real} 64 56x56 batch {BATCHES[-1]}", architecture, precision, plan)
+        plan = quantised_launch.plan_dequantise(x.to(dtype), 0.02, real, architecture)
+        yield Launch(f"dequantise to {real} 64 56x56 batch {BATCHES[-1]}", architecture, precision, plan)

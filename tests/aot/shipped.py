@@ -2,36 +2,59 @@
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import NamedTuple
 
+from resnet_fast.kernels.triton import quantised
 from tests.aot import regressions
 from tests.aot.backward_layers import backward_launches
-from tests.aot.layers import ARCHITECTURES, PRECISIONS, Launch, distinct, launches
+from tests.aot.chain_layers import chain_launches
+from tests.aot.head_layers import head_launches
+from tests.aot.layers import ARCHITECTURES, EIGHT_BITS, PRECISIONS, REAL, Launch, distinct, launches
+from tests.aot.quantised_layers import quantised_launches
 from tests.aot.training_layers import forward_launches
 
-# (architecture, precision) -> launches; none where there are none. Another kind of launch is added here, and nowhere
-# else: then it is compiled, checked and recorded with the others.
-FAMILIES: dict[str, Callable[[str, str], Iterator[Launch]]] = {
-    "inference": launches,
-    "training forward": forward_launches,
-    "training backward": backward_launches,
+
+class Family(NamedTuple):
+    """(architecture, precision) -> launches; none where there are none. And the precisions of which it can be asked."""
+
+    launches: Callable[[str, str], Iterator[Launch]]
+    precisions: tuple[str, ...] = REAL
+
+
+# Another kind of launch is added here, and nowhere else: then it is compiled, checked and recorded with the others.
+FAMILIES = {
+    "inference": Family(launches),
+    "head": Family(head_launches),
+    "chain": Family(chain_launches),
+    "8 bits": Family(quantised_launches, EIGHT_BITS),
+    "training forward": Family(forward_launches),
+    "training backward": Family(backward_launches),
 }
 
 Target = tuple[str, str]  # architecture, precision
 
-# On AMD, PyTorch's own convolutions compute float32 in float32.
-TARGETS: list[Target] = [(a, p) for a in ARCHITECTURES for p in PRECISIONS if not (a.startswith("gfx") and p == "tf32")]
+
+def _computes(architecture: str, precision: str) -> bool:
+    if precision == "tf32":
+        return not architecture.startswith("gfx")  # there PyTorch's own convolutions compute float32 in float32
+    return precision != "fp8" or quantised.no_fp8(architecture) is None
+
+
+TARGETS: list[Target] = [(a, p) for a in ARCHITECTURES for p in PRECISIONS if _computes(a, p)]
 
 
 @functools.cache
 def everything(target: Target) -> list[Launch]:
     """One launch per binary."""
-    return distinct(one for family in FAMILIES.values() for one in family(*target))
+    asked = (family for family in FAMILIES.values() if target[1] in family.precisions)
+    return distinct(one for family in asked for one in family.launches(*target))
 
 
 @functools.cache
 def subset() -> dict[Target, list[Launch]]:
     """Few launches that hold every kernel on every architecture, every precision of every kernel, every precision of
-    every architecture, and every tile of every architecture.
+    every architecture, and every tile of every architecture: with tensor descriptors, in parts and on numbers of 8 bits
+    a tile is another one.
 
     Of those that could stand for the same, the nearest to spilling: the one with the most registers, as recorded.
     """
@@ -49,7 +72,8 @@ def subset() -> dict[Target, list[Launch]]:
 def _ease(one: Launch) -> tuple[int, int, str]:
     figures = regressions.recorded(one.architecture).get(one.entry())
     constants = one.plan.constants
-    return -figures.registers if figures else 0, -constants.get("BM", 1) * constants["BN"], one.entry()
+    size = constants["BLOCK"] if "BLOCK" in constants else constants.get("BM", 1) * constants["BN"]
+    return -figures.registers if figures else 0, -size, one.entry()
 
 
 def _features(one: Launch) -> Iterable[Hashable]:
@@ -58,4 +82,7 @@ def _features(one: Launch) -> Iterable[Hashable]:
     yield kernel, one.precision
     yield one.architecture, one.precision
     if "BK" in constants:
-        yield one.architecture, *(constants[name] for name in ("BM", "BN", "BK", "num_warps", "num_stages"))
+        tile = (constants.get(name) for name in ("BM", "BN", "BK", "BL", "num_warps", "num_stages"))
+        descriptors = kernel if "descriptor" in kernel else None
+        eight_bits = one.precision if one.precision in EIGHT_BITS else None
+        yield one.architecture, descriptors, eight_bits, constants.get("PARTS", 1) > 1, *tile

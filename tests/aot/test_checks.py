@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from resnet_fast.kernels.triton import launch, tiles
 from tests.aot import regressions
 from tests.aot.assembly import Loop
 from tests.aot.checks import Result, narrow, offenders, resident_programs, spills, too_large, wrong_units
 from tests.aot.exceptions import EXEMPT
-from tests.aot.layers import Launch, launches
+from tests.aot.layers import EIGHT_BITS, Launch, image, launches
 from tests.aot.offline import Compiled
 from tests.aot.shipped import TARGETS, everything, subset
 
@@ -127,6 +128,26 @@ def test_narrow():
     # A tile of 32 x 32 halves is 8 bytes for each of 256 threads.
     small = first("gfx942", "fp16", BN=32, BK=32)
     assert not narrow(small, GOOD._replace(warps=4, loop=GOOD.loop._replace(narrow_loads=1)))
+    # One of 64 x 32 bytes, and the other operand's 32 x 32, have nowhere 16 bytes for each.
+    none = GOOD._replace(warps=4, loop=GOOD.loop._replace(wide_loads=0, narrow_loads=3))
+    bytes_ = first("gfx950", "int8", "conv_quantised_kernel", BM=64, BN=32, BK=32)
+    assert not narrow(bytes_, none)
+    assert narrow(bytes_, none._replace(tiny_loads=1))
+    assert narrow(first("gfx950", "int8", "conv_quantised_kernel", BM=128, BN=32, BK=32), none)
+
+
+def test_narrow_of_descriptors():
+    """Both operands by the copy engine, nothing by threads; the epilogue's loads are part of a loop over tiles."""
+    x, vector = image(128, 256, 14, 14, torch.float16), torch.empty(512, device="meta")
+    weight = torch.empty(512, 256, 1, 1, dtype=torch.float16, device="meta")
+    tile = tiles.Tile(128, 128, 64, 8, 3, False, "descriptors")
+    geometry = ((1, 1), (0, 0), (1, 1), 1, True)
+    plan = launch.plan_conv(x, weight, vector, vector, None, *geometry, "sm_90", tile=tile)
+    one = Launch("1x1", "sm_90", "fp16", plan)
+    made = GOOD._replace(descriptor_loads=2, thread_copies=0, loop=GOOD.loop._replace(narrow_loads=32))
+    assert not narrow(one, made)
+    assert narrow(one, made._replace(descriptor_loads=1))
+    assert narrow(one, made._replace(thread_copies=1))
 
 
 def test_exceptions_are_named():
@@ -218,6 +239,8 @@ def test_the_subset_holds_every_kernel_precision_architecture_and_tile():
         lambda one: (one.precision, one.plan.kernel.__name__),
         lambda one: (one.architecture, one.precision),
         lambda one: (one.architecture, *(one.plan.constants.get(name) for name in ("BM", "BN", "BK", "num_warps"))),
+        lambda one: (one.architecture, one.precision in EIGHT_BITS and (one.precision, one.plan.constants.get("BN"))),
+        lambda one: (one.architecture, one.plan.constants.get("BL")),  # of a chain
     ):
         products = [one for one in whole if "BK" in one.plan.constants]
         assert {feature(one) for one in products} <= {feature(one) for one in chosen}

@@ -1,0 +1,32 @@
+"""The classifiers of ResNet-18 and ResNet-50, for ImageNet and for few classes, planned on the meta device.
+
+As in layers.py. Small batches take one launch and large ones two (classifier.py).
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from resnet_fast.kernels.triton import launch
+from resnet_fast.kernels.triton.launch import Plan
+from tests.aot.layers import BATCHES, DTYPES, Launch, float32_precision, image
+
+CHANNELS = (512, 2048)
+CLASSES = (1000, 10)
+IMAGES = (*BATCHES, 1024)  # of so many, even few channels and classes take two launches
+
+
+def head_launches(architecture: str, precision: str) -> Iterator[Launch]:
+    for channels in CHANNELS:
+        for classes in CLASSES:
+            for batch in IMAGES:
+                name = f"head {channels}->{classes} batch {batch}"
+                for one in plan(architecture, precision, batch, channels, classes).launches():
+                    yield Launch(name, architecture, precision, one)
+
+
+def plan(architecture: str, precision: str, batch: int, channels: int, classes: int) -> Plan:
+    dtype = DTYPES[precision]
+    weight, bias = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((classes, channels), (classes,)))
+    with float32_precision(precision):
+        return launch.plan_head(image(batch, channels, 7, 7, dtype), weight, bias, architecture)
