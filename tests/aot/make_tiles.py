@@ -55,6 +55,8 @@ BUCKETS = (*(2**k for k in range(7, 21)), None)
 
 KERNELS = {"sm_90": ("descriptors", "pointers"), "sm_100": ("specialised", "pointers")}
 """Values of ``Tile.kernel`` for architectures that have more than pointers."""
+KERNEL_OF = {None: "pointers", False: "descriptors", True: "specialised"}
+"""By the constant SPECIALISE of a launch."""
 PARTS = (1, 2, 4, 8)
 """Values of ``Tile.parts``. Kernels with descriptors have one."""
 
@@ -121,13 +123,14 @@ def _to_strike(
     differ from it in the number of stages. A tile that does not fit the kernel with pointers is struck for all kernels,
     since that one serves where the others cannot."""
     launched = _tile(one)
+    if launched.kernel != "pointers":
+        listed, possible = ([tile for tile in some if tile.kernel == launched.kernel] for some in (listed, possible))
     whole = [tile for tile in listed if tile[:6] == launched[:6]]
     made_from = whole or [tile for tile in listed if tile[:6] == (*launched[:2], tile.reduction, *launched[3:6])]
     large = made is not None and too_large(one, made) and not spills(one, made)
-    other = launched.kernel != "pointers"
 
     def alike(tile: Tile) -> tuple:
-        return tile[:4], tile.split, tile.stages if large else None, tile.kernel == launched.kernel if other else None
+        return tile[:4], tile.split, tile.stages if large else None
 
     return {(_family(one), tile) for source in made_from for tile in possible if alike(tile) == alike(source)}
 
@@ -219,11 +222,9 @@ def choose(predictions: Predictions, struck: set[tuple[str, Tile]], count: int, 
     for place in range(len(chosen)):
         rest = chosen[:place] + chosen[place + 1 :]
         chosen[place] = min((j for j in others if j not in rest), key=lambda j: total([*rest, j]))
+    chosen.sort(key=lambda j: _largest_first(predictions.tiles[j]))  # of equals, a class takes the first
     classes = _classes(predictions.problems, logarithms[:, chosen])
-    # From the largest to the smallest, without those that no class took.
-    used = sorted(
-        {j for steps in classes.values() for _, j in steps}, key=lambda j: _largest_first(predictions.tiles[chosen[j]])
-    )
+    used = sorted({j for steps in classes.values() for _, j in steps})
     position = {j: i for i, j in enumerate(used)}
     return Choice(
         [predictions.tiles[chosen[j]] for j in used],
@@ -306,10 +307,8 @@ def _tile(one: Launch) -> Tile:
     """What it was launched with, in one part."""
     constants = one.plan.constants
     names = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT")
-    return Tile(*map(constants.get, names), _KERNEL_OF[constants.get("SPECIALISE")])
+    return Tile(*map(constants.get, names), KERNEL_OF[constants.get("SPECIALISE")])
 
-
-_KERNEL_OF = {None: "pointers", False: "descriptors", True: "specialised"}  # by the constant SPECIALISE
 
 _SAMPLES = [
     Tile(rows, columns, reduction, warps, 3, False)

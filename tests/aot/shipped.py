@@ -1,4 +1,9 @@
-"""Everything that ships: the binaries of every family of launches, and the few of them that stand for all."""
+"""Everything that ships: every form of every family's launches, and the few of them that stand for all.
+
+The compiler is told the number of channels, so that every layer of every model is a binary of its own, and users bring
+more of them. What ships are the forms that they take: a kernel, its tile, the dtypes, the flags, and what the channels
+are to the tile. Of each form, the binary with the most channels is made.
+"""
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -45,9 +50,37 @@ TARGETS: list[Target] = [(a, p) for a in ARCHITECTURES for p in PRECISIONS if _c
 
 @functools.cache
 def everything(target: Target) -> list[Launch]:
-    """One launch per binary."""
+    """One launch per form."""
     asked = (family for family in FAMILIES.values() if target[1] in family.precisions)
-    return distinct(one for family in asked for one in family.launches(*target))
+    forms: dict[Hashable, Launch] = {}
+    for one in distinct(one for family in asked for one in family.launches(*target)):
+        known = forms.setdefault(_form(one), one)
+        if _channels(one) > _channels(known):
+            forms[_form(one)] = one
+    return list(forms.values())
+
+
+_SIZES = ("C", "K", "L", "GROUPS", "PARTS", "PIXEL", "ROW_UNIT")  # constants that follow from a layer's size
+
+
+def _form(one: Launch) -> Hashable:
+    constants = one.plan.constants
+    c, k = constants.get("C"), constants.get("K")
+    arguments = one.entry().split()[1].replace("a", "n").replace("1", "n")  # heights and widths that 16 divides
+    sizes = {
+        "one of several": {name: constants[name] > 1 for name in ("GROUPS", "PARTS") if name in constants},
+        "odd pixels": c is not None and c % 16 != 0,
+        # Tails that need a mask, and a loop that is none.
+        "tail of columns": k is not None and k % constants.get("BN", 1) != 0,
+        "tail of channels": c is not None and c % constants.get("BK", constants.get("BN", 1)) != 0,
+        "one block": c is not None and c <= constants.get("BK", 0),
+    }
+    flags = tuple((name, value) for name, value in constants.items() if name not in _SIZES)
+    return one.plan.kernel.__name__, arguments, flags, repr(sizes)
+
+
+def _channels(one: Launch) -> tuple[int, int, str]:
+    return one.plan.constants.get("C", 0), one.plan.constants.get("K", 0), one.entry()
 
 
 @functools.cache
