@@ -11,6 +11,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 
+from resnet_fast.kernels import streams
 from resnet_fast.kernels.folding import fold
 
 Pair = tuple[int, int]
@@ -43,9 +44,12 @@ def prepare(
         pointwise: ``pointwise(scale, shift, relu)(y, residual)`` is ``relu(y * scale + shift + residual)``.
 
     Returns:
-        A function of x and the residual; None where float16 cannot hold the scaled weight.
+        A function of x and the residual, with the tensors that it reads beside them as its ``owners``. None where
+        float16 cannot hold the scaled weight, or where that cannot be found out: a capture cannot wait for the GPU.
     """
-    weight, scale, shift = weight.detach(), scale.detach(), shift.detach()
+    if name == FUSED and dtype == torch.float16 and weight.is_cuda and streams.capturing(weight.device.index):
+        return None
+    weight, scale, shift = weight.detach(), scale.detach().contiguous(), shift.detach().contiguous()
     if name == FUSED:
         folded = fold(weight, scale, shift, dtype)
         return None if folded is None else _fused(*folded, geometry)
@@ -55,6 +59,7 @@ def prepare(
     def call(x: torch.Tensor, residual: Optional[torch.Tensor]) -> torch.Tensor:
         return finish(F.conv2d(_nhwc(x), plain, None, *geometry), residual)
 
+    call.owners = (plain, scale, shift)  # type: ignore[attr-defined]
     return call
 
 
@@ -68,6 +73,7 @@ def _fused(weight: torch.Tensor, bias: torch.Tensor, geometry: tuple[Pair, Pair,
         # Third comes the residual, then its factor.
         return _nhwc(convolution_add_relu(_nhwc(x), weight, _nhwc(residual), 1.0, bias, *geometry))
 
+    call.owners = (weight, bias)  # type: ignore[attr-defined]
     return call
 
 

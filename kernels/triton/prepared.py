@@ -7,6 +7,8 @@ So the first call keeps what it found, and later calls allocate the output and s
 A prepared call holds packed weights, and is found only while these are up to date: by the very weight, scale and shift,
 as long as their versions and addresses are the same and ``packing.clearings`` has not risen. What that cannot see is
 what ``kernels/packing.py`` cannot see on a GPU. Importing this module does not import Triton.
+
+What it holds was made on the stream of the first call, and is ordered before calls on others as a pack is: streams.py.
 """
 
 import os
@@ -16,11 +18,12 @@ from typing import Any, Optional
 
 import torch
 
-from resnet_fast.kernels import packing
+from resnet_fast.kernels import packing, streams
 from resnet_fast.kernels.triton import planner
 
 Call = Callable[[torch.Tensor, Optional[torch.Tensor]], Optional[torch.Tensor]]
-"""Takes x and the residual, gives the result, or None where the call has to be decided anew."""
+"""Takes x and the residual, gives the result, or None where the call has to be decided anew. Its attribute ``owners``
+holds the tensors of the weights that it reads, in tuples or lists, among other things."""
 
 _CALLS_KEPT = 64  # per weight: detectors see many sizes
 _ALIGNMENT = 15  # Triton compiles for pointers that are multiples of 16; these bits of an address must be 0
@@ -42,7 +45,7 @@ class _Weights:
     ) -> None:
         self.reference = weakref.ref(weight, forget)
         self.scale, self.shift, self.state = scale, shift, _state(weight, scale, shift)
-        self.calls: dict[Hashable, Call] = {}
+        self.calls: dict[Hashable, tuple[Call, streams.Made]] = {}
 
 
 _kept: dict[int, _Weights] = {}  # by the id of the weight, which removes its entry when it dies
@@ -67,9 +70,11 @@ def run(
     weights = _kept.get(id(weight))
     if weights is None or weights.scale is not scale or weights.shift is not shift:
         return None
-    call = weights.calls.get(_key(x, residual, stride, padding, dilation, groups, relu))
-    if call is None or weights.state != _state(weight, scale, shift):
+    found = weights.calls.get(_key(x, residual, stride, padding, dilation, groups, relu))
+    if found is None or weights.state != _state(weight, scale, shift):
         return None
+    call, made = found
+    made.order()
     if packing.holders is not None:
         packing.holders.append(call)
     return call(x, residual)
@@ -88,11 +93,15 @@ def keep(
     groups: int,
     relu: bool,
 ) -> None:
-    """Have ``run`` use ``call`` for these arguments from now on; None is not kept.
+    """Have ``run`` use ``call``, which was just carried out, for these arguments from now on; None is not kept.
 
-    Nor is anything for tensors made under ``torch.inference_mode``, which carry no version.
+    Nor is anything for tensors made under ``torch.inference_mode``, which carry no version, nor what a stream makes
+    while it is captured.
     """
     if call is None or weight.is_inference() or scale.is_inference() or shift.is_inference():
+        return
+    index = x.device.index
+    if streams.capturing(index):
         return
     weights = _kept.get(id(weight))
     if (
@@ -103,7 +112,8 @@ def keep(
         or len(weights.calls) >= _CALLS_KEPT
     ):
         weights = _kept[id(weight)] = _Weights(weight, scale, shift, _forgetting(id(weight)))
-    weights.calls[_key(x, residual, stride, padding, dilation, groups, relu)] = call
+    made = streams.Made(index, call.owners)  # type: ignore[attr-defined]
+    weights.calls[_key(x, residual, stride, padding, dilation, groups, relu)] = call, made
 
 
 def _forgetting(identity: int) -> Callable[[weakref.ref], None]:

@@ -60,6 +60,10 @@ def was_prepared(started: fake_gpu.Started) -> bool:
     return started.hooks == (None, None) and not any(isinstance(one, torch.Tensor) for one in started.arguments)
 
 
+def calls(conv: Conv) -> list:
+    return [call for call, _ in prepared._kept[id(conv.weight)].calls.values()]
+
+
 def addresses(started: fake_gpu.Started) -> list:
     return [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in started.arguments]
 
@@ -159,7 +163,7 @@ def test_nothing_stale_is_used(change, gpu):
     conv.call()
     before = conv.started(gpu)
     assert was_prepared(before)
-    alive = list(prepared._kept[id(conv.weight)].calls.values()), conv.shift  # so that no address is taken again
+    alive = calls(conv), conv.shift  # so that no address is taken again
     CHANGES[change](conv)
     assert not was_prepared(conv.started(gpu)), "decided anew"
     after = conv.started(gpu)
@@ -174,7 +178,7 @@ def test_nothing_stale_is_used(change, gpu):
 def test_a_weight_that_dies_takes_its_calls_along():
     conv = Conv()
     conv.call()
-    packed = weakref.ref(next(iter(prepared._kept[id(conv.weight)].calls.values())))
+    packed = weakref.ref(calls(conv)[0])
     del conv
     gc.collect()
     assert not prepared._kept
@@ -378,8 +382,7 @@ def test_packs_of_prepared_calls_are_held_for_a_graph():
     conv.call()
     with packing.held() as packs:
         conv.call()
-    call = next(iter(prepared._kept[id(conv.weight)].calls.values()))
-    assert packs == [call]
+    assert packs == calls(conv)
 
 
 def test_a_prepared_call_is_little_python(gpu):
