@@ -29,18 +29,17 @@ def gpu(
     ResNet-18 with our kernels and cuDNN's; whole models beside eager PyTorch, torch.compile and, where installed,
     TensorRT, in inference and training. Writes OUT/gpu.html and OUT/gpu.json, and exits with 3 if a check fails.
     """
-    from resnet_fast.export.optional import MissingPackageError, require
+    from resnet_fast.export.optional import require
 
     require("jinja2", "the GPU report")
-    import torch
-
     from resnet_fast.bench.gpu import run, write_report
+    from resnet_fast.devices import require_gpu
     from resnet_fast.export import VerificationError
 
     if device not in DEVICES:
         raise typer.BadParameter(f"{device!r}, expected one of {', '.join(DEVICES)}", param_hint="--device")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise MissingPackageError("no GPU is visible to PyTorch; --device cpu --quick tries the suite without one")
+    if device == "cuda":
+        require_gpu("--device cuda")
     terminal = console()
     with terminal.status("starting") as status:
         try:

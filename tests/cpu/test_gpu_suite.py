@@ -197,7 +197,7 @@ def test_a_gpu_is_described(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(capsys, tmp_path):
     assert main(["gpu", "--out", str(tmp_path)]) == 4
-    assert "no GPU is visible" in capsys.readouterr().err
+    assert "--device cuda needs a GPU" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
