@@ -18,7 +18,7 @@ def gpu(
     quick: Annotated[bool, typer.Option("--quick", help="Small cases and models.")] = False,
     part: Annotated[
         Optional[list[str]],
-        typer.Option("--part", help="numerics, repeats, layers, inference or training alone; repeatable."),
+        typer.Option("--part", help="numerics, repeats, layers, inference, training or peers alone; repeatable."),
     ] = None,
     json: options.Json = None,
     debug: options.Debug = False,
@@ -27,7 +27,8 @@ def gpu(
 
     Every op in every dtype against float64; every op again and again, to the bit; every convolution of ResNet-50 and
     ResNet-18 with our kernels and cuDNN's; whole models beside eager PyTorch, torch.compile and, where installed,
-    TensorRT, in inference and training. Writes OUT/gpu.html and OUT/gpu.json, and exits with 3 if a check fails.
+    TensorRT, in inference and training; single layers beside eager PyTorch, cuDNN and torch.compile. Writes
+    OUT/gpu.html and OUT/gpu.json, and exits with 3 if a check fails.
     """
     from resnet_fast.export.optional import require
 
