@@ -97,6 +97,19 @@ def on_gpu(tensor: torch.Tensor) -> OnGpu:
 _driver = Driver()  # one for all: what Triton has compiled keeps the launcher it was given
 
 
+class _Device:
+    """Of ``torch.cuda.device``: makes the GPU of that number the current one."""
+
+    def __init__(self, device: Any) -> None:
+        self._index = getattr(device, "index", device)
+
+    def __enter__(self) -> None:
+        self._before, _driver.device = _driver.device, self._index
+
+    def __exit__(self, *exception: object) -> None:
+        _driver.device = self._before
+
+
 class _Stream:
     """Of ``torch.cuda.Stream``: the one that is current."""
 
@@ -140,7 +153,7 @@ def installed() -> Iterator[Driver]:
             torch.cuda,
             Event=_Event,
             current_stream=_Stream,
-            device=contextlib.nullcontext,
+            device=_Device,
             is_current_stream_capturing=lambda: fake.capturing,
         ),
         mock.patch.object(torch.Tensor, "record_stream", _record_stream),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
-from resnet_fast.kernels import reference
+from resnet_fast.kernels import reference, streams
 from resnet_fast.kernels.triton import cudnn, descriptor, pack, planner, prepared, tiles
 from resnet_fast.kernels.triton.classifier import head_kernel
 from resnet_fast.kernels.triton.conv import conv_kernel
@@ -103,7 +103,7 @@ def _choice(problem: planner.Problem, device: torch.device) -> Optional[planner.
     """What was measured to be the fastest, or None."""
     choice = planner.choose(problem, device.index)
     wanted = choice is None and os.environ.get("RESNET_FAST_AUTOTUNE") == "1"
-    if wanted and not torch.cuda.is_current_stream_capturing():
+    if wanted and not streams.capturing(device.index):
         from resnet_fast.kernels.triton import measuring  # which calls back to carry_out
 
         measuring.measure_and_keep(problem, device)

@@ -367,6 +367,11 @@ def test_nothing_is_measured_unless_asked(gpu, monkeypatch):
     assert asked == [(64, torch.device("cuda", 0))]
     conv.call()
     assert len(asked) == 1
+    # Of the tensors' GPU, not of the current one.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.device == 0)
+    gpu.device = 1
+    Conv().call()
+    assert len(asked) == 1
 
 
 def test_tune_sees_what_is_prepared_too(gpu):
