@@ -91,7 +91,7 @@ def runner(candidate: Candidate, problem: Problem, operands: Operands) -> Callab
         raise ValueError(f"{p.dtype} does not hold the scaled weight")
 
     def run(o: Operands) -> torch.Tensor:
-        y = None if first.call is None else first.call(o.x, o.residual)
+        y = None if first.call is None else first.call(o.x, o.residual, o.scale, o.shift)
         return launch.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags).y if y is None else y
 
     return run

@@ -158,7 +158,7 @@ def _competitors(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> dict[st
         call = cudnn.prepare(cudnn.FUSED, x.dtype, conv.weight, scale, shift, geometry, True, unused)
         if call is None:
             raise ValueError(f"{x.dtype} does not hold the scaled weight")
-        return call
+        return lambda x, residual: call(x, residual, scale, shift)
 
     found: dict[str, Callable[[], Work]] = {"ours": ours, "eager": lambda: layer}
     if x.is_cuda and layer.relu:
