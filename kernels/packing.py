@@ -8,6 +8,8 @@ at those through ``.data``. So every optimiser step drops all packs, and the fir
 which shows the usual whole-tensor writes through ``.data`` (moving averages, weights copied the old way). For anything
 else there is ``clear_all``. (Batch norm does not raise the version of its running statistics either: whoever
 makes a pack of those names ``num_batches_tracked`` among its sources.)
+
+On a GPU, a pack is ordered before its use on other streams than the one that made it: see ``streams.py``.
 """
 
 import contextlib
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from resnet_fast.kernels import streams
+
 _PROBED_BYTES = 64
 _PACKS_KEPT = 4  # per weight: oneDNN's layout depends on the input size, and detectors see many sizes
 
@@ -28,7 +32,6 @@ clearings = 0
 holders: Optional[list[Any]] = None
 """Within ``held``, takes every pack that is asked for."""
 
-_MISSING = object()
 _caches: "weakref.WeakSet[PackCache]" = weakref.WeakSet()
 
 
@@ -66,7 +69,7 @@ def probed_bytes(tensor: torch.Tensor) -> int:
 
 class _Entry(NamedTuple):
     sources: tuple[_Source, ...]
-    packs: dict[Hashable, Any]
+    packs: dict[Hashable, tuple[Any, Optional[streams.Made]]]
 
 
 class PackCache:
@@ -79,7 +82,8 @@ class PackCache:
     def get(self, sources: tuple[torch.Tensor, ...], key: Hashable, make: Callable[[], Any]) -> Any:
         """The pack ``key`` of ``sources``, from ``make()`` if there is none or a source has changed.
 
-        Tensors made under ``torch.inference_mode`` carry no version, so what is made of them is never kept.
+        Tensors made under ``torch.inference_mode`` carry no version, so what is made of them is never kept. Nor is what
+        a stream makes while it is captured.
         """
         entry = self._entries.get(id(sources[0]))
         if entry is None or not _all_unchanged(entry.sources, sources):
@@ -87,14 +91,20 @@ class PackCache:
                 return make()
             entry = self._new_entry(sources)
         packs = entry.packs
-        pack = packs.get(key, _MISSING)
-        if pack is _MISSING:
+        kept = packs.get(key)
+        if kept is not None:
+            pack, made = kept
+            if made is not None:
+                made.order()
+        else:
             # Ordinary tensors even when first asked for under inference_mode: autograd may want to save them later.
             with torch.inference_mode(False), torch.no_grad():
                 pack = make()
-            if len(packs) >= _PACKS_KEPT:
-                packs.pop(next(iter(packs), None), None)
-            packs[key] = pack
+            index = sources[0].device.index if sources[0].is_cuda else None
+            if index is None or not streams.capturing(index):
+                if len(packs) >= _PACKS_KEPT:
+                    packs.pop(next(iter(packs), None), None)
+                packs[key] = pack, None if index is None else streams.Made(index, pack)
         if holders is not None:
             holders.append(pack)
         return pack

@@ -1,18 +1,21 @@
 """A GPU that is not there: kernels are compiled for it and launched through Triton's own code, down to the C launcher.
 
 Only the last step is replaced, the C function that would hand the arguments to the driver: it notes them. Tensors of
-the CPU pose as a GPU's.
+the CPU pose as a GPU's. Streams are numbers, whichever ``Driver.stream`` says is current; what PyTorch would have them
+wait for is noted.
 """
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
+from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 
+from resnet_fast.kernels import streams
 from resnet_fast.kernels.triton import launch
 
 
@@ -64,8 +67,13 @@ class Driver:
     def __init__(self, capability: int = 90) -> None:
         self._target = GPUTarget("cuda", capability, 32)
         self.utils = _Utils(self)
-        self.stream, self.device = 0, 0
         self.started: Optional[list[Started]] = []  # None: nothing is noted
+        self.reset()
+
+    def reset(self) -> None:
+        self.stream, self.device, self.capturing = 0, 0, False
+        self.waits: list[tuple[int, int]] = []  # the stream that waits, and the one that it waits for
+        self.in_use: list[tuple[int, int]] = []  # addresses that the allocator was told of, and the streams
 
     def get_current_target(self) -> GPUTarget:
         return self._target
@@ -92,23 +100,69 @@ def on_gpu(tensor: torch.Tensor) -> OnGpu:
 _driver = Driver()  # one for all: what Triton has compiled keeps the launcher it was given
 
 
+class _Device:
+    """Of ``torch.cuda.device``: makes the GPU of that number the current one."""
+
+    def __init__(self, device: Any) -> None:
+        self._index = getattr(device, "index", device)
+
+    def __enter__(self) -> None:
+        self._before, _driver.device = _driver.device, self._index
+
+    def __exit__(self, *exception: object) -> None:
+        _driver.device = self._before
+
+
+class _Stream:
+    """Of ``torch.cuda.Stream``: the one that is current."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.number = _driver.stream
+
+    def wait_event(self, event: "_Event") -> None:
+        # What CUDA says to a stream that is captured and to an event that was (errors 905 and 907).
+        assert not _driver.capturing, "a dependency which crosses the capture sequence boundary"
+        assert event.stream is not None, "an event which was last recorded in a capturing stream"
+        _driver.waits.append((self.number, event.stream))
+
+
+class _Event:
+    """Of ``torch.cuda.Event``: which stream it was recorded on; None in a capture."""
+
+    def record(self, stream: _Stream) -> None:
+        self.stream = None if _driver.capturing else stream.number
+
+
+def _record_stream(tensor: torch.Tensor, stream: _Stream) -> None:
+    _driver.in_use.append((tensor.data_ptr(), stream.number))
+
+
 @contextlib.contextmanager
 def installed() -> Iterator[Driver]:
-    """Makes a fake GPU of compute capability 9.0 the active one, for Triton and for ``launch``."""
+    """Makes a fake GPU of compute capability 9.0 the active one, for Triton, for ``launch`` and for streams."""
     fake = _driver
-    fake.stream, fake.device, fake.started = 0, 0, None
-    names = ("architecture", "allocate")
-    before = [getattr(launch, name) for name in names]
-    launcher = nvidia.PyKernelArg
+    fake.reset()
+    fake.started = None
     active = driver._active
-    driver.set_active(fake)
-    launch.architecture = lambda device: "sm_90"
-    launch.allocate = lambda x, shape: torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    nvidia.PyKernelArg = lambda nested_tuple, type: type
-    try:
-        yield fake
-    finally:
-        for name, value in zip(names, before):
-            setattr(launch, name, value)
-        nvidia.PyKernelArg = launcher
-        driver._active = active
+    with (
+        mock.patch.multiple(
+            launch,
+            architecture=lambda device: "sm_90",
+            allocate=lambda x, shape: torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last),
+        ),
+        mock.patch.object(nvidia, "PyKernelArg", lambda nested_tuple, type: type),
+        mock.patch.object(streams, "current", fake.get_current_stream),
+        mock.patch.multiple(
+            torch.cuda,
+            Event=_Event,
+            current_stream=_Stream,
+            device=_Device,
+            is_current_stream_capturing=lambda: fake.capturing,
+        ),
+        mock.patch.object(torch.Tensor, "record_stream", _record_stream),
+    ):
+        driver.set_active(fake)
+        try:
+            yield fake
+        finally:
+            driver._active = active

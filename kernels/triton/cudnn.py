@@ -11,10 +11,12 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 
+from resnet_fast.kernels import streams
 from resnet_fast.kernels.folding import fold
 
 Pair = tuple[int, int]
-Call = Callable[[torch.Tensor, Optional[torch.Tensor]], torch.Tensor]
+Call = Callable[[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor]
+"""Takes x, the residual, scale and shift, as a prepared call does (prepared.py)."""
 
 LIBRARY = "miopen" if torch.version.hip else "cudnn"
 FUSED, POINTWISE = f"{LIBRARY} fused", f"{LIBRARY} + pointwise"
@@ -33,28 +35,34 @@ def prepare(
     shift: torch.Tensor,
     geometry: tuple[Pair, Pair, Pair, int],
     relu: bool,
-    pointwise: Callable[[torch.Tensor, torch.Tensor, bool], Call],
+    pointwise: Callable[[bool], Call],
 ) -> Optional[Call]:
     """``reference.conv_bn_act`` for images of ``dtype`` and these weights, as they are now.
 
     Args:
         name: ``FUSED``, for ``relu`` only, or ``POINTWISE``.
         geometry: stride, padding, dilation, groups.
-        pointwise: ``pointwise(scale, shift, relu)(y, residual)`` is ``relu(y * scale + shift + residual)``.
+        pointwise: ``pointwise(relu)(y, residual, scale, shift)`` is ``relu(y * scale + shift + residual)``.
 
     Returns:
-        A function of x and the residual; None where float16 cannot hold the scaled weight.
+        A prepared call (prepared.py); ``FUSED`` is bound to this scale and shift. None where float16 cannot hold the
+        scaled weight, or where that cannot be found out: a capture cannot wait for the GPU.
     """
-    weight, scale, shift = weight.detach(), scale.detach(), shift.detach()
+    if name == FUSED and dtype == torch.float16 and weight.is_cuda and streams.capturing(weight.device.index):
+        return None
+    weight = weight.detach()
     if name == FUSED:
-        folded = fold(weight, scale, shift, dtype)
+        folded = fold(weight, scale.detach(), shift.detach(), dtype)
         return None if folded is None else _fused(*folded, geometry)
     plain = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-    finish = pointwise(scale, shift, relu)
+    finish = pointwise(relu)
 
-    def call(x: torch.Tensor, residual: Optional[torch.Tensor]) -> torch.Tensor:
-        return finish(F.conv2d(_nhwc(x), plain, None, *geometry), residual)
+    def call(
+        x: torch.Tensor, residual: Optional[torch.Tensor], scale: torch.Tensor, shift: torch.Tensor
+    ) -> torch.Tensor:
+        return finish(F.conv2d(_nhwc(x), plain, None, *geometry), residual, scale, shift)
 
+    call.owners, call.bound = (plain,), False  # type: ignore[attr-defined]
     return call
 
 
@@ -62,12 +70,15 @@ def _fused(weight: torch.Tensor, bias: torch.Tensor, geometry: tuple[Pair, Pair,
     convolution_relu: Any = getattr(torch, f"{LIBRARY}_convolution_relu")
     convolution_add_relu: Any = getattr(torch, f"{LIBRARY}_convolution_add_relu")
 
-    def call(x: torch.Tensor, residual: Optional[torch.Tensor]) -> torch.Tensor:
+    def call(
+        x: torch.Tensor, residual: Optional[torch.Tensor], scale: torch.Tensor, shift: torch.Tensor
+    ) -> torch.Tensor:
         if residual is None:
             return _nhwc(convolution_relu(_nhwc(x), weight, bias, *geometry))
         # Third comes the residual, then its factor.
         return _nhwc(convolution_add_relu(_nhwc(x), weight, _nhwc(residual), 1.0, bias, *geometry))
 
+    call.owners, call.bound = (weight, bias), True  # type: ignore[attr-defined]
     return call
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
-from resnet_fast.kernels import reference
+from resnet_fast.kernels import reference, streams
 from resnet_fast.kernels.triton import cost, cudnn, descriptor, pack, planner, prepared, tiles
 from resnet_fast.kernels.triton.classifier import head_kernel
 from resnet_fast.kernels.triton.conv import conv_kernel
@@ -103,7 +103,7 @@ def _choice(problem: planner.Problem, device: torch.device) -> Optional[planner.
     """What was measured to be the fastest, or None."""
     choice = planner.choose(problem, device.index)
     wanted = choice is None and os.environ.get("RESNET_FAST_AUTOTUNE") == "1"
-    if wanted and not torch.cuda.is_current_stream_capturing():
+    if wanted and not streams.capturing(device.index):
         from resnet_fast.kernels.triton import measuring  # which calls back to carry_out
 
         measuring.measure_and_keep(problem, device)
@@ -137,26 +137,29 @@ def carry_out(
     if choice is not None and choice.tile is None:
         call = cudnn.prepare(choice.name, x.dtype, weight, scale, shift, geometry, relu, _pointwise)
         if call is not None:
-            return Outcome(call(x, residual), call, choice)
+            return Outcome(call(x, residual, scale, shift), call, choice)
         choice = None
     residual = None if residual is None else nhwc(residual)
     tile = None if choice is None else choice.tile
     plan = plan_conv(x, weight, scale, shift, residual, *geometry, relu, architecture(x.device), tile=tile)
-    return Outcome(plan.output, prepared.launches_of(list(plan.launches()), plan.start(), residual), choice)
+    again = prepared.launches_of(list(plan.launches()), plan.start(), residual, scale, shift)
+    return Outcome(plan.output, again, choice)
 
 
-def _pointwise(scale: torch.Tensor, shift: torch.Tensor, relu: bool) -> prepared.Call:
+def _pointwise(relu: bool) -> cudnn.Call:
     """``relu(y * scale + shift + residual)`` in one pass, for convolutions of one shape that are not ours."""
     kept: Optional[prepared.Call] = None
 
-    def call(y: torch.Tensor, residual: Optional[torch.Tensor]) -> torch.Tensor:
+    def call(
+        y: torch.Tensor, residual: Optional[torch.Tensor], scale: torch.Tensor, shift: torch.Tensor
+    ) -> torch.Tensor:
         nonlocal kept
-        result = None if kept is None else kept(y, residual)
+        result = None if kept is None else kept(y, residual, scale, shift)
         if result is not None:
             return result
         residual = None if residual is None else nhwc(residual)
         plan = plan_tail(y, (scale, shift), residual, None, relu, architecture(y.device))
-        kept = prepared.launches_of([plan._replace(image=nhwc)], plan.start(), residual)
+        kept = prepared.launches_of([plan._replace(image=nhwc)], plan.start(), residual, scale, shift)
         return plan.output
 
     return call

@@ -35,11 +35,12 @@ class Events:
     """Times work by events on the current stream, which is the only thing that it waits for.
 
     Between runs, more is written than the L2 cache holds. That also gives the host time to get ahead: the work is
-    waiting in the queue before the GPU comes to it, so that no Python is timed.
+    waiting in the queue before the GPU comes to it, so that no Python is timed. Work that takes the host longer than a
+    prepared call does needs more ``flushed``: bytes, at least.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        size = max(_FLUSHED, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+    def __init__(self, device: torch.device, flushed: int = _FLUSHED) -> None:
+        size = max(flushed, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
         self._device, self._flush = device, torch.empty(size, dtype=torch.int8, device=device)
 
     def milliseconds(self, work: Callable[[], Any], runs: int) -> list[float]:
@@ -90,7 +91,7 @@ def runner(candidate: Candidate, problem: Problem, operands: Operands) -> Callab
         raise ValueError(f"{p.dtype} does not hold the scaled weight")
 
     def run(o: Operands) -> torch.Tensor:
-        y = None if first.call is None else first.call(o.x, o.residual)
+        y = None if first.call is None else first.call(o.x, o.residual, o.scale, o.shift)
         return launch.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags).y if y is None else y
 
     return run

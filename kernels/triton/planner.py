@@ -97,7 +97,7 @@ def describe(tile: tiles.Tile) -> str:
     return text + (f" {tile.parts} parts" if tile.parts > 1 else "")
 
 
-def _tiles(problem: Problem) -> list[tiles.Tile]:
+def _tiles(problem: Problem) -> tuple[tiles.Tile, ...]:
     """The table's tile, and those that the static model puts next."""
     p = problem
     weight = (p.k, p.c // p.groups, *p.kernel)

@@ -4,9 +4,13 @@ Deciding a launch (layout, pack, tile, what was measured) and Triton's own way f
 which may take longer than the kernel. All that they decide follows from shapes, dtypes and flags, and from the weights.
 So the first call keeps what it found, and later calls allocate the output and start the binary.
 
-A prepared call holds packed weights, and is found only while these are up to date: by the very weight, scale and shift,
-as long as their versions and addresses are the same and ``packing.clearings`` has not risen. What that cannot see is
-what ``kernels/packing.py`` cannot see on a GPU. Importing this module does not import Triton.
+A prepared call holds packed weights, and is found only while these are up to date: by the very weight, as long as its
+version and address are the same and ``packing.clearings`` has not risen. What that cannot see is what
+``kernels/packing.py`` cannot see on a GPU. Scale and shift are read anew in every call, since autograd and
+``torch.compile`` fold a batch norm into new ones each time; unless the call has them in its weight, for which they must
+be the very same, too. Importing this module does not import Triton.
+
+What it holds was made on the stream of the first call, and is ordered before calls on others as a pack is: streams.py.
 """
 
 import os
@@ -16,13 +20,18 @@ from typing import Any, Optional
 
 import torch
 
-from resnet_fast.kernels import packing
+from resnet_fast.kernels import packing, streams
 from resnet_fast.kernels.triton import planner
 
-Call = Callable[[torch.Tensor, Optional[torch.Tensor]], Optional[torch.Tensor]]
-"""Takes x and the residual, gives the result, or None where the call has to be decided anew."""
+Call = Callable[[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor], Optional[torch.Tensor]]
+"""Takes x, the residual, scale and shift, gives the result, or None where the call has to be decided anew.
+
+Its attributes: ``owners`` holds the tensors made of the weights that it reads, in tuples or lists, among other things;
+``bound`` says whether scale and shift are in these, so that it ignores those that it is given.
+"""
 
 _CALLS_KEPT = 64  # per weight: detectors see many sizes
+_SCALE, _SHIFT = 3, 4  # where a call's addresses have them
 _ALIGNMENT = 15  # Triton compiles for pointers that are multiples of 16; these bits of an address must be 0
 
 # os.environ.get takes 1 to 3 microseconds for a name that is not there, a third of all that a call may take.
@@ -32,17 +41,53 @@ _IMPLEMENTATION: Any = os.environ.encodekey("RESNET_FAST_IMPLEMENTATION") if _en
 )  # fmt: skip
 
 
+class _Kept:
+    """A call, with the scale and shift that it was last given. They are not kept alive: autograd's graph hangs on them.
+
+    kinds: their shapes, dtypes and devices. state: their versions and addresses; None where they have no versions, as
+    those made under ``torch.inference_mode``.
+    """
+
+    __slots__ = ("call", "kinds", "made", "scale", "shift", "state")
+
+    def __init__(self, call: Call, made: streams.Made, scale: torch.Tensor, shift: torch.Tensor) -> None:
+        self.call, self.made, self.kinds = call, made, _kinds(scale, shift)
+        self._meet(scale, shift)
+
+    def _meet(self, scale: torch.Tensor, shift: torch.Tensor) -> None:
+        self.scale, self.shift = weakref.ref(scale), weakref.ref(shift)
+        versions = not (scale.is_inference() or shift.is_inference())
+        self.state = (scale._version, scale.data_ptr(), shift._version, shift.data_ptr()) if versions else None
+
+    def takes(self, scale: torch.Tensor, shift: torch.Tensor) -> bool:
+        """Whether the call is right for these. Others than the last ones have not been checked by ``ops.py``."""
+        if (
+            self.scale() is scale
+            and self.shift() is shift
+            and self.state is not None
+            and self.state == (scale._version, scale.data_ptr(), shift._version, shift.data_ptr())
+        ):
+            return True
+        if self.call.bound or self.kinds != _kinds(scale, shift):  # type: ignore[attr-defined]
+            return False
+        if not (scale.is_contiguous() and shift.is_contiguous()):
+            return False
+        self._meet(scale, shift)
+        return True
+
+
+def _kinds(scale: torch.Tensor, shift: torch.Tensor) -> tuple:
+    return scale.shape, scale.dtype, scale.device, shift.shape, shift.dtype, shift.device
+
+
 class _Weights:
-    """The calls of one weight, with one scale and shift, all as they were."""
+    """The calls of one weight, as it was."""
 
-    __slots__ = ("calls", "reference", "scale", "shift", "state")
+    __slots__ = ("calls", "reference", "state")
 
-    def __init__(
-        self, weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, forget: Callable[[weakref.ref], None]
-    ) -> None:
-        self.reference = weakref.ref(weight, forget)
-        self.scale, self.shift, self.state = scale, shift, _state(weight, scale, shift)
-        self.calls: dict[Hashable, Call] = {}
+    def __init__(self, weight: torch.Tensor, forget: Callable[[weakref.ref], None]) -> None:
+        self.reference, self.state = weakref.ref(weight, forget), _state(weight)
+        self.calls: dict[Hashable, _Kept] = {}
 
 
 _kept: dict[int, _Weights] = {}  # by the id of the weight, which removes its entry when it dies
@@ -65,14 +110,15 @@ def run(
     What a prepared call is found by has passed all checks of ``ops.py`` when it was kept.
     """
     weights = _kept.get(id(weight))
-    if weights is None or weights.scale is not scale or weights.shift is not shift:
+    if weights is None:
         return None
-    call = weights.calls.get(_key(x, residual, stride, padding, dilation, groups, relu))
-    if call is None or weights.state != _state(weight, scale, shift):
+    kept = weights.calls.get(_key(x, residual, stride, padding, dilation, groups, relu))
+    if kept is None or weights.state != _state(weight) or not kept.takes(scale, shift):
         return None
+    kept.made.order()
     if packing.holders is not None:
-        packing.holders.append(call)
-    return call(x, residual)
+        packing.holders += (kept.call, scale, shift)
+    return kept.call(x, residual, scale, shift)
 
 
 def keep(
@@ -88,22 +134,21 @@ def keep(
     groups: int,
     relu: bool,
 ) -> None:
-    """Have ``run`` use ``call`` for these arguments from now on; None is not kept.
+    """Have ``run`` use ``call``, which was just carried out, for these arguments from now on; None is not kept.
 
-    Nor is anything for tensors made under ``torch.inference_mode``, which carry no version.
+    Nor is anything for a weight made under ``torch.inference_mode``, which carries no version, nor what a stream makes
+    while it is captured.
     """
-    if call is None or weight.is_inference() or scale.is_inference() or shift.is_inference():
+    if call is None or weight.is_inference():
+        return
+    index = x.device.index
+    if streams.capturing(index):
         return
     weights = _kept.get(id(weight))
-    if (
-        weights is None
-        or weights.scale is not scale
-        or weights.shift is not shift
-        or weights.state != _state(weight, scale, shift)
-        or len(weights.calls) >= _CALLS_KEPT
-    ):
-        weights = _kept[id(weight)] = _Weights(weight, scale, shift, _forgetting(id(weight)))
-    weights.calls[_key(x, residual, stride, padding, dilation, groups, relu)] = call
+    if weights is None or weights.state != _state(weight) or len(weights.calls) >= _CALLS_KEPT:
+        weights = _kept[id(weight)] = _Weights(weight, _forgetting(id(weight)))
+    made = streams.Made(index, call.owners)  # type: ignore[attr-defined]
+    weights.calls[_key(x, residual, stride, padding, dilation, groups, relu)] = _Kept(call, made, scale, shift)
 
 
 def _forgetting(identity: int) -> Callable[[weakref.ref], None]:
@@ -115,17 +160,9 @@ def _forgetting(identity: int) -> Callable[[weakref.ref], None]:
     return forget
 
 
-def _state(weight: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> tuple[int, ...]:
-    """What changes when a pack made of these tensors is stale."""
-    return (
-        weight._version,
-        weight.data_ptr(),
-        scale._version,
-        scale.data_ptr(),
-        shift._version,
-        shift.data_ptr(),
-        packing.clearings,
-    )
+def _state(weight: torch.Tensor) -> tuple[int, int, int]:
+    """What changes when a pack made of it is stale."""
+    return weight._version, weight.data_ptr(), packing.clearings
 
 
 def _key(
@@ -155,16 +192,22 @@ def _key(
     )
 
 
-def launches_of(plans: Sequence[Any], compiled: Sequence[Any], residual: Optional[torch.Tensor]) -> Optional[Call]:
-    """``plans``, of the kind ``launch.Plan``, prepared for other images of the same shapes.
+def launches_of(
+    plans: Sequence[Any],
+    compiled: Sequence[Any],
+    residual: Optional[torch.Tensor],
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+) -> Optional[Call]:
+    """``plans``, of the kind ``launch.Plan``, prepared for other images, scales and shifts of the same shapes.
 
     They were launched in this order as the binaries ``compiled``, and the last one's output is the result. A workspace
     is allocated in every call, as the output is.
 
     A tensor descriptor of the image, which holds its address, is made anew in every call; Triton encodes it.
 
-    None where that is not known to be enough: in the interpreter, and for plans that do not say how their image is
-    made (``Plan.image``).
+    None where that is not known to be enough: in the interpreter, for plans that do not say how their image is made
+    (``Plan.image``), and where scale or shift had to be copied.
     """
     import triton
 
@@ -174,7 +217,8 @@ def launches_of(plans: Sequence[Any], compiled: Sequence[Any], residual: Optiona
     workspaces = [plan.workspace for plan in plans if plan.workspace is not None]
     first = plans[0].args[0]
     described = first if hasattr(first, "block_shape") else None
-    images = [first if described is None else described.base, y, residual, *workspaces]
+    images = [first if described is None else described.base, y, residual, None, None, *workspaces]
+    vectors = {"scale_ptr": (_SCALE, scale.data_ptr()), "shift_ptr": (_SHIFT, shift.data_ptr())}
     if images[0].dtype != y.dtype:
         return None
     starts, owners, seen = [], [], set()
@@ -191,11 +235,13 @@ def launches_of(plans: Sequence[Any], compiled: Sequence[Any], residual: Optiona
                 if value is described:
                     slots.append((i, 0))
                 else:
-                    owners.append(value)
+                    owners.append(value.base)
             elif isinstance(value, torch.Tensor):
                 # A block's residual is often the very image, which the first kernel has in the first place.
                 known = images if i == 0 and plan is plans[0] else [None, *images[1:]]
                 at = next((j for j, image in enumerate(known) if image is value), None)
+                if name in vectors and vectors[name][1] == value.data_ptr():
+                    at = vectors[name][0]
                 if at is None:
                     owners.append(value)
                 else:
@@ -207,12 +253,13 @@ def launches_of(plans: Sequence[Any], compiled: Sequence[Any], residual: Optiona
         seen |= {at for _, at in slots}
         grid = (*plan.grid, 1, 1)[:3]
         starts.append((binary.run, grid, binary.function, binary.packed_metadata, plan.kernel, fixed, tuple(slots)))
-    if seen != {j for j, image in enumerate(images) if image is not None}:
+    if seen != {_SCALE, _SHIFT, *(j for j, image in enumerate(images) if image is not None)}:
         return None
     device = y.device.index if y.is_cuda else triton.runtime.driver.active.get_current_device()
     shapes = [(tuple(one.shape), one.dtype) for one in workspaces]
     call = _launches(image_of, described, tuple(y.shape), y.stride(), shapes, starts, device, triton)
     call.owners = owners, compiled  # type: ignore[attr-defined]  # of the addresses, and of the functions
+    call.bound = False  # type: ignore[attr-defined]
     return call
 
 
@@ -243,10 +290,12 @@ def _launches(
     """
     runtime, drivers, nhwc = triton.knobs.runtime, triton.runtime.driver, torch.channels_last
 
-    def call(x: torch.Tensor, residual: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    def call(
+        x: torch.Tensor, residual: Optional[torch.Tensor], scale: torch.Tensor, shift: torch.Tensor
+    ) -> Optional[torch.Tensor]:
         image = image_of(x)
         y = x.new_empty_strided(shape, strides)
-        addresses: list[Any] = [image.data_ptr(), y.data_ptr(), 0]
+        addresses: list[Any] = [image.data_ptr(), y.data_ptr(), 0, scale.data_ptr(), shift.data_ptr()]
         if residual is not None:
             residual = residual.contiguous(memory_format=nhwc)
             addresses[2] = residual.data_ptr()
@@ -255,7 +304,7 @@ def _launches(
             addresses.append(one.data_ptr())
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if (
-            (addresses[0] | addresses[1] | addresses[2]) & _ALIGNMENT
+            (addresses[0] | addresses[1] | addresses[2] | addresses[3] | addresses[4]) & _ALIGNMENT
             or (enter is not None and getattr(enter, "calls", True))
             or (leave is not None and getattr(leave, "calls", True))
         ):
@@ -264,7 +313,7 @@ def _launches(
         if driver.get_current_device() != device:
             # Triton launches on the current device, which need not be the tensors'.
             with torch.cuda.device(device):
-                return call(x, residual)
+                return call(x, residual, scale, shift)
         stream = driver.get_current_stream(device)
         if described is not None:
             addresses[0] = _Described(image, described)

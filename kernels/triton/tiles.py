@@ -154,7 +154,8 @@ def pick(
     return fit(architecture, tile, rows, columns, reduction)
 
 
-def candidates(architecture: str, problem: Problem, count: int) -> list[Tile]:
+@functools.lru_cache(maxsize=4096)
+def candidates(architecture: str, problem: Problem, count: int) -> tuple[Tile, ...]:
     """Up to ``count`` different tiles for measuring: the table's choice, then what the model puts first.
 
     All are tiles that the table gives to the same family of kernels, cut down to the problem.
@@ -169,7 +170,7 @@ def candidates(architecture: str, problem: Problem, count: int) -> list[Tile]:
         fitted = {cost.served(problem, fit(architecture, listed[position], *shape)) for position in positions}
         predicted = {tile: cost.predict(gpu, problem, tile, codes).cycles for tile in fitted}
         choices |= dict.fromkeys(sorted(fitted, key=lambda tile: (predicted[tile], tile)))
-    return list(choices)[:count]
+    return tuple(choices)[:count]
 
 
 def override(architecture: str, choices: Mapping[Problem, Tile]) -> None:
@@ -185,7 +186,7 @@ def override(architecture: str, choices: Mapping[Problem, Tile]) -> None:
 
 def forget() -> None:
     """Look everything up again, in what ``load`` returned."""
-    for cached in (pick, listed_tiles, _nearest_class):
+    for cached in (pick, candidates, listed_tiles, _nearest_class):
         cached.cache_clear()
 
 

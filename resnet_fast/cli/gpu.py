@@ -18,7 +18,7 @@ def gpu(
     quick: Annotated[bool, typer.Option("--quick", help="Small cases and models.")] = False,
     part: Annotated[
         Optional[list[str]],
-        typer.Option("--part", help="numerics, repeats, layers, inference or training alone; repeatable."),
+        typer.Option("--part", help="numerics, repeats, layers, inference, training or peers alone; repeatable."),
     ] = None,
     json: options.Json = None,
     debug: options.Debug = False,
@@ -27,20 +27,20 @@ def gpu(
 
     Every op in every dtype against float64; every op again and again, to the bit; every convolution of ResNet-50 and
     ResNet-18 with our kernels and cuDNN's; whole models beside eager PyTorch, torch.compile and, where installed,
-    TensorRT, in inference and training. Writes OUT/gpu.html and OUT/gpu.json, and exits with 3 if a check fails.
+    TensorRT, in inference and training; single layers beside eager PyTorch, cuDNN and torch.compile. Writes
+    OUT/gpu.html and OUT/gpu.json, and exits with 3 if a check fails.
     """
-    from resnet_fast.export.optional import MissingPackageError, require
+    from resnet_fast.export.optional import require
 
     require("jinja2", "the GPU report")
-    import torch
-
     from resnet_fast.bench.gpu import run, write_report
+    from resnet_fast.devices import require_gpu
     from resnet_fast.export import VerificationError
 
     if device not in DEVICES:
         raise typer.BadParameter(f"{device!r}, expected one of {', '.join(DEVICES)}", param_hint="--device")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise MissingPackageError("no GPU is visible to PyTorch; --device cpu --quick tries the suite without one")
+    if device == "cuda":
+        require_gpu("--device cuda")
     terminal = console()
     with terminal.status("starting") as status:
         try:

@@ -63,6 +63,10 @@ def was_prepared(started: fake_gpu.Started) -> bool:
     return started.hooks == (None, None) and not any(isinstance(one, torch.Tensor) for one in started.arguments)
 
 
+def calls(conv: Conv) -> list:
+    return [kept.call for kept in prepared._kept[id(conv.weight)].calls.values()]
+
+
 def addresses(started: fake_gpu.Started) -> list:
     return [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in started.arguments]
 
@@ -147,11 +151,11 @@ def test_several_launches_with_a_workspace(gpu):
     last = launch.plan_tail(first.output, (scale, shift), residual, None, True, "sm_90")
     plans = [first._replace(output=last.output, workspace=first.output), last]
     gpu.started = []
-    call = prepared.launches_of(plans, [binary for plan in plans for binary in plan.start()], residual)
+    call = prepared.launches_of(plans, [binary for plan in plans for binary in plan.start()], residual, scale, shift)
     ordinary = [addresses(one) for one in gpu.started]
     gpu.started = []
     conv.residual = image(64)
-    y = call(conv.x, conv.residual)
+    y = call(conv.x, conv.residual, scale, shift)
     again = [one.arguments for one in gpu.started]
     assert y.shape == last.output.shape and y.stride() == last.output.stride()
     assert all(was_prepared(one) for one in gpu.started)
@@ -162,8 +166,8 @@ def test_several_launches_with_a_workspace(gpu):
     for before, after, moved in zip(ordinary, again, ({0, 4, 5}, {0, 3, 6}), strict=True):
         assert [i for i in range(len(before)) if before[i] != after[i] and i not in moved] == []
     # What the plans do not account for is not prepared: here the residual.
-    assert prepared.launches_of([first], first.start(), residual) is None
-    assert prepared.launches_of([first._replace(image=None)], first.start(), None) is None
+    assert prepared.launches_of([first], first.start(), residual, scale, shift) is None
+    assert prepared.launches_of([first._replace(image=None)], first.start(), None, scale, shift) is None
 
 
 def _fused_step(conv: Conv) -> None:
@@ -174,11 +178,9 @@ def _fused_step(conv: Conv) -> None:
 
 CHANGES = {
     "weight in place": lambda conv: conv.weight.mul_(2),
-    "scale in place": lambda conv: conv.scale.mul_(2),
-    "shift in place": lambda conv: conv.shift.mul_(2),
     "another weight": lambda conv: setattr(conv, "weight", on_gpu(conv.weight.clone())),
-    "another scale": lambda conv: setattr(conv, "scale", on_gpu(conv.scale.clone())),
-    "another shift": lambda conv: setattr(conv, "shift", on_gpu(conv.shift.clone())),
+    "scale of another dtype": lambda conv: setattr(conv, "scale", on_gpu(conv.scale.double())),
+    "shift with gaps": lambda conv: setattr(conv, "shift", on_gpu(conv.shift.repeat(2)[::2])),
     "memory of the weight": lambda conv: conv.weight.set_(conv.weight.clone()),
     "an optimiser's step": _fused_step,
     "packing.clear_all": lambda conv: packing.clear_all(),
@@ -192,22 +194,108 @@ def test_nothing_stale_is_used(change, gpu):
     conv.call()
     before = conv.started(gpu)
     assert was_prepared(before)
-    alive = list(prepared._kept[id(conv.weight)].calls.values()), conv.shift  # so that no address is taken again
+    alive = calls(conv), conv.shift  # so that no address is taken again
     CHANGES[change](conv)
     assert not was_prepared(conv.started(gpu)), "decided anew"
     after = conv.started(gpu)
-    assert was_prepared(after)
+    # What has to be copied in every call is not prepared.
+    assert was_prepared(after) == (change != "shift with gaps")
     if change in ("weight in place", "another weight"):
         assert after.arguments[1] != before.arguments[1], "packed again"
-    if change == "another shift":
-        assert after.arguments[3] == conv.shift.data_ptr() != before.arguments[3]
     assert alive
+
+
+VECTORS = {
+    "in place": lambda conv: (conv.scale.mul_(2), conv.shift.mul_(2)),
+    "memory": lambda conv: (conv.scale.set_(conv.scale.clone()), conv.shift.set_(conv.shift.clone())),
+    "others": lambda conv: vars(conv).update(scale=on_gpu(conv.scale.clone()), shift=on_gpu(conv.shift.clone())),
+}
+
+
+@pytest.mark.parametrize("change", VECTORS)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_scale_and_shift_are_those_of_the_call(parts, change, gpu, monkeypatch):
+    """Where gradients are enabled, or in a compiled model, a batch norm is folded into new ones in every call."""
+    if parts > 1:
+        tile = tiles.pick("sm_90", "half", 64, 64, 64, 1, "rxs", 9)
+        monkeypatch.setattr(tiles, "pick", lambda *problem: tile._replace(parts=parts))
+    conv = Conv()
+    conv.call()
+    alive = conv.scale, conv.shift
+    for _ in range(3):
+        VECTORS[change](conv)
+        gpu.started = []
+        conv.call()
+        assert all(was_prepared(one) for one in gpu.started)
+        assert len(gpu.started) == (1 if parts == 1 else 2)
+        place = {1: 2, 3: 1}[parts]
+        assert gpu.started[-1].arguments[place : place + 2] == (conv.scale.data_ptr(), conv.shift.data_ptr())
+    assert alive
+
+
+def test_scale_and_shift_without_a_version(gpu):
+    """As a model makes them that is compiled under ``torch.inference_mode``."""
+    conv = Conv()
+    for prepared_by_now in (False, True, True):
+        with torch.inference_mode():
+            conv.scale, conv.shift = on_gpu(torch.rand(64)), on_gpu(torch.rand(64))
+        started = conv.started(gpu)
+        assert was_prepared(started) == prepared_by_now
+        assert addresses(started)[2:4] == [conv.scale.data_ptr(), conv.shift.data_ptr()]
+
+
+def test_scale_and_shift_of_the_wrong_shape_are_refused(gpu):
+    conv = Conv()
+    conv.call()
+    conv.scale = on_gpu(torch.ones(65))
+    with pytest.raises(RuntimeError, match="scale has shape"):
+        conv.call()
+    conv.scale = torch.ones(64)
+    with pytest.raises(RuntimeError, match="scale is on cpu"):
+        conv.call()
+
+
+def test_scale_and_shift_are_not_kept_alive():
+    conv = Conv()
+    conv.call()
+    scale = weakref.ref(conv.scale)
+    conv.scale = on_gpu(torch.rand(64))
+    gc.collect()
+    assert scale() is None
+
+
+def test_cudnns_fused_op_is_bound_to_scale_and_shift(gpu, monkeypatch, tmp_path):
+    """Which are in the weight that it holds."""
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
+    planner.choices.forget()
+    p = planner.Problem(
+        "sm_90", torch.float16, "half", 1, 64, 8, 8, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, False, relu=True
+    )
+    planner.keep(0, {p.key(): cudnn.FUSED})
+    weights = []
+
+    def fused(x, weight, bias, *rest):
+        weights.append((weight, bias))
+        return torch.zeros(1, 64, 8, 8, dtype=x.dtype)
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", fused, raising=False)
+    conv = Conv()
+    conv.call()
+    conv.call()
+    assert weights[1][0] is weights[0][0]
+    for change in VECTORS.values():
+        change(conv)
+        conv.call()
+        torch.testing.assert_close(weights[-1][1], conv.shift.half(), check_device=False)
+        expected = (conv.weight.as_subclass(torch.Tensor).float() * conv.scale.view(-1, 1, 1, 1)).half()
+        torch.testing.assert_close(weights[-1][0], expected)
+    planner.choices.forget()
 
 
 def test_a_weight_that_dies_takes_its_calls_along():
     conv = Conv()
     conv.call()
-    packed = weakref.ref(next(iter(prepared._kept[id(conv.weight)].calls.values())))
+    packed = weakref.ref(calls(conv)[0])
     del conv
     gc.collect()
     assert not prepared._kept
@@ -396,6 +484,11 @@ def test_nothing_is_measured_unless_asked(gpu, monkeypatch):
     assert asked == [(64, torch.device("cuda", 0))]
     conv.call()
     assert len(asked) == 1
+    # Of the tensors' GPU, not of the current one.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.device == 0)
+    gpu.device = 1
+    Conv().call()
+    assert len(asked) == 1
 
 
 def test_tune_sees_what_is_prepared_too(gpu):
@@ -411,8 +504,8 @@ def test_packs_of_prepared_calls_are_held_for_a_graph():
     conv.call()
     with packing.held() as packs:
         conv.call()
-    call = next(iter(prepared._kept[id(conv.weight)].calls.values()))
-    assert packs == [call]
+    (call,) = calls(conv)
+    assert packs == [call, conv.scale, conv.shift]
 
 
 def test_a_prepared_call_is_little_python(gpu):
@@ -435,7 +528,7 @@ def test_a_prepared_call_is_little_python(gpu):
         return count
 
     first, second = entered(), entered()
-    # The test's two; the op, run, _key, _state, the call and its layout; Triton's launcher and all that it asks; the
-    # fake driver's own three.
-    assert second <= 20
+    # The test's two; the op, run, _key, _state, takes, order, the call and its layout; Triton's launcher and all that
+    # it asks; the fake driver's own four.
+    assert second <= 21
     assert first > 10 * second

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from resnet_fast.bench.gpu import parts, report, suite
+from resnet_fast.bench.gpu import parts, peers, report, suite
 from resnet_fast.bench.gpu.cases import cases
 from resnet_fast.cli import main
+from resnet_fast.cli.models import build, randomise_batch_norm
 from resnet_fast.kernels import native, onednn
+from resnet_fast.kernels.triton import cudnn
+from tests.fake_gpu import on_gpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -162,6 +165,91 @@ def test_a_whole_model_is_timed_beside_its_peers(tmp_path):
     assert "resnet18, batch 2, float32" in (tmp_path / "gpu.html").read_text()
 
 
+# --- single layers beside their peers ---------------------------------------------------------------------------------
+
+
+def test_layers_are_timed_beside_their_peers(tmp_path):
+    found = suite.run("cpu", 3, quick=True, only=["peers"])
+    (part,) = found.parts
+    assert (part.status, part.left_out) == ("ok", []), part.reason
+    assert [result["layer"] for result in part.results] == [
+        "3x3/1 64->64 16x16 +relu, batch 1",
+        "3x3/1 64->64 16x16 +residual +relu, batch 1",
+    ]
+    for result in part.results:
+        assert not result["rejected"]
+        assert list(result["milliseconds"]) == ["ours", "eager", "torch.compile"]
+        assert max(result["errors"].values()) <= parts.WINOGRAD  # the widest that any float32 algorithm here may have
+    report.write_report(found, tmp_path)
+    page = (tmp_path / "gpu.html").read_text()
+    assert "3x3/1 64-&gt;64 16x16 +residual +relu, batch 1" in page
+    assert ">torch.compile<" in page
+
+
+def test_what_was_planned_and_not_reached_is_named(monkeypatch):
+    _process(
+        monkeypatch,
+        "import time\n"
+        'print(\'{"planned": ["a", "b", "c"]}\\n{"layer": "a", "milliseconds": {}}\', flush=True)\n'
+        "time.sleep(60)\n",
+    )
+    (part,) = suite.run("cpu", 0.05, only=["peers"]).parts
+    assert part.status == "out of time"
+    assert part.results == [{"layer": "a", "milliseconds": {}}]
+    assert part.left_out == ["b", "c"]
+
+
+def test_layers_of_a_resnet50():
+    found = [place.name() for place in peers.distinct(build("resnet50"), 224)]
+    assert len(found) == len(set(found))
+    assert {name.split()[0] for name in found} == {"7x7/2", "3x3/1", "3x3/2", "1x1/1", "1x1/2"}
+    assert found[0] == "3x3/1 256->256 14x14 +relu"  # in five of the sixteen blocks
+    assert [name for name in found if name.startswith("1x1") and "64->256 56x56" in name] == [
+        "1x1/1 64->256 56x56 +residual +relu",
+        "1x1/1 64->256 56x56",
+    ]
+    # Every stage: a reduction of its first block and of the others, a 3x3 of stride 2 (but the first) and of stride 1,
+    # an expansion and a shortcut.
+    assert len(found) == 1 + 4 * 5 + 3
+
+
+def test_a_peer_that_fails_does_not_stop_the_others(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no valid triton configs\nin many lines")
+
+    monkeypatch.setattr(peers, "_compiled", fails)
+    model = build("resnet18")
+    randomise_batch_norm(model, 0)
+    plan, result = peers.compare(model, 32, (1,), torch.float32, "cpu", most=1)
+    assert [result["layer"]] == plan["planned"]
+    assert result["rejected"] == {"torch.compile": "RuntimeError: no valid triton configs"}
+    assert list(result["milliseconds"]) == ["ours", "eager"]
+    assert report._ratio(result) == result["milliseconds"]["eager"] / result["milliseconds"]["ours"]
+    del result["milliseconds"]["ours"]
+    assert report._ratio(result) != report._ratio(result)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_cudnns_fused_op_gets_what_it_wants(residual, monkeypatch):
+    def convolution_relu(x, weight, bias, *geometry):
+        return torch.relu(torch.nn.functional.conv2d(x, weight, bias, *geometry))
+
+    def convolution_add_relu(x, weight, z, alpha, bias, *geometry):
+        return torch.relu(torch.nn.functional.conv2d(x, weight, bias, *geometry) + alpha * z)
+
+    monkeypatch.setattr(torch, f"{cudnn.LIBRARY}_convolution_relu", convolution_relu, raising=False)
+    monkeypatch.setattr(torch, f"{cudnn.LIBRARY}_convolution_add_relu", convolution_add_relu, raising=False)
+    torch.manual_seed(0)
+    model = build("resnet18")
+    randomise_batch_norm(model, 0)
+    place = next(place for place in peers.distinct(model, 32) if place.residual)
+    x = torch.randn(1, *place.image)
+    z = torch.randn(1, *place.image) if residual else None
+    with torch.no_grad():
+        work = peers._competitors(place.layer, on_gpu(x), z)[cudnn.FUSED]()
+        torch.testing.assert_close(work(x, z), place.layer(x, z))
+
+
 # --- the report and the command ---------------------------------------------------------------------------------------
 
 
@@ -197,7 +285,7 @@ def test_a_gpu_is_described(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(capsys, tmp_path):
     assert main(["gpu", "--out", str(tmp_path)]) == 4
-    assert "no GPU is visible" in capsys.readouterr().err
+    assert "--device cuda needs a GPU" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

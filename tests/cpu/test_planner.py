@@ -45,6 +45,25 @@ def test_every_candidate_has_a_name_of_its_own_and_the_tables_tile_is_first():
             assert list(found)[-2:] == [cudnn.FUSED, cudnn.POINTWISE]
 
 
+def test_the_model_is_asked_once_for_a_problem(monkeypatch):
+    """It takes longer than the kernel, and every call that is not prepared wants to know the candidates' names."""
+    tiles.forget()
+    asked, predict = [], tiles.cost.predict
+    monkeypatch.setattr(tiles.cost, "predict", lambda *args: asked.append(args) or predict(*args))
+    one = problem(precision="half", dtype=torch.float16)
+    weight = torch.zeros(1)
+    for _ in range(3):
+        planner.note(weight, one, planner.choose(one, 0))
+    first = len(asked)
+    assert 0 < first < 100
+    planner.note(weight, problem(precision="half", dtype=torch.float16, k=64), None)
+    assert len(asked) > first
+    tiles.forget()
+    asked.clear()
+    planner.note(weight, one, None)
+    assert len(asked) == first
+
+
 def test_without_a_relu_only_the_pass_after_the_convolution_can_finish_it():
     assert list(planner.candidates(problem(relu=False)))[-1] == cudnn.POINTWISE
     assert cudnn.FUSED not in planner.candidates(problem(relu=False))

@@ -311,7 +311,7 @@ def test_candidates_for_measuring(architecture, precision, convolutions):
 
 def test_the_interpreter_has_one_tile():
     problem = Problem("half", 6272, 512, 1024, 1, "1x1")
-    assert tiles.candidates("interpreter", problem, 4) == [tiles.pick("interpreter", *problem[:7])]
+    assert tiles.candidates("interpreter", problem, 4) == (tiles.pick("interpreter", *problem[:7]),)
     assert "classes" not in tiles.load("interpreter")
 
 

@@ -55,7 +55,7 @@ def test_a_convolution_and_our_pass(name, dtype):
     for repetition in range(2):  # decided, and from what was kept
         actual, call, _ = launch.carry_out(_candidate(cudnn.POINTWISE), *inputs, *geometry)
         if repetition:
-            actual = call(inputs[0].contiguous(), inputs[4])
+            actual = call(inputs[0].contiguous(), inputs[4], *inputs[2:4])
         exact = conv_exact(*inputs, *geometry)
         assert actual.dtype == dtype
         assert actual.is_contiguous(memory_format=torch.channels_last)
@@ -70,7 +70,8 @@ def test_the_fused_ops_get_what_they_expect(name, dtype, played):
     inputs, geometry = conv.inputs(dtype), conv.geometry()
     inputs[2][0] = 0.5  # a scale of 0 is fine as well, but float16's refusal is asked below
     actual, call, _ = launch.carry_out(_candidate(cudnn.FUSED), *inputs, *geometry)
-    again = call(inputs[0].contiguous(), None if inputs[4] is None else inputs[4].contiguous())
+    residual = None if inputs[4] is None else inputs[4].contiguous()
+    again = call(inputs[0].contiguous(), residual, *inputs[2:4])
     assert played == ["relu" if inputs[4] is None else "add_relu"] * 2
     assert torch.equal(actual, again)
     exact = conv_exact(*inputs, *geometry)

@@ -2,6 +2,7 @@
 
 cases.py      what is checked: calls of the fused ops and training steps of blocks
 parts.py      the checks and measurements, each in a process of its own: ``python -m resnet_fast.bench.gpu.parts``
+peers.py      one of them: single convolutions beside eager PyTorch, cuDNN and torch.compile
 suite.py      all parts one after the other, within a time limit
 report.py     JSON and HTML
 

@@ -1,7 +1,8 @@
 """The parts of the suite that run in a process each: ``python -m resnet_fast.bench.gpu.parts PART DEVICE QUICK``.
 
 A part prints a line of JSON for every result as soon as it has it. So an error that ruins the process, as a bad address
-does every later call on a GPU, or a time limit, costs only what was still to come.
+does every later call on a GPU, or a time limit, costs only what was still to come. A part may begin with a line
+``{"planned": names}``, of the ``layer`` of each of its results, so that what is missing in the end can be named.
 """
 
 import json
@@ -71,7 +72,18 @@ def layers(device: str, quick: bool) -> Results:
                     yield {"model": model_name, "batch": batch, "dtype": dtype, **choice.__dict__}
 
 
-PARTS: dict[str, Callable[[str, bool], Results]] = {part.__name__: part for part in (numerics, repeats, layers)}
+def peers(device: str, quick: bool) -> Results:
+    """Every distinct convolution of ResNet-50 beside eager PyTorch, cuDNN and torch.compile: see peers.py."""
+    from resnet_fast.bench.gpu.peers import compare
+    from resnet_fast.cli.models import build, randomise_batch_norm
+
+    model = build("resnet18" if quick else "resnet50")
+    randomise_batch_norm(model, 0)
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    return compare(model, 64, (1,), dtype, device, most=2) if quick else compare(model, 224, (32, 1), dtype, device)
+
+
+PARTS: dict[str, Callable[[str, bool], Results]] = {part.__name__: part for part in (numerics, repeats, layers, peers)}
 
 
 def _dtypes(device: str) -> tuple[str, ...]:

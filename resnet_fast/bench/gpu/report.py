@@ -28,9 +28,13 @@ def write_report(suite: Suite, folder: Path) -> dict[str, Any]:
     }
     template = resources.files("resnet_fast.bench.gpu").joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(number=_number, small=_small)
+    environment.filters.update(number=_number, small=_small, ratio=_ratio)
     page = environment.from_string(template).render(
-        **content, checks=suite.checks, by_name={part.name: part for part in suite.parts}, choices=_choices(suite)
+        **content,
+        checks=suite.checks,
+        by_name={part.name: part for part in suite.parts},
+        choices=_choices(suite),
+        competitors=_competitors(suite),
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(content, str(folder / "gpu.json"))
@@ -67,6 +71,18 @@ def _choices(suite: Suite) -> list[dict[str, Any]]:
         )
         rows.append({**layer, "ours": ours, "pytorchs": theirs, "ratio": theirs / ours})
     return rows
+
+
+def _competitors(suite: Suite) -> list[str]:
+    """Who computed any of the single layers, in their order."""
+    results = [result for part in suite.parts if part.name == "peers" for result in part.results]
+    return list(dict.fromkeys(name for result in results for name in (*result["milliseconds"], *result["rejected"])))
+
+
+def _ratio(layer: dict[str, Any]) -> float:
+    """The fastest peer's time over ours; NaN where one is missing."""
+    times = layer["milliseconds"]
+    return min((ms for name, ms in times.items() if name != "ours"), default=math.nan) / times.get("ours", math.nan)
 
 
 def _number(value: Any, digits: int = 2) -> str:

@@ -41,7 +41,7 @@ STEPS = (
     Workload("resnet18", 64, "float16", training=True),
     Workload("resnet50", 64, "float16", training=True),
 )
-_SHARES = {"numerics": 0.2, "repeats": 0.08, "layers": 0.22, "inference": 0.3, "training": 0.2}
+_SHARES = {"numerics": 0.2, "repeats": 0.08, "layers": 0.2, "inference": 0.26, "training": 0.16, "peers": 0.1}
 """Of the time; what a part leaves goes to those after it."""
 _LAST = 15.0  # seconds below which nothing is begun any more
 _RULES: dict[str, Any] = {"rounds": 3, "seconds": 0.3}
@@ -100,7 +100,7 @@ def run(
         device: "cuda", or "cpu" to try the suite itself.
         minutes: for all of it. Each part has a share; the checks come first.
         quick: small cases and models.
-        only: some of ``numerics``, ``repeats``, ``layers``, ``inference``, ``training``.
+        only: some of ``numerics``, ``repeats``, ``layers``, ``inference``, ``training``, ``peers``.
 
     Raises:
         ValueError: ``only`` names no part.
@@ -145,6 +145,10 @@ def _in_process(name: str, device: str, quick: bool, limit: float) -> Part:
         for line in out:
             if line.endswith("\n"):  # the last one may have been cut off
                 part.results.append(json.loads(line))
+    if part.results and "planned" in part.results[0]:
+        planned = part.results.pop(0)["planned"]
+        made = {result["layer"] for result in part.results}
+        part.left_out = [name for name in planned if name not in made]
     failed = [result for result in part.results if not result.get("passed", True)]
     if failed and part.status != "crashed":
         part.status, part.reason = "failed", f"{len(failed)} of {len(part.results)} checks failed"
