@@ -13,11 +13,11 @@ of the result in steps of ``reduction`` elements of the inner dimension. Per ste
     l2      bytes of both operands that come from the second-level cache
 
 and the slowest of these is what the step takes, if enough programs share the multiprocessor, and a tenth of the others,
-for nothing overlaps perfectly. Where warps are specialised, the finishing of a tile is one more of them. A program that runs alone also waits at a barrier in every step, and for its loads,
-which take a latency and are asked for ``stages - 1`` steps ahead. To that come the filling of the pipeline and the
-finishing of the tile, which other programs hide as well. The launch takes as long as the multiprocessor with the most
-programs, so that a last wave that is nearly empty counts in full; and it takes as long as memory needs for the bytes
-that must move, if that is longer.
+for nothing overlaps perfectly. Where warps are specialised, the finishing of a tile is one more of them. A program that
+runs alone also waits at a barrier in every step, and for its loads, which take a latency and are asked for ``stages -
+1`` steps ahead. To that come the filling of the pipeline and the finishing of the tile, which other programs hide as
+well. The launch takes as long as the multiprocessor with the most programs, so that a last wave that is nearly empty
+counts in full; and it takes as long as memory needs for the bytes that must move, if that is longer.
 
 How often a product reads shared memory depends on the instruction. wgmma (sm_90) and tcgen05 (sm_100) read their
 operands from there, 64 and 128 rows at a time; mma (other NVIDIA) and mfma (AMD) read them into the registers of every

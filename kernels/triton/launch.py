@@ -273,7 +273,9 @@ def plan_conv(
         if descriptor.refusal(tile, target, precision, x, packed, stride, groups, training) is None:
             operands = (scale, shift, y if residual is None else residual, y)
             constants = {**inference, "INDEX64": index64(x, y)}
-            return Plan(*descriptor.conv(tile, target, x, packed, operands, padding, dilation, constants), y, image=nhwc)
+            return Plan(
+                *descriptor.conv(tile, target, x, packed, operands, padding, dilation, constants), y, image=nhwc
+            )
     end = _end(tile, r * s * ceil_div(c, tile.reduction), y, scale, shift, residual, prologue, relu, target)
     return Plan(
         conv_kernel,

@@ -1,6 +1,7 @@
 """The checks themselves, on figures that are made up: each finds what it is there to find, and nothing else."""
 
 import json
+from collections.abc import Hashable
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from resnet_fast.kernels.triton import launch, tiles
 from tests.aot import regressions
 from tests.aot.assembly import Loop
+from tests.aot.backward_layers import backward_launches
 from tests.aot.checks import Result, narrow, offenders, resident_programs, spills, too_large, wrong_units
 from tests.aot.exceptions import EXEMPT
-from tests.aot.layers import EIGHT_BITS, Launch, image, launches
+from tests.aot.layers import EIGHT_BITS, Launch, distinct, image, launches
 from tests.aot.offline import Compiled
-from tests.aot.shipped import TARGETS, everything, subset
+from tests.aot.shipped import TARGETS, _form, everything, subset
+from tests.aot.training_layers import forward_launches
 
 GOOD = Compiled(
     registers=128,
@@ -229,6 +232,46 @@ def test_an_entry_says_all_that_the_compiler_is_told():
     # An argument that the kernel does not specialise on, N.
     assert one._replace(plan=plan._replace(args=(*plan.args[:9], 16, *plan.args[10:]))).entry() == one.entry()
     assert plan.args[9].__class__ is int and torch.is_tensor(plan.args[0])
+
+
+def test_every_launch_has_a_form_that_is_made():
+    """Layers that differ in their channels alone share one, of which the one with most channels is made."""
+    target = ("sm_90", "fp16")
+    made = {_form(one): one for one in everything(target)}
+    planned = [*launches(*target), *forward_launches(*target), *backward_launches(*target)]
+    assert {_form(one) for one in planned} <= made.keys()
+    assert len(made) == len(everything(target)) < len(distinct(planned)) / 2
+    for one in planned:
+        longest = made[_form(one)].plan.constants.get("C", 0)
+        assert one.plan.constants.get("C", 0) <= longest
+
+
+def test_what_the_compiler_treats_otherwise_is_another_form():
+    one = first("sm_90", "fp16", C=1024, K=1024)
+    constants = one.plan.constants
+
+    def with_constants(**changed) -> Hashable:
+        return _form(one._replace(plan=one.plan._replace(constants={**constants, **changed})))
+
+    tile = {name: constants[name] for name in ("BN", "BK")}
+    assert with_constants(C=constants["C"] + tile["BK"], K=constants["K"] + tile["BN"]) == _form(one)
+    others = {
+        with_constants(**changed)
+        for changed in (
+            {"HAS_RESIDUAL": not constants["HAS_RESIDUAL"]},
+            {"SPLIT": not constants["SPLIT"]},
+            {"R": constants["R"] + 1},
+            {"num_stages": constants["num_stages"] + 1},
+            {"GROUPS": 2},
+            {"PARTS": 2},
+            {"C": constants["C"] + 1},
+            {"C": constants["C"] + 16},
+            {"C": tile["BK"]},
+            {"K": constants["K"] + 1},
+        )
+    }
+    assert len(others) == 10
+    assert _form(one) not in others
 
 
 def test_the_subset_holds_every_kernel_precision_architecture_and_tile():
