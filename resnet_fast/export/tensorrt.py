@@ -231,10 +231,7 @@ def _layer(line: str, operators: dict[str, str]) -> EngineLayer:
     found = _LAYER.match(line)
     if found is None:
         raise EngineError(f"this TensorRT-RTX describes its layers in a form that is not known here: {line}")
-    names = re.findall(r"\[ONNX Layer: (.*?)\]", found["nodes"])
-    return EngineLayer(
-        found["name"],
-        found["kind"],
-        *(dict(_TENSOR.findall(found[part])) for part in ("inputs", "constants", "outputs")),
-        tuple(operators[name] for name in names if name in operators),
-    )
+    inputs, constants, outputs = (dict(_TENSOR.findall(found[part])) for part in ("inputs", "constants", "outputs"))
+    nodes = re.findall(r"\[ONNX Layer: (.*?)\]", found["nodes"])
+    computes = tuple(operators[name] for name in nodes if name in operators)
+    return EngineLayer(found["name"], found["kind"], inputs, constants, outputs, computes)

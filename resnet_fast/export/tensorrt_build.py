@@ -34,7 +34,7 @@ def build(path: str, shapes: dict[str, list[list[int]]]) -> dict[str, Any]:
     messages: list[str] = []
     errors: list[str] = []
 
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
