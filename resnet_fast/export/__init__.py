@@ -10,6 +10,7 @@ metadata.py        what the file says about itself
 verification.py    the file against PyTorch in float64
 samples.py         what it is verified with
 running.py         the file in ONNX Runtime
+tensorrt.py        the file as a TensorRT-RTX engine, built without a GPU in another process, tensorrt_build.py
 files.py           files that appear whole or not at all
 optional.py        packages that may be missing
 """
