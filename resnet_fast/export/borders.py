@@ -30,20 +30,21 @@ def attach_outputs(model: ir.Model, dtype: ir.DataType, softmax: bool, top_k: Op
     """
     graph = model.graph
     value = graph.outputs[0]
+    assert value.shape is not None
+    assert value.dtype is not None
     shape, inner = value.shape, value.dtype
-    assert shape is not None
-    assert inner is not None
     value.name = "network"
     tape = Tape()
 
     def named(name: str, operator: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        result = ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType(attributes.get("to", inner))))
+        result = ir.Value(name=name, shape=shape, type=ir.TensorType(inner))
         return tape.op(operator, inputs, attributes, name=f"{name}_{operator}", output=result)
 
     def cast(to: ir.DataType, name: str) -> None:
         nonlocal value, inner
         if inner != to:
-            value, inner = named(name, "Cast", value, to=to), to
+            inner = to
+            value = named(name, "Cast", value, to=to)
 
     if softmax:
         cast(ir.DataType.FLOAT, "logits_float")

@@ -1,5 +1,6 @@
 """What a file is verified with: noise, and pictures of the user."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def pictures(metadata: Metadata, files: Sequence[Path]) -> Iterator[Sample]:
             yield _pictured(metadata, image)
 
 
-def find_pictures(folder: Union[str, Path]) -> list[Path]:
+def find_pictures(folder: Union[str, os.PathLike]) -> list[Path]:
     """Files in ``folder`` and below with the name of a picture, in order.
 
     Raises:

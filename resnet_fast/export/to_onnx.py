@@ -1,6 +1,5 @@
 """A PyTorch classifier as a checked ONNX file."""
 
-import copy
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -12,10 +11,8 @@ import onnx_ir as ir
 import torch
 from torch import fx, nn
 
-from resnet_fast.accelerate import restore
 from resnet_fast.export.borders import attach_input, attach_outputs
 from resnet_fast.export.files import replacing
-from resnet_fast.export.folding import thaw
 from resnet_fast.export.graph import tidy
 from resnet_fast.export.metadata import Metadata, gather
 from resnet_fast.export.optional import require
@@ -32,36 +29,10 @@ from resnet_fast.export.precision import (
     rounded,
 )
 from resnet_fast.export.preprocessing import Preprocess, attach_preprocessing
-from resnet_fast.export.verification import BATCHES, Comparison, check_file, compare
-
-_LARGEST_FILE = 2**31 - 1  # bytes: the limit of a protobuf message
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportResult:
-    """What ``export_onnx`` wrote.
-
-    Attributes:
-        path: the file.
-        precision: of its weights and its arithmetic.
-        opset: its opset, read from the file.
-        size: its size in bytes.
-        op_counts: how often each operator occurs.
-        input_size: ``(channels, height, width)``.
-        max_errors: largest absolute difference of ONNX Runtime from float64 PyTorch by batch size; empty if not run.
-        torch_error: the same of PyTorch in the file's precision; None if not run.
-        tolerance: what ``max_errors`` had to stay below; None if not run.
-    """
-
-    path: Path
-    precision: str
-    opset: int
-    size: int
-    op_counts: dict[str, int]
-    input_size: tuple[int, int, int]
-    max_errors: dict[int, float]
-    torch_error: Optional[float]
-    tolerance: Optional[float]
+from resnet_fast.export.report import ExportResult, compared, engine_of, inspect
+from resnet_fast.export.samples import find_pictures
+from resnet_fast.export.stock import stock_copy
+from resnet_fast.export.verification import VerificationError, compare
 
 
 def export_onnx(
@@ -81,6 +52,8 @@ def export_onnx(
     std: Optional[Sequence[float]] = None,
     weights: Any = None,
     verify: bool = True,
+    images: Union[str, os.PathLike, None] = None,
+    tensorrt: Optional[bool] = None,
 ) -> ExportResult:
     """Write ``model``, a classifier from torchvision, timm or this package, as an ONNX file of standard operators.
 
@@ -88,7 +61,7 @@ def export_onnx(
     ``[batch, classes]``; batch norms are folded into the convolutions in float64, and what results is rounded once to
     the precision. The model itself is not changed: a copy in eval mode with stock blocks is exported. The file takes
     its place only after the ONNX checker and, with ``verify``, a comparison with float64 PyTorch at batch 1, 2 and 7
-    have passed.
+    have passed, and TensorRT-RTX has built an engine of it. ``verify_onnx`` repeats all that.
 
     Args:
         model: any device; float32 parameters; accelerated or not, in eval or training mode.
@@ -110,16 +83,20 @@ def export_onnx(
             unless ``preprocess`` is set.
         weights: a torchvision weights enum member to take ``input_size``, ``classes``, ``mean``, ``std`` and how to
             resize from.
-        verify: run the file in ONNX Runtime and compare.
+        verify: run the file in ONNX Runtime and compare, and ask TensorRT-RTX.
+        images: a folder of pictures, with subfolders or not, to compare on as well.
+        tensorrt: have TensorRT-RTX parse the file and build an engine, which takes no GPU; by default where it is
+            installed.
 
     Raises:
         TypeError: ``model`` is no module, or does not map one tensor to one tensor of shape ``[batch, classes]``.
         ValueError: an argument has a value that cannot be exported, or a weight is too large for ``precision``; the
             message names it.
-        OSError: ``path`` cannot be written.
-        MissingPackageError: ``verify`` is set and ONNX Runtime is not installed.
+        OSError: ``path`` cannot be written, or there are no ``images``.
+        MissingPackageError: ``verify`` is set and ONNX Runtime is not installed, or TensorRT-RTX is asked for and is
+            not.
         RuntimeError: PyTorch could not trace the model, or the ONNX file is invalid.
-        VerificationError: the file computes something else than the model.
+        VerificationError: the file computes something else than the model, or TensorRT refuses it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}, expected a torch.nn.Module")
@@ -131,13 +108,14 @@ def export_onnx(
         raise ValueError(f"io_dtype is {io_dtype!r}, expected one of {', '.join(IO)}")
     if verify:
         require("onnxruntime", "verifying an export (leave out with verify=False)")
+    files = () if images is None else find_pictures(images)
     metadata = gather(model, input_size, classes, mean, std, weights)
     metadata = dataclasses.replace(
         metadata, precision=precision, io_dtype=io_dtype, preprocess=_preprocess(preprocess, metadata)
     )
 
     with replacing(path) as temporary:
-        stock = _stock_copy(model)
+        stock = stock_copy(model)
         _check_output(stock, metadata, top_k)
         network = folded(stock, metadata.input_size, dynamic_batch)
         program = _convert(rounded(network, kind), stock, metadata, kind, dynamic_batch, opset)
@@ -148,27 +126,14 @@ def export_onnx(
             attach_preprocessing(program, metadata.preprocess)
         metadata.write(program)
         ir.save(program, temporary)
-        _, op_counts = check_file(temporary, opset)
-        comparison: Optional[Comparison] = None
+        result, _, batches = inspect(temporary, opset)
         if verify:
             try:
-                batches = BATCHES if dynamic_batch else (1,)
-                comparison = compare(temporary, stock, network, batches)
-            except ValueError as error:
-                reason = str(error).replace(str(temporary), str(path))
-                raise ValueError(f"opset is {opset}, and the file cannot be verified: {reason}") from error
-        size = temporary.stat().st_size
-    return ExportResult(
-        Path(path),
-        precision,
-        opset,
-        size,
-        op_counts,
-        metadata.input_size,
-        comparison.errors if comparison else {},
-        comparison.torch_error if comparison else None,
-        comparison.limit if comparison else None,
-    )
+                result = compared(result, compare(temporary, stock, network, batches, files))
+                result = dataclasses.replace(result, engine=engine_of(temporary, metadata, tensorrt))
+            except (ValueError, VerificationError) as error:
+                raise type(error)(str(error).replace(str(temporary), str(path))) from error
+    return dataclasses.replace(result, path=Path(path))
 
 
 def _checked_opset(opset: Optional[int], precision: Precision) -> int:
@@ -194,24 +159,6 @@ def _preprocess(wanted: Union[bool, str, Preprocess], metadata: Metadata) -> Opt
             f"preprocess gives {(len(wanted.mean), *wanted.crop)}, expected input_size {metadata.input_size}"
         )
     return wanted
-
-
-def _stock_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU, in eval mode, whose forward is plain PyTorch."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            raise ValueError(f"model has {name} in {tensor.dtype}, expected torch.float32: call model.float() first")
-        if tensor.is_meta:
-            raise ValueError(f"model has {name} on the meta device, expected values")
-    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    if size > _LARGEST_FILE:
-        raise ValueError(
-            f"model has {size / 1e9:.1f} GB of weights, expected less than 2.1 GB, the limit of one ONNX file; "
-            "weights in a file beside it are not supported"
-        )
-    stock = restore(copy.deepcopy(model)).cpu().eval().requires_grad_(False)
-    thaw(stock)
-    return stock
 
 
 def _check_output(stock: nn.Module, metadata: Metadata, top_k: Optional[int]) -> None:

@@ -4,7 +4,6 @@ import copy
 import functools
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,10 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from resnet_fast.export.metadata import Metadata
 from resnet_fast.export.precision import PRECISIONS, Precision, precision_of, rounded
+from resnet_fast.export.reading import metadata_of
 from resnet_fast.export.running import Runner
 from resnet_fast.export.samples import Sample, noise, pictures
-
-BATCHES = (1, 2, 7)
-"""One image, the batch that was traced, and a batch that no constant in the graph can happen to match."""
 
 
 class VerificationError(RuntimeError):
@@ -64,42 +60,11 @@ def error_limit(stock_error: float, reference: Tensor, eps: float = 2.0**-23) ->
     return 2 * stock_error + 8 * eps * reference.abs().max().item()
 
 
-def check_file(path: Union[str, os.PathLike], opset: Optional[int] = None) -> tuple[onnx.ModelProto, dict[str, int]]:
-    """The file at ``path`` and how often each operator occurs in it, after ONNX's checker has seen it.
-
-    Raises:
-        FileNotFoundError: there is no file ``path``.
-        RuntimeError: it is not valid ONNX, or not in ``opset``, if that is given.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"path is {str(path)!r}, expected an ONNX file")
-    try:
-        onnx.checker.check_model(path, full_check=True)
-        model = onnx.load(path)
-    except Exception as error:  # protobuf, the checker and shape inference have nothing in common
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RuntimeError(f"path is {str(path)!r}, which is not valid ONNX: {reason}") from error
-    # torch.onnx falls back to another opset when it cannot convert, and says so only in the log.
-    found = opset_of(model)
-    if opset is not None and found != opset:
-        raise RuntimeError(f"opset is {opset}, but PyTorch could write this model only in opset {found}")
-    return model, dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
-
-
-def opset_of(model: onnx.ModelProto) -> Optional[int]:
-    return {item.domain: item.version for item in model.opset_import}.get("")
-
-
-def metadata_of(model: onnx.ModelProto) -> Metadata:
-    """What ``export_onnx`` wrote into the file; ValueError if it wrote none of it."""
-    return Metadata.read({entry.key: entry.value for entry in model.metadata_props})
-
-
 def compare(
     path: Union[str, os.PathLike],
     stock: nn.Module,
     network: fx.GraphModule,
-    batches: Sequence[int] = BATCHES,
+    batches: Sequence[int],
     images: Sequence[Path] = (),
 ) -> Comparison:
     """Run a file of ``export_onnx`` and the model that it was made from on noise from a fixed seed, and on pictures.
@@ -166,7 +131,7 @@ class _Run:
             reference = head(self.precise(sample.precise))
             peer = head(self.peer(sample.single.to(self.precision.dtype)).float()).to(self.io.dtype)
             found = next(iter(given.values()))
-            _check_shape(found, reference)
+            check_shape(found, reference)
             check_best(given)
             yield _Result(torch.from_numpy(found).double(), reference, peer.double())
 
@@ -213,7 +178,7 @@ def _check_arithmetic(runner: Runner, peer: nn.Module, samples: Sequence[Sample]
         torch_error = _distance(head(single(sample.single)), reference)
         given = runner(sample.fed)
         found = next(iter(given.values()))
-        _check_shape(found, reference)
+        check_shape(found, reference)
         error = _distance(torch.from_numpy(found), reference)
         said = f" (float32 PyTorch with the same weights: {torch_error:.3g})"
         _check_error(error, error_limit(torch_error, reference), len(reference), runner.method, said)
@@ -221,10 +186,14 @@ def _check_arithmetic(runner: Runner, peer: nn.Module, samples: Sequence[Sample]
 
 def _head_of(runner: Runner) -> Callable[[Tensor], Tensor]:
     """From logits to the file's first output."""
-    return functools.partial(torch.softmax, dim=1) if runner.outputs[0] == "probabilities" else lambda logits: logits
+    return functools.partial(torch.softmax, dim=1) if is_softmax(runner) else lambda logits: logits
 
 
-def _check_shape(found: np.ndarray, reference: Tensor) -> None:
+def is_softmax(runner: Runner) -> bool:
+    return runner.outputs[0] == "probabilities"
+
+
+def check_shape(found: np.ndarray, reference: Tensor) -> None:
     if found.shape != tuple(reference.shape):
         raise VerificationError(
             f"ONNX Runtime gives shape {list(found.shape)} at batch {len(reference)}, expected {list(reference.shape)}"

@@ -21,8 +21,9 @@ from resnet_fast.export import MissingPackageError, VerificationError, export_on
 from resnet_fast.export.files import replacing
 from resnet_fast.export.folding import fold_batch_norm, thaw
 from resnet_fast.export.precision import folded as folded_network
+from resnet_fast.export.reading import check_file
 from resnet_fast.export.running import session
-from resnet_fast.export.verification import check_file, compare
+from resnet_fast.export.verification import compare
 
 RESNET_OPS = {"Conv", "Relu", "Add", "MaxPool", "GlobalAveragePool", "Flatten", "Gemm"}
 
@@ -365,7 +366,7 @@ def test_file_of_another_model_is_noticed(basic):
     with torch.no_grad():
         other.fc.bias[3] += 1e-3
     with pytest.raises(VerificationError):
-        compare(path, other, folded_network(other, (3, 40, 48), dynamic_batch=True))
+        compare(path, other, folded_network(other, (3, 40, 48), dynamic_batch=True), (1, 2))
 
 
 def test_unreadable_files(tmp_path):
