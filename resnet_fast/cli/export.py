@@ -42,14 +42,15 @@ def export(
     ] = None,
     mean: Annotated[Optional[str], typer.Option(help="Per channel, as 0.485,0.456,0.406, of images in [0, 1].")] = None,
     std: Annotated[Optional[str], typer.Option(help="Per channel, as 0.229,0.224,0.225, of images in [0, 1].")] = None,
-    verify: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime and compare with float64 PyTorch.")] = True,
+    verify: Annotated[bool, typer.Option(help="Run the file and compare with float64 PyTorch.")] = True,
+    images: options.Images = None,
+    tensorrt: options.TensorRT = None,
     json: options.Json = None,
     debug: options.Debug = False,
 ) -> None:
     """Write a model as an ONNX file of standard operators, checked against PyTorch before it takes its place."""
-    from dataclasses import asdict
-
     from resnet_fast.cli.models import build, published_weights
+    from resnet_fast.cli.verify_file import as_json, described
     from resnet_fast.export import export_onnx
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.export.precision import IO, PRECISIONS
@@ -85,18 +86,12 @@ def export(
             mean=means,
             std=deviations,
             verify=verify,
+            images=images,
+            tensorrt=tensorrt,
         )
-    counts = ", ".join(f"{count} {name}" for name, count in result.op_counts.items())
-    out.print(f"[bold]{result.path}[/]: {result.size / 1e6:.1f} MB, opset {result.opset}, {counts}")
-    if result.tolerance is None:
-        out.print("[yellow]not verified[/]")
-    else:
-        errors = ", ".join(f"{error:.2g} at batch {batch}" for batch, error in result.max_errors.items())
-        out.print(
-            f"ONNX Runtime against float64 PyTorch: {errors}; allowed {result.tolerance:.2g} "
-            f"({result.precision} PyTorch itself: {result.torch_error:.2g})"
-        )
-    write_json({"model": model, **asdict(result), "path": str(result.path)}, json)
+    for line in described(result):
+        out.print(line)
+    write_json({"model": model, **as_json(result)}, json)
 
 
 def _check_name(name: str, known: Collection[str], option: str) -> None:
