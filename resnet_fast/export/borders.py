@@ -13,7 +13,7 @@ def attach_input(model: ir.Model, dtype: ir.DataType) -> None:
     if network.dtype == dtype:
         return
     assert network.dtype is not None
-    given = ir.Input("input", network.shape, ir.TensorType(dtype))
+    given = ir.val("input", dtype, network.shape)
     tape = Tape()
     cast = tape.op("Cast", [given], {"to": network.dtype}, name="input_cast", output=ir.Value(name="input_cast"))
     cast.shape, cast.type = network.shape, network.type

@@ -97,10 +97,10 @@ def verify_onnx(
         method, batch_error = check_batches(path, batches)
         result = replace(result, method=method, batch_error=batch_error)
     else:
-        channels = channels_of(model)
+        stock = stock_copy(model)
+        channels = channels_of(stock)
         if channels is not None and channels != metadata.input_size[0]:
             raise ValueError(f"model reads {channels} channels, expected {metadata.input_size[0]}, as the file does")
-        stock = stock_copy(model)
         network = folded(stock, metadata.input_size, len(batches) > 1)
         result = compared(result, compare(path, stock, network, batches, files))
     return replace(result, engine=engine_of(path, metadata, tensorrt))
