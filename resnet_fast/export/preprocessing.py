@@ -77,7 +77,7 @@ def attach_preprocessing(model: ir.Model, preprocess: Preprocess) -> None:
     batch, channels, height, width = network.shape
     if preprocess.resize is not None:
         height, width = ir.SymbolicDim("height"), ir.SymbolicDim("width")
-    image = ir.val("image", ir.DataType.UINT8, [batch, height, width, channels])
+    image = ir.val("image", ir.DataType.UINT8, ir.Shape([batch, height, width, channels]))
     nodes = _Nodes()
     pixels = nodes("Cast", image, to=ir.DataType.FLOAT)
     if preprocess.resize is not None:

@@ -98,8 +98,7 @@ def export_onnx(
         RuntimeError: PyTorch could not trace the model, or the ONNX file is invalid.
         VerificationError: the file computes something else than the model, or TensorRT refuses it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}, expected a torch.nn.Module")
+    stock = stock_copy(model)
     kind = precision_of(precision)
     opset = _checked_opset(opset, kind)
     if io_dtype is None:
@@ -108,6 +107,8 @@ def export_onnx(
         raise ValueError(f"io_dtype is {io_dtype!r}, expected one of {', '.join(IO)}")
     if verify:
         require("onnxruntime", "verifying an export (leave out with verify=False)")
+    elif images is not None or tensorrt:
+        raise ValueError(f"verify is False, expected True with images {images!r} or tensorrt {tensorrt!r}")
     files = () if images is None else find_pictures(images)
     metadata = gather(model, input_size, classes, mean, std, weights)
     metadata = dataclasses.replace(
@@ -115,7 +116,6 @@ def export_onnx(
     )
 
     with replacing(path) as temporary:
-        stock = stock_copy(model)
         _check_output(stock, metadata, top_k)
         network = folded(stock, metadata.input_size, dynamic_batch)
         program = _convert(rounded(network, kind), stock, metadata, kind, dynamic_batch, opset)

@@ -211,6 +211,8 @@ def test_files_of_others_and_damaged_files(basic, tmp_path):
 
 def test_bad_arguments(basic, folder, tmp_path, monkeypatch):
     model, path, _ = basic
+    with pytest.raises(ValueError, match="verify is False, expected True with images"):
+        export_onnx(model, tmp_path / "m.onnx", input_size=SIZE, images=folder, verify=False)
     with pytest.raises(ValueError, match="but model is None, expected what to compare the file with"):
         verify_onnx(path, images=folder)
     with pytest.raises(ValueError, match="model reads 1 channels, expected 3"):
