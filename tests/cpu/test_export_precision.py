@@ -1,7 +1,6 @@
-"""float16 and bfloat16 files: what is in them, that they compute what the model does, and that TensorRT takes them."""
+"""float16 and bfloat16 files: what is in them, and that they compute what the model does."""
 
 import copy
-import os
 
 import numpy as np
 import onnx
@@ -9,10 +8,9 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
-from torchvision.models import resnet
 
-from resnet_fast.cli.models import build, randomise_batch_norm
-from resnet_fast.export import VerificationError, export_onnx, tensorrt
+from resnet_fast.cli.models import randomise_batch_norm
+from resnet_fast.export import VerificationError, export_onnx
 from resnet_fast.export.precision import PRECISIONS, folded, nearest, rounded
 from resnet_fast.export.running import Runner
 from resnet_fast.export.verification import compare
@@ -127,7 +125,7 @@ def test_activations_that_overflow_are_noticed(tmp_path):
     with pytest.raises(VerificationError, match="in which fp16 PyTorch itself gives results that are not finite"):
         export_onnx(model, tmp_path / "m.onnx", precision="fp16", input_size=SIZE)
     assert list(tmp_path.iterdir()) == []
-    export_onnx(model, tmp_path / "m.onnx", precision="bf16", input_size=SIZE)
+    export_onnx(model, tmp_path / "m.onnx", precision="bf16", input_size=SIZE, tensorrt=False)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -136,7 +134,9 @@ def test_activations_that_overflow_are_noticed(tmp_path):
 @pytest.mark.parametrize("io_dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("precision", LOW)
 def test_input_output_and_weights_have_their_types(precision, io_dtype, tmp_path):
-    result = export_onnx(tiny(), tmp_path / "m.onnx", precision=precision, io_dtype=io_dtype, input_size=SIZE)
+    result = export_onnx(
+        tiny(), tmp_path / "m.onnx", precision=precision, io_dtype=io_dtype, input_size=SIZE, tensorrt=False
+    )
     file = onnx.load(tmp_path / "m.onnx")
     assert result.opset == (22 if precision == "bf16" else 18)
     assert {tensor.data_type for tensor in file.graph.initializer} == {TYPES[precision]}
@@ -165,7 +165,9 @@ def test_float32_file_takes_float16(tmp_path):
 
 
 def test_static_batch(tmp_path):
-    result = export_onnx(tiny(), tmp_path / "m.onnx", precision="bf16", input_size=SIZE, dynamic_batch=False)
+    result = export_onnx(
+        tiny(), tmp_path / "m.onnx", precision="bf16", input_size=SIZE, dynamic_batch=False, tensorrt=False
+    )
     assert set(result.max_errors) == {1}
 
 
@@ -201,6 +203,7 @@ def test_softmax_and_top_k(precision, io_dtype, softmax, tmp_path):
         input_size=SIZE,
         softmax=softmax,
         top_k=3,
+        tensorrt=False,
     )
     first = "probabilities" if softmax else "logits"
     outputs = {value.name: value.type.tensor_type for value in onnx.load(tmp_path / "m.onnx").graph.output}
@@ -270,45 +273,3 @@ def test_bfloat16_runs_as_bfloat16(tmp_path):
     assert np.mean(emulated == expected) > 0.5
     assert np.abs(exact - unrounded).max() <= 1e-5 * np.abs(unrounded).max()
     assert np.abs(emulated - exact).max() > 100 * np.abs(exact - unrounded).max()
-
-
-# --- TensorRT -------------------------------------------------------------------------------------------------------
-
-_ASKED = pytest.mark.skipif(not tensorrt.available(), reason="the TensorRT-RTX wheels (extra `tensorrt`) are missing")
-
-
-@_ASKED
-@pytest.mark.parametrize("name", ["basic", "bottleneck", "resnext", "wide"])
-def test_tensorrt_takes_every_precision(name, tmp_path):
-    block, kwargs = {
-        "basic": (resnet.BasicBlock, {}),
-        "bottleneck": (resnet.Bottleneck, {}),
-        "resnext": (resnet.Bottleneck, {"groups": 32, "width_per_group": 4}),
-        "wide": (resnet.Bottleneck, {"width_per_group": 128}),
-    }[name]
-    torch.manual_seed(0)
-    model = resnet.ResNet(block, [1, 1, 1, 1], num_classes=10, **kwargs)
-    randomise_batch_norm(model, 0)
-    _every_precision(model, tmp_path / "m.onnx", (3, 64, 64))
-
-
-@_ASKED
-@pytest.mark.skipif("RESNET_FAST_SLOW_TESTS" not in os.environ, reason="minutes of export: set RESNET_FAST_SLOW_TESTS")
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
-def test_tensorrt_takes_every_precision_of_the_real_networks(name, tmp_path):
-    model = build(name)
-    randomise_batch_norm(model, 0)
-    _every_precision(model, tmp_path / "m.onnx", (3, 224, 224))
-
-
-def _every_precision(model, path, input_size):
-    """Each is built, each convolution of the engine is in it, and the smaller ones take half the room."""
-    expected = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    sizes = {}
-    for precision, kind in (("fp32", "Float"), ("fp16", "Half"), ("bf16", "BFloat16")):
-        sizes[precision] = export_onnx(model, path, precision=precision, input_size=input_size, verify=False).size
-        report = tensorrt.build(path)
-        convolutions = [layer for layer in report.layers if layer.is_convolution]
-        assert len(convolutions) == expected
-        assert all([*layer.constants.values()][:1] == [kind] for layer in convolutions)
-    assert max(sizes["fp16"], sizes["bf16"]) <= 0.51 * sizes["fp32"]
