@@ -1,5 +1,6 @@
 """``resnet-fast export``: a checkpoint as a checked ONNX file."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -14,29 +15,54 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The ONNX file to write.")],
     weights: options.Weights = None,
     num_classes: options.Classes = None,
-    opset: Annotated[int, typer.Option(help="ONNX opset, 18 or higher.")] = 18,
+    precision: Annotated[
+        str, typer.Option(metavar="fp32|fp16|bf16", help="Of the weights and the arithmetic.")
+    ] = "fp32",
+    io_dtype: Annotated[
+        str, typer.Option(metavar="fp32|fp16", help="What the file takes, unless it takes pictures, and gives.")
+    ] = "fp32",
+    preprocess: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="resize|normalise",
+            help="Have the file take uint8 pictures [batch, height, width, channels]: of any size, which it resizes, "
+            "crops and normalises, or of the network's size.",
+        ),
+    ] = None,
+    softmax: Annotated[bool, typer.Option("--softmax", help="Give probabilities in place of logits.")] = False,
+    top_k: Annotated[Optional[int], typer.Option(min=1, help="Also give the N best scores and their classes.")] = None,
+    opset: Annotated[
+        Optional[int], typer.Option(help="ONNX opset: 18 or higher, for bf16 22 or higher; by default the lowest.")
+    ] = None,
     size: Annotated[Optional[int], typer.Option(min=1, help="Height and width of the images.")] = None,
     static_batch: Annotated[bool, typer.Option("--static-batch", help="Fix the batch size to 1.")] = False,
     classes: Annotated[
         Optional[Path],
         typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Class names, one a line, for the metadata."),
     ] = None,
-    mean: Annotated[Optional[str], typer.Option(help="Per channel, as 0.485,0.456,0.406, for the metadata.")] = None,
-    std: Annotated[Optional[str], typer.Option(help="Per channel, as 0.229,0.224,0.225, for the metadata.")] = None,
-    verify: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime and compare with float64 PyTorch.")] = True,
+    mean: Annotated[Optional[str], typer.Option(help="Per channel, as 0.485,0.456,0.406, of images in [0, 1].")] = None,
+    std: Annotated[Optional[str], typer.Option(help="Per channel, as 0.229,0.224,0.225, of images in [0, 1].")] = None,
+    verify: Annotated[bool, typer.Option(help="Run the file and compare with float64 PyTorch.")] = True,
+    images: options.Images = None,
+    tensorrt: options.TensorRT = None,
     json: options.Json = None,
     debug: options.Debug = False,
 ) -> None:
     """Write a model as an ONNX file of standard operators, checked against PyTorch before it takes its place."""
-    from dataclasses import asdict
-
     from resnet_fast.cli.models import build, published_weights
+    from resnet_fast.cli.verify_file import as_json, described
+    from resnet_fast.export import export_onnx
     from resnet_fast.export.metadata import channels_of
-    from resnet_fast.export.to_onnx import LOWEST_OPSET, export_onnx
+    from resnet_fast.export.precision import IO, PRECISIONS
 
-    if opset < LOWEST_OPSET:
-        raise typer.BadParameter(f"{opset} is below {LOWEST_OPSET}, the lowest", param_hint="--opset")
-    given = {"mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
+    _check_name(precision, PRECISIONS, "--precision")
+    _check_name(io_dtype, IO, "--io-dtype")
+    if preprocess is not None:
+        _check_name(preprocess, ("resize", "normalise"), "--preprocess")
+    lowest = PRECISIONS[precision].lowest_opset
+    if opset is not None and opset < lowest:
+        raise typer.BadParameter(f"{opset} is below {lowest}, the lowest for {precision}", param_hint="--opset")
+    means, deviations = _numbers(mean, "--mean"), _numbers(std, "--std")
     names = None if classes is None else classes.read_text(encoding="utf-8").split("\n")
     while names and not names[-1].strip():
         names.pop()
@@ -47,25 +73,30 @@ def export(
         result = export_onnx(
             stock,
             output,
+            precision=precision,
+            io_dtype=io_dtype,
+            preprocess="normalise" if preprocess == "normalise" else preprocess is not None,
+            softmax=softmax,
+            top_k=top_k,
             dynamic_batch=not static_batch,
             opset=opset,
             input_size=None if size is None else (channels_of(stock) or 3, size, size),
             classes=names,
             weights=published_weights(model, weights),
+            mean=means,
+            std=deviations,
             verify=verify,
-            **given,
+            images=images,
+            tensorrt=tensorrt,
         )
-    counts = ", ".join(f"{count} {name}" for name, count in result.op_counts.items())
-    out.print(f"[bold]{result.path}[/]: {result.size / 1e6:.1f} MB, opset {result.opset}, {counts}")
-    if result.tolerance is None:
-        out.print("[yellow]not verified[/]")
-    else:
-        errors = ", ".join(f"{error:.2g} at batch {batch}" for batch, error in result.max_errors.items())
-        out.print(
-            f"ONNX Runtime against float64 PyTorch: {errors}; allowed {result.tolerance:.2g} "
-            f"(float32 PyTorch itself: {result.torch_error:.2g})"
-        )
-    write_json({"model": model, **asdict(result), "path": str(result.path)}, json)
+    for line in described(result):
+        out.print(line)
+    write_json({"model": model, **as_json(result)}, json)
+
+
+def _check_name(name: str, known: Collection[str], option: str) -> None:
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint=option)
 
 
 def _numbers(text: Optional[str], option: str) -> Optional[list[float]]:

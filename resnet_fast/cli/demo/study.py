@@ -14,7 +14,8 @@ from resnet_fast import accelerate, explain
 from resnet_fast.bench import Measurement, measure
 from resnet_fast.cli.numerics import Check, check_model, fused_limit
 from resnet_fast.export import ExportResult, export_onnx
-from resnet_fast.export.verification import error_limit, session
+from resnet_fast.export.running import session
+from resnet_fast.export.verification import error_limit
 
 
 @dataclass(frozen=True)
