@@ -190,7 +190,7 @@ def test_threads_at_once(model):
 
 
 def test_threads_do_not_spin_after_a_call(file):
-    """ONNX Runtime's own default burns about 30 ms here."""
+    """ONNX Runtime's own default does, for tens of milliseconds."""
     model = OnnxModel(file, threads=2)
     x = images(4)
     model(x)
