@@ -25,6 +25,8 @@ from resnet_fast.onnx_providers import CPU, CUDA, TENSORRT, ProviderError, profi
 
 CLASSES = [f"class {index} é" for index in range(10)]
 
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
 
 def images(batch: int, *size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, *(size or (3, 40, 48)), generator=torch.Generator().manual_seed(seed))
@@ -161,6 +163,37 @@ def test_preprocessing_inside_and_several_outputs(size, pictures):
     torch.testing.assert_close(result.scores.double(), scores, rtol=0, atol=2e-6)
     assert torch.equal(result.classes, places)
     assert [model.classes[place] for place in places[0]] == [("red", "green", "blue")[place] for place in places[0]]
+
+
+def test_files_with_all_that_export_can_add(network, tmp_path):
+    """float16 inside, pictures of bytes of any size in, probabilities and the best three out."""
+    options = {"precision": "fp16", "preprocess": True, "softmax": True, "top_k": 3, "classes": CLASSES}
+    export_onnx(network, tmp_path / "m.onnx", input_size=(3, 40, 48), verify=False, **IMAGENET, **options)
+    model = OnnxModel(tmp_path / "m.onnx")
+    x = torch.randint(256, (2, 60, 90, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    result = model(x)
+    assert [(out.name, out.dtype) for out in model.outputs] == [
+        ("probabilities", torch.float32),
+        ("scores", torch.float32),
+        ("classes", torch.int64),
+    ]
+    assert torch.equal(result.scores, result.probabilities.gather(1, result.classes))
+    assert torch.equal(result.classes[:, 0], result.probabilities.argmax(1))
+    torch.testing.assert_close(result.probabilities.sum(1), torch.ones(2))
+    assert model(x[:1]).probabilities.shape == (1, 10)
+
+
+def test_half_in_and_out(network, tmp_path):
+    export_onnx(network, tmp_path / "m.onnx", precision="fp16", io_dtype="fp16", input_size=(3, 40, 48), verify=False)
+    model = OnnxModel(tmp_path / "m.onnx")
+    x = images(2)
+    with torch.inference_mode():
+        precise = resnet_fast.restore(copy.deepcopy(network)).double()(x.double())
+        half = copy.deepcopy(network).half()(x.half())
+    found = model(x.half())
+    assert found.dtype == torch.float16
+    limit = error_limit((half.double() - precise).abs().max().item(), precise, eps=2.0**-10)
+    assert (found.double() - precise).abs().max() <= limit
 
 
 def test_a_batch_that_the_output_calls_otherwise(tmp_path):
