@@ -33,7 +33,7 @@ class EngineLayer:
     Attributes:
         name: TensorRT's name for it.
         kind: TensorRT's word for it: "correlation" is a convolution, "kgen" a generated pointwise or reducing kernel,
-            "runtime_fusion" a matrix product or convolution with what follows.
+            "gemm" and "runtime_fusion" products of matrices, which some convolutions become too.
         inputs, constants, outputs: data types by tensor, in TensorRT's words ("Float", "Half", "BFloat16", "Int8" ...).
         operators: ONNX operators that it computes, of those nodes of the file that it names.
     """
@@ -47,7 +47,7 @@ class EngineLayer:
 
     @property
     def is_convolution(self) -> bool:
-        return self.kind == "correlation" or (self.kind == "runtime_fusion" and "Conv" in self.operators)
+        return self.kind == "correlation" or (self.kind in ("gemm", "runtime_fusion") and "Conv" in self.operators)
 
     @property
     def is_int8(self) -> bool:

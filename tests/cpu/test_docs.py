@@ -78,6 +78,19 @@ def test_public_names_exist(page):
         assert name in resnet_fast.__all__, name
 
 
+def test_the_snippets_on_deployment_run(tmp_path, monkeypatch, capsys):
+    """In order, in one session. What AOTInductor compiles takes long, and ``test_archives.py`` does it."""
+    monkeypatch.chdir(tmp_path)
+    session = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGES["deployment.md"], re.DOTALL):
+        if "_inductor" not in block:
+            exec(compile(block, "deployment.md", "exec"), session)
+    assert {path.name for path in tmp_path.iterdir()} == {"resnet18.onnx", "fast.pt2"}
+    assert session["names"] == list(session["model"].classes)
+    assert session["logits"].shape == (5, 10)
+    assert "ExecutionProvider: " in capsys.readouterr().out
+
+
 def test_the_example_of_recorded_figures():
     (line,) = re.findall(r'^"\w+_kernel .*\]$', PAGES["kernels.md"], re.MULTILINE)
     recorded = (ROOT / "tests/aot/expected/sm_90.json").read_text()

@@ -24,12 +24,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def export(folder: Path, block=resnet.BasicBlock, **kwargs) -> Path:
+def export(folder: Path, block=resnet.BasicBlock, precision="fp32", biases=True, **kwargs) -> Path:
     torch.manual_seed(0)
     model = resnet.ResNet(block, [1, 1, 1, 1], num_classes=10, **kwargs)
-    randomise_batch_norm(model, 0)
+    if biases:
+        randomise_batch_norm(model, 0)
     path = folder / f"{block.__name__}.onnx"
-    export_onnx(model, path, input_size=(3, 64, 64), verify=False)
+    export_onnx(model, path, precision=precision, input_size=(3, 64, 64), verify=False)
     return path
 
 
@@ -49,21 +50,6 @@ class Noise(ort_quantization.CalibrationDataReader):
         return next(self.batches, None)
 
 
-def cast(source: Path, target: Path, data_type: int, opset: int) -> Path:
-    """``source`` with weights, input and output of another type."""
-    model = onnx.load(source)
-    for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT:
-            values = numpy_helper.to_array(tensor).astype(helper.tensor_dtype_to_np_dtype(data_type))
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.elem_type = data_type
-    del model.graph.value_info[:]
-    model.opset_import[0].version = opset
-    onnx.save(model, target)
-    return target
-
-
 def counts(path: Path) -> dict[str, int]:
     """Operators of the file."""
     nodes = [node.op_type for node in onnx.load(path).graph.node]
@@ -72,10 +58,7 @@ def counts(path: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_every_relu_and_add_is_inside_a_convolution(precision, basic, tmp_path):
-    path = basic
-    if precision != "fp32":
-        data_type, opset = {"fp16": (TensorProto.FLOAT16, 18), "bf16": (TensorProto.BFLOAT16, 22)}[precision]
-        path = cast(basic, tmp_path / "cast.onnx", data_type, opset)
+    path = basic if precision == "fp32" else export(tmp_path, precision=precision)
     report = tensorrt.build(path)
     inside = counts(path)
     assert report.convolutions == inside["Conv"] == 12
@@ -91,9 +74,16 @@ def test_every_relu_and_add_is_inside_a_convolution(precision, basic, tmp_path):
     assert 12 < report.kernels < len(report.layers)
 
 
-def test_bottlenecks_with_groups_and_dilation(tmp_path):
-    dilated = {"replace_stride_with_dilation": [False, True, True]}
-    path = export(tmp_path, resnet.Bottleneck, groups=8, width_per_group=8, **dilated)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"groups": 8, "width_per_group": 8, "replace_stride_with_dilation": [False, True, True]},
+        {"precision": "fp16", "biases": False},  # some convolutions of 1x1 become products of matrices
+    ],
+    ids=str,
+)
+def test_bottlenecks(options, tmp_path):
+    path = export(tmp_path, resnet.Bottleneck, **options)
     report = tensorrt.build(path, min_batch=2, opt_batch=2, max_batch=2)
     inside = counts(path)
     assert report.convolutions == inside["Conv"] == 17
