@@ -6,8 +6,8 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -22,6 +22,7 @@ from resnet_fast.export.folding import fold_batch_norm, thaw
 from resnet_fast.export.graph import tidy
 from resnet_fast.export.metadata import Metadata, gather
 from resnet_fast.export.optional import require
+from resnet_fast.export.quantise import Images, Method, Progress, Quantisation, Target, check_quantised, quantise
 from resnet_fast.export.verification import BATCHES, compare
 
 LOWEST_OPSET = 18
@@ -43,6 +44,9 @@ class ExportResult:
         max_errors: largest absolute difference of ONNX Runtime from float64 PyTorch by batch size; empty if not run.
         torch_error: the same of float32 PyTorch; None if not run.
         tolerance: what ``max_errors`` had to stay below; None if not run.
+        quantisation: how an int8 file was made; None for other files.
+        int8_errors: of an int8 file's logits against float64 PyTorch by batch size, root mean square over root mean
+            square; empty if not run.
     """
 
     path: Path
@@ -53,12 +57,15 @@ class ExportResult:
     max_errors: dict[int, float]
     torch_error: Optional[float]
     tolerance: Optional[float]
+    quantisation: Optional[Quantisation] = None
+    int8_errors: dict[int, float] = field(default_factory=dict)
 
 
 def export_onnx(
     model: nn.Module,
     path: Union[str, os.PathLike],
     *,
+    precision: str = "fp32",
     dynamic_batch: bool = True,
     opset: int = LOWEST_OPSET,
     input_size: Optional[Sequence[int]] = None,
@@ -67,6 +74,14 @@ def export_onnx(
     std: Optional[Sequence[float]] = None,
     weights: Any = None,
     verify: bool = True,
+    calibration: Optional[Images] = None,
+    calibration_method: Method = "mse",
+    ranges: Optional[Mapping[str, float]] = None,
+    target: Target = "tensorrt",
+    validation: Optional[Images] = None,
+    max_accuracy_drop: Optional[float] = None,
+    sensitivity: bool = False,
+    progress: Optional[Progress] = None,
 ) -> ExportResult:
     """Write ``model``, a classifier from torchvision, timm or this package, as a float32 ONNX file of standard ops.
 
@@ -86,6 +101,8 @@ def export_onnx(
         mean, std: per channel, for images in [0, 1], kept in the file's metadata; nothing in the graph normalises.
         weights: a torchvision weights enum member to take ``input_size``, ``classes``, ``mean``, ``std`` from.
         verify: run the file in ONNX Runtime and compare.
+        calibration, calibration_method, ranges, target, validation, max_accuracy_drop, sensitivity, progress: of an
+            int8 file, see ``quantise``; without ``ranges`` it needs ``calibration``.
 
     Raises:
         TypeError: ``model`` is no module, or does not map one tensor to one tensor of shape ``[batch, classes]``.
@@ -97,6 +114,8 @@ def export_onnx(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}, expected a torch.nn.Module")
+    if precision not in ("fp32", "int8"):
+        raise ValueError(f"precision is {precision!r}, expected fp32 or int8")
     if not isinstance(opset, int) or isinstance(opset, bool) or opset < LOWEST_OPSET:
         raise ValueError(f"opset is {opset!r}, expected an integer of at least {LOWEST_OPSET}")
     if opset > onnx.defs.onnx_opset_version():
@@ -113,11 +132,30 @@ def export_onnx(
         _check_output(stock, metadata)
         program = _convert(stock, metadata, dynamic_batch, opset)
         tidy(program)
+        quantised = None
+        if precision == "int8":
+            quantised = quantise(
+                program,
+                metadata,
+                calibration=calibration,
+                calibration_method=calibration_method,
+                ranges=ranges,
+                target=target,
+                validation=validation,
+                max_accuracy_drop=max_accuracy_drop,
+                sensitivity=sensitivity,
+                progress=progress,
+            )
+            program = quantised.model
         metadata.write(program)
         ir.save(program, temporary)
         op_counts = _check_file(temporary, opset)
         try:
-            comparison = compare(temporary, stock, metadata.input_size, batches) if verify else None
+            comparison, int8_errors = None, {}
+            if verify and quantised is not None:
+                int8_errors = check_quantised(temporary, stock, quantised.examples, batches)
+            elif verify:
+                comparison = compare(temporary, stock, metadata.input_size, batches)
         except ValueError as error:
             reason = str(error).replace(str(temporary), str(path))
             raise ValueError(f"opset is {opset}, and the file cannot be verified: {reason}") from error
@@ -131,6 +169,8 @@ def export_onnx(
         comparison.errors if comparison else {},
         comparison.torch_error if comparison else None,
         comparison.limit if comparison else None,
+        None if quantised is None else quantised.report,
+        int8_errors,
     )
 
 

@@ -132,7 +132,9 @@ class _Reader:
 def _folder(folder: Path, reader: _Reader) -> Source:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
     if not files:
-        raise FileNotFoundError(f"{reader.name} is {str(folder)!r}, a folder without images ({', '.join(IMG_EXTENSIONS)})")
+        raise FileNotFoundError(
+            f"{reader.name} is {str(folder)!r}, a folder without images ({', '.join(IMG_EXTENSIONS)})"
+        )
     labels = _labels(folder, files, reader)
 
     def items() -> Iterator[Item]:
@@ -158,7 +160,9 @@ def _labels(folder: Path, files: list[Path], reader: _Reader) -> dict[str, int]:
 def _picture(file: Path, reader: _Reader) -> Tensor:
     channels, height, width = reader.metadata.input_size
     if channels not in (1, 3):
-        raise ValueError(f"{reader.name} is a folder of images, but the model reads {channels} channels, expected 1 or 3")
+        raise ValueError(
+            f"{reader.name} is a folder of images, but the model reads {channels} channels, expected 1 or 3"
+        )
     try:
         with Image.open(file) as image:
             pixels = np.array(image.convert("RGB" if channels == 3 else "L"))

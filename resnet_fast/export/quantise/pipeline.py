@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, Optional
 
@@ -23,6 +23,8 @@ Target = Literal["tensorrt", "cpu"]
 Method = Literal["max", "percentile", "entropy", "mse"]
 
 TARGETS = ("tensorrt", "cpu")
+
+_EXAMPLES = 7  # as many as the largest batch that a file is tried with
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,11 @@ class Quantisation:
 
 @dataclass(frozen=True)
 class Quantised:
-    """The graph in 8 bits, its report, and some of the images that it was calibrated with, if it was."""
+    """The graph in 8 bits, its report, and images to try it with: of the calibration, if there was one, else noise."""
 
     model: ir.Model
     report: Quantisation
-    examples: Optional[Tensor]
+    examples: Tensor
 
 
 def quantise(
@@ -145,8 +147,9 @@ def quantise(
         limits = _symmetric_limits(histograms, layers, ranges, calibration_method, percentile)
         variants = _for_tensorrt(model, layers, limits)
 
-    whole, left_out = variants.whole(()), []
-    judgement, errors = None, {}
+    whole, judgement = variants.whole(()), None
+    left_out: list[str] = []
+    errors: dict[str, float] = {}
     if judges is not None:
         tell("comparing with float32", 0, 1)
         judgement = judge(session(model), session(whole), judges, batch_size(model, ()))
@@ -176,7 +179,11 @@ def quantise(
             "fall_back": list(report.fall_back),
         }
     )
-    return Quantised(whole, report, None if observed is None else observed.kept[0])
+    if observed is None:
+        examples = torch.randn(_EXAMPLES, *metadata.input_size, generator=torch.Generator().manual_seed(0))
+    else:
+        examples = observed.kept[0][:_EXAMPLES]
+    return Quantised(whole, report, examples)
 
 
 def _check_choices(target: str, method: str, percentile: float, drop: Optional[float]) -> None:
@@ -202,7 +209,9 @@ def _checked_ranges(ranges: Mapping[str, float], layers: list[Layer]) -> dict[st
 def _outputs(model: ir.Model) -> int:
     (logits,) = model.graph.outputs
     assert logits.shape is not None
-    return int(logits.shape[-1])
+    count = logits.shape[-1]
+    assert isinstance(count, int)
+    return count
 
 
 def _watched(model: ir.Model, layers: list[Layer], target: str) -> list[str]:
@@ -235,7 +244,8 @@ def _symmetric_limits(
 ) -> dict[str, Range]:
     """By the names of ranges."""
     clips = {
-        name: clip_at(histogram, method, lambda point: point / 127, percentile) for name, histogram in histograms.items()
+        name: clip_at(histogram, method, lambda point: point / 127, percentile)
+        for name, histogram in histograms.items()
     }
     found = {}
     for layer in layers:
@@ -280,7 +290,7 @@ def _for_tensorrt(model: ir.Model, layers: list[Layer], limits: Mapping[str, Ran
     amax = {name: high for name, (_, high) in limits.items()}
     by_path = {layer.path: layer for layer in layers}
 
-    def whole(left_out: list[str]) -> ir.Model:
+    def whole(left_out: Collection[str]) -> ir.Model:
         copy = model.clone()
         place(copy, layers, amax, left_out)
         return copy
@@ -296,7 +306,7 @@ def _for_tensorrt(model: ir.Model, layers: list[Layer], limits: Mapping[str, Ran
 def _for_cpu(model: ir.Model, layers: list[Layer], limits: Mapping[str, Range], reduce_range: bool) -> Variants:
     nodes = {layer.path: layer.node for layer in layers}
 
-    def whole(left_out: list[str]) -> ir.Model:
+    def whole(left_out: Collection[str]) -> ir.Model:
         return quantise_for_cpu(model, limits, reduce_range, without=[nodes[path] for path in left_out])
 
     def alone(path: str) -> ir.Model:
@@ -311,7 +321,6 @@ def _report(
     if layer.path in left_out:
         return LayerReport(layer.path, "fp32" if target == "cpu" else "fp16", {}, error)
     ranges = {
-        name.rpartition(".")[2]: limits[value if target == "cpu" else name]
-        for name, value in layer.range_names.items()
+        name.rpartition(".")[2]: limits[value if target == "cpu" else name] for name, value in layer.range_names.items()
     }
     return LayerReport(layer.path, "int8", ranges, error)

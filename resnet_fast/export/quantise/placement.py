@@ -15,15 +15,14 @@ from typing import Optional
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from resnet_fast.export.quantise.layers import Layer
 
 _POOLS = ("MaxPool", "AveragePool")
 
 
-def place(
-    model: ir.Model, layers: Sequence[Layer], ranges: Mapping[str, float], in_half: Collection[str] = ()
-) -> None:
+def place(model: ir.Model, layers: Sequence[Layer], ranges: Mapping[str, float], in_half: Collection[str] = ()) -> None:
     """Quantise ``layers`` of ``model``, in place.
 
     Args:
@@ -50,9 +49,8 @@ def place(
             dequantised = pairs.dequantised(identity, ranges[f"{layer.path}.residual"])
             add.replace_input_with(list(add.inputs).index(identity), dequantised)
     pairs.lend_to_pools()
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
-        del graph.initializers[name]
     graph.sort()
+    common.RemoveUnusedNodesPass()(model)
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:
@@ -81,13 +79,10 @@ class _Pairs:
         name = f"{value.name}_{number}" if number else str(value.name)
         scale = _constant(self._graph, f"{name}_scale", np.float32(scale_of(amax)))
         quantise = ir.node("QuantizeLinear", [value, scale, self._zero], name=f"{name}_quantise")
-        rounded = quantise.outputs[0]
-        rounded.name, rounded.shape, rounded.dtype = f"{name}_int8", value.shape, ir.DataType.INT8
-        dequantise = ir.node("DequantizeLinear", [rounded, scale, self._zero], name=f"{name}_dequantise")
-        result = dequantise.outputs[0]
-        result.name, result.shape, result.dtype = f"{name}_dequantised", value.shape, ir.DataType.FLOAT
+        _describe(quantise.outputs[0], f"{name}_int8", value.shape, ir.DataType.INT8)
+        dequantise = ir.node("DequantizeLinear", [quantise.outputs[0], scale, self._zero], name=f"{name}_dequantise")
         self._graph.extend([quantise, dequantise])  # sorted at the end
-        return result
+        return _describe(dequantise.outputs[0], f"{name}_dequantised", value.shape, ir.DataType.FLOAT)
 
     def lend_to_pools(self) -> None:
         """A pool beside a convolution reads what the convolution reads, so that nobody needs the float32 tensor."""
@@ -104,8 +99,9 @@ def scale_of(amax: float) -> float:
 
 
 def _constant(graph: ir.Graph, name: str, array: np.ndarray | np.generic) -> ir.Value:
-    tensor = ir.tensor(np.asarray(array), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    array = np.asarray(array)
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 
@@ -128,10 +124,8 @@ def _dequantised_weight(graph: ir.Graph, node: ir.Node) -> ir.Value:
     rounded = np.clip(np.rint(exact / steps), -127, 127).astype(np.int8)
     inputs = [_constant(graph, f"{weight.name}_int8", rounded), _constant(graph, f"{weight.name}_scale", scales)]
     dequantise = ir.node("DequantizeLinear", inputs, attributes={"axis": 0}, name=f"{weight.name}_dequantise")
-    result = dequantise.outputs[0]
-    result.name, result.shape, result.dtype = name, weight.shape, ir.DataType.FLOAT
     graph.append(dequantise)
-    return result
+    return _describe(dequantise.outputs[0], name, weight.shape, ir.DataType.FLOAT)
 
 
 def _array(value: ir.Value) -> np.ndarray:
@@ -143,7 +137,11 @@ def _halve(graph: ir.Graph, node: ir.Node) -> None:
     """Let ``node`` compute in float16, and the ReLU after it, if nothing else reads its result."""
     images, *constants = node.inputs
     assert images is not None
-    node.replace_input_with(0, _cast(graph, images, ir.DataType.FLOAT16, f"{node.name}_half_input"))
+    before = images.producer()
+    if before is not None and before.op_type == "Cast" and before.inputs[0] is not None:
+        node.replace_input_with(0, before.inputs[0])  # the layer before is in half precision too
+    else:
+        node.replace_input_with(0, _cast(graph, images, ir.DataType.FLOAT16, f"{node.name}_half_input"))
     for index, constant in enumerate(constants, 1):
         assert constant is not None
         name = f"{constant.name}_half"
@@ -151,11 +149,11 @@ def _halve(graph: ir.Graph, node: ir.Node) -> None:
         half = _constant(graph, name, _array(constant).astype(np.float16)) if known is None else known
         node.replace_input_with(index, half)
     last = node
-    node.outputs[0].dtype = ir.DataType.FLOAT16
+    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
     uses = list(node.outputs[0].uses())
     if len(uses) == 1 and uses[0].node.op_type == "Relu" and not node.outputs[0].is_graph_output():
         last = uses[0].node
-        last.outputs[0].dtype = ir.DataType.FLOAT16
+        last.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
     _return_to_single(graph, last.outputs[0], f"{node.name}_single_output")
 
 
@@ -174,7 +172,11 @@ def _return_to_single(graph: ir.Graph, value: ir.Value, name: str) -> None:
 
 def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
     cast = ir.node("Cast", [value], attributes={"to": dtype}, name=name)
-    result = cast.outputs[0]
-    result.name, result.shape, result.dtype = f"{name}_value", value.shape, dtype
     graph.append(cast)
-    return result
+    return _describe(cast.outputs[0], f"{name}_value", value.shape, dtype)
+
+
+def _describe(value: ir.Value, name: str, shape: Optional[ir.Shape], dtype: ir.DataType) -> ir.Value:
+    # A new type each time: a copy of a graph shares the types of its values with the original.
+    value.name, value.shape, value.type = name, shape, ir.TensorType(dtype)
+    return value
