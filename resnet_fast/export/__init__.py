@@ -5,6 +5,7 @@ folding.py         batch norm into convolutions, on the traced graph
 graph.py           clean-up of the ONNX graph
 metadata.py        what the file says about itself
 verification.py    the file against PyTorch in float64
+tensorrt.py        the file as a TensorRT-RTX engine, built without a GPU in another process, tensorrt_build.py
 files.py           files that appear whole or not at all
 optional.py        packages that may be missing
 """

@@ -12,6 +12,8 @@ EXTRAS = {
     "matplotlib": "finetune",
     "jinja2": "demo",
     "safetensors": "safetensors",
+    "tensorrt_rtx_bindings": "tensorrt",
+    "tensorrt_rtx_libs": "tensorrt",
 }
 """The extra of ``resnet-fast`` that brings each optional module."""
 
