@@ -137,9 +137,10 @@ def _halve(graph: ir.Graph, node: ir.Node) -> None:
     """Let ``node`` compute in float16, and the ReLU after it, if nothing else reads its result."""
     images, *constants = node.inputs
     assert images is not None
-    before = images.producer()
-    if before is not None and before.op_type == "Cast" and before.inputs[0] is not None:
-        node.replace_input_with(0, before.inputs[0])  # the layer before is in half precision too
+    producer = images.producer()
+    before = None if producer is None or producer.op_type != "Cast" else producer.inputs[0]
+    if before is not None and before.dtype == ir.DataType.FLOAT16:
+        node.replace_input_with(0, before)  # the layer before is in half precision too
     else:
         node.replace_input_with(0, _cast(graph, images, ir.DataType.FLOAT16, f"{node.name}_half_input"))
     for index, constant in enumerate(constants, 1):
