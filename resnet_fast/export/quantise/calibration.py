@@ -17,7 +17,8 @@ Progress = Callable[[str, int, Optional[int]], None]
 
 _BUDGET = 2**27  # bytes of activations at a time
 _LARGEST_BATCH = 16
-_KEPT = 128  # images to judge by, where nothing else was given: 77 MB at 224 x 224
+FEW = 128
+"""Images that are kept to judge by, where nothing else was given: 77 MB at 224 x 224."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def observe(model: ir.Model, names: Iterable[str], source: Source, progress: Pro
     count = 0
     progress("calibrating", 0, source.total)
     for batch, labels in source.batches(batch_size(model, watched)):
-        if count < _KEPT:
+        if count < FEW:
             kept.append((batch, labels))
         count += len(batch)
         found = dict(zip(watched, runner.run(watched, {images.name: batch.numpy()}), strict=True))
@@ -103,5 +104,5 @@ def batch_size(model: ir.Model, names: Sequence[str]) -> int:
 
 def _joined(parts: list[tuple[Tensor, Optional[Tensor]]]) -> tuple[Tensor, Optional[Tensor]]:
     labels = [part for _, part in parts if part is not None]
-    images = torch.cat([part for part, _ in parts])[:_KEPT]
-    return images, torch.cat(labels)[:_KEPT] if len(labels) == len(parts) else None
+    images = torch.cat([part for part, _ in parts])[:FEW]
+    return images, torch.cat(labels)[:FEW] if len(labels) == len(parts) else None

@@ -67,8 +67,8 @@ def open_images(images: Images, name: str, metadata: Metadata, outputs: int) -> 
               these folders, by name if ``metadata`` has classes, else in the order of the alphabet, are labels.
             - a file of tensors: .npy, .npz or .pt, with ``images [N, C, H, W]`` and, in the latter two, optionally
               ``labels [N]``. Floating point as the model reads it, or uint8, which is scaled to [0, 1] and normalised.
-            - such a tensor or array, or an iterable of ``images [N, C, H, W]`` or ``[C, H, W]``, or of pairs of images
-              and labels, as a DataLoader gives.
+            - such a tensor or array, or an iterable or data set of ``[N, C, H, W]`` or ``[C, H, W]``, or of pairs of
+              images and labels, as a DataLoader gives.
         name: for messages.
         metadata: of the model.
         outputs: how many classes the model knows.
@@ -86,6 +86,9 @@ def open_images(images: Images, name: str, metadata: Metadata, outputs: int) -> 
         return _arrays(*_load(path, name), reader)
     if isinstance(images, (Tensor, np.ndarray)):
         return _arrays(images, None, reader)
+    if hasattr(images, "__getitem__") and hasattr(images, "__len__"):  # a list, or a data set of PyTorch
+        elements = images
+        return Source(lambda: _items((elements[index] for index in range(len(elements))), reader), None)
     if isinstance(images, Iterable):
         total = getattr(getattr(images, "dataset", None), "__len__", lambda: None)()
         return Source(lambda: _items(images, reader), total, again=not isinstance(images, Iterator))

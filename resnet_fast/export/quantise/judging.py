@@ -90,15 +90,22 @@ class Variants:
     paths: Sequence[str]
 
 
-def layer_errors(variants: Variants, source: Source, progress: Progress) -> dict[str, float]:
-    """``Judgement.logit_error`` with each layer quantised alone, by path."""
-    reference, size = session(variants.model), batch_size(variants.model, ())
+def layer_errors(variants: Variants, images: Tensor, progress: Progress) -> dict[str, float]:
+    """``Judgement.logit_error`` on ``images [N, C, H, W]`` with each layer quantised alone, by path."""
+    batches = images.split(batch_size(variants.model, ()))
+    expected = _logits(session(variants.model), batches)
+    scale = np.linalg.norm(expected) or 1
     errors = {}
     for count, path in enumerate(variants.paths):
         progress("quantising one layer at a time", count, len(variants.paths))
-        errors[path] = judge(reference, session(variants.alone(path)), source, size).logit_error
+        found = _logits(session(variants.alone(path)), batches)
+        errors[path] = float(np.linalg.norm(found - expected) / scale)
     progress("quantising one layer at a time", len(variants.paths), len(variants.paths))
     return errors
+
+
+def _logits(runner: Any, batches: Sequence[Tensor]) -> np.ndarray:
+    return np.concatenate([_run(runner, batch) for batch in batches])
 
 
 def choose_fall_back(

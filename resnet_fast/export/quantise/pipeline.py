@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast.export.metadata import Metadata
-from resnet_fast.export.quantise.calibration import Observed, Progress, batch_size, observe, session
+from resnet_fast.export.quantise.calibration import FEW, Observed, Progress, batch_size, observe, session
 from resnet_fast.export.quantise.cpu import Range, needs_reduced_range, quantise_for_cpu
 from resnet_fast.export.quantise.histogram import METHODS, Histogram, clip_at
 from resnet_fast.export.quantise.images import Images, Source, open_images
@@ -36,7 +36,8 @@ class LayerReport:
         precision: "int8", or what it fell back to, "fp16" or "fp32".
         ranges: lowest and highest number that its tensors in 8 bits stand for: "input", and "residual" where it ends
             in a residual Add.
-        logit_error: ``Judgement.logit_error`` with only this layer quantised; None if that was not asked for.
+        logit_error: ``Judgement.logit_error`` with only this layer quantised, on at most 128 images; None if that was
+            not asked for.
     """
 
     path: str
@@ -156,7 +157,8 @@ def quantise(
         tell("comparing with float32", 1, 1)
         missed = max_accuracy_drop is not None and judgement.drop > max_accuracy_drop
         if missed or sensitivity:
-            errors = layer_errors(variants, judges, tell)
+            few = next(judges.batches(FEW))[0] if observed is None else observed.kept[0]
+            errors = layer_errors(variants, few, tell)
         if missed:
             assert max_accuracy_drop is not None
             left_out, judgement = choose_fall_back(variants, errors, judges, max_accuracy_drop, tell)
