@@ -87,7 +87,7 @@ def open_images(images: Images, name: str, metadata: Metadata, outputs: int) -> 
     if isinstance(images, (Tensor, np.ndarray)):
         return _arrays(images, None, reader)
     if hasattr(images, "__getitem__") and hasattr(images, "__len__"):  # a list, or a data set of PyTorch
-        elements = images
+        elements: Any = images
         return Source(lambda: _items((elements[index] for index in range(len(elements))), reader), None)
     if isinstance(images, Iterable):
         total = getattr(getattr(images, "dataset", None), "__len__", lambda: None)()
