@@ -1,7 +1,8 @@
 """``resnet-fast export``: a checkpoint as a checked ONNX file."""
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Optional, get_args
+from typing import Annotated, Optional, get_args
 
 import typer
 
@@ -14,29 +15,50 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The ONNX file to write.")],
     weights: options.Weights = None,
     num_classes: options.Classes = None,
-    opset: Annotated[int, typer.Option(help="ONNX opset, 18 or higher.")] = 18,
+    precision: Annotated[
+        str, typer.Option(metavar="fp32|fp16|bf16|int8", help="Of the weights and the arithmetic.")
+    ] = "fp32",
+    io_dtype: Annotated[
+        str, typer.Option(metavar="fp32|fp16", help="What the file takes, unless it takes pictures, and gives.")
+    ] = "fp32",
+    preprocess: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="resize|normalise",
+            help="Have the file take uint8 pictures [batch, height, width, channels]: of any size, which it resizes, "
+            "crops and normalises, or of the network's size.",
+        ),
+    ] = None,
+    softmax: Annotated[bool, typer.Option("--softmax", help="Give probabilities in place of logits.")] = False,
+    top_k: Annotated[Optional[int], typer.Option(min=1, help="Also give the N best scores and their classes.")] = None,
+    opset: Annotated[
+        Optional[int], typer.Option(help="ONNX opset: 18 or higher, for bf16 22 or higher; by default the lowest.")
+    ] = None,
     size: Annotated[Optional[int], typer.Option(min=1, help="Height and width of the images.")] = None,
     static_batch: Annotated[bool, typer.Option("--static-batch", help="Fix the batch size to 1.")] = False,
     classes: Annotated[
         Optional[Path],
         typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Class names, one a line, for the metadata."),
     ] = None,
-    mean: Annotated[Optional[str], typer.Option(help="Per channel, as 0.485,0.456,0.406, for the metadata.")] = None,
-    std: Annotated[Optional[str], typer.Option(help="Per channel, as 0.229,0.224,0.225, for the metadata.")] = None,
-    verify: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime and compare with float64 PyTorch.")] = True,
-    precision: Annotated[str, typer.Option(help="fp32 or int8.")] = "fp32",
+    mean: Annotated[Optional[str], typer.Option(help="Per channel, as 0.485,0.456,0.406, of images in [0, 1].")] = None,
+    std: Annotated[Optional[str], typer.Option(help="Per channel, as 0.229,0.224,0.225, of images in [0, 1].")] = None,
+    verify: Annotated[bool, typer.Option(help="Run the file and compare with float64 PyTorch.")] = True,
+    images: options.Images = None,
+    tensorrt: options.TensorRT = None,
     calibration: Annotated[
         Optional[Path],
         typer.Option(exists=True, metavar="PATH", help="int8: a folder of images, or .npy, .npz, .pt with images."),
     ] = None,
-    calibration_method: Annotated[str, typer.Option(help="int8: max, percentile, entropy or mse.")] = "mse",
+    calibration_method: Annotated[
+        str, typer.Option(metavar="max|percentile|entropy|mse", help="int8: where to clip.")
+    ] = "mse",
     ranges: Annotated[
         Optional[Path],
-        typer.Option(
-            exists=True, dir_okay=False, metavar="FILE", help="int8: JSON of ranges, in place of calibration."
-        ),
+        typer.Option(exists=True, dir_okay=False, metavar="FILE", help="int8: JSON of ranges that go before it."),
     ] = None,
-    target: Annotated[str, typer.Option(help="int8: tensorrt, or cpu for ONNX Runtime's CPU kernels.")] = "tensorrt",
+    target: Annotated[
+        str, typer.Option(metavar="tensorrt|cpu", help="int8: what will run it; cpu is ONNX Runtime's kernels.")
+    ] = "tensorrt",
     validation: Annotated[
         Optional[Path],
         typer.Option(exists=True, metavar="PATH", help="int8: images to judge by, best with labels (class folders)."),
@@ -47,23 +69,30 @@ def export(
             help="int8: points of top-1 that may be lost; the most sensitive layers fall back until it holds."
         ),
     ] = None,
-    sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="int8: the error of each layer by itself.")
-    ] = False,
+    sensitivity: Annotated[bool, typer.Option("--sensitivity", help="int8: the error of each layer alone.")] = False,
     json: options.Json = None,
     debug: options.Debug = False,
 ) -> None:
     """Write a model as an ONNX file of standard operators, checked against PyTorch before it takes its place."""
-    from dataclasses import asdict
-
     from resnet_fast.cli.models import build, published_weights
     from resnet_fast.cli.quantisation import read_ranges, show_quantisation, stages
+    from resnet_fast.cli.verify_file import as_json, described
+    from resnet_fast.export import export_onnx
     from resnet_fast.export.metadata import channels_of
+    from resnet_fast.export.precision import IO, PRECISIONS
     from resnet_fast.export.quantise import Method, Target
-    from resnet_fast.export.to_onnx import LOWEST_OPSET, export_onnx
 
-    if opset < LOWEST_OPSET:
-        raise typer.BadParameter(f"{opset} is below {LOWEST_OPSET}, the lowest", param_hint="--opset")
+    _check_name(precision, PRECISIONS, "--precision")
+    _check_name(io_dtype, IO, "--io-dtype")
+    _check_name(calibration_method, get_args(Method), "--calibration-method")
+    _check_name(target, get_args(Target), "--target")
+    known_ranges = None if ranges is None else read_ranges(ranges)
+    if preprocess is not None:
+        _check_name(preprocess, ("resize", "normalise"), "--preprocess")
+    lowest = PRECISIONS[precision].lowest_opset
+    if opset is not None and opset < lowest:
+        raise typer.BadParameter(f"{opset} is below {lowest}, the lowest for {precision}", param_hint="--opset")
+    means, deviations = _numbers(mean, "--mean"), _numbers(std, "--std")
     names = None if classes is None else classes.read_text(encoding="utf-8").split("\n")
     while names and not names[-1].strip():
         names.pop()
@@ -74,43 +103,40 @@ def export(
         result = export_onnx(
             stock,
             output,
+            precision=precision,
+            io_dtype=io_dtype,
+            preprocess="normalise" if preprocess == "normalise" else preprocess is not None,
+            softmax=softmax,
+            top_k=top_k,
             dynamic_batch=not static_batch,
             opset=opset,
             input_size=None if size is None else (channels_of(stock) or 3, size, size),
             classes=names,
             weights=published_weights(model, weights),
+            mean=means,
+            std=deviations,
             verify=verify,
-            mean=_numbers(mean, "--mean"),
-            std=_numbers(std, "--std"),
-            precision=precision,
+            images=images,
+            tensorrt=tensorrt,
             calibration=calibration,
-            calibration_method=_choice(calibration_method, Method, "--calibration-method"),
-            ranges=None if ranges is None else read_ranges(ranges),
-            target=_choice(target, Target, "--target"),
+            calibration_method=calibration_method,  # type: ignore[arg-type]
+            ranges=known_ranges,
+            target=target,  # type: ignore[arg-type]
             validation=validation,
             max_accuracy_drop=max_accuracy_drop,
             sensitivity=sensitivity,
             progress=progress,
         )
-    counts = ", ".join(f"{count} {name}" for name, count in result.op_counts.items())
-    out.print(f"[bold]{result.path}[/]: {result.size / 1e6:.1f} MB, opset {result.opset}, {counts}")
+    for line in described(result):
+        out.print(line)
     if result.quantisation is not None:
-        show_quantisation(out, result.quantisation, result.int8_errors)
-    elif result.tolerance is None:
-        out.print("[yellow]not verified[/]")
-    else:
-        errors = ", ".join(f"{error:.2g} at batch {batch}" for batch, error in result.max_errors.items())
-        out.print(
-            f"ONNX Runtime against float64 PyTorch: {errors}; allowed {result.tolerance:.2g} "
-            f"(float32 PyTorch itself: {result.torch_error:.2g})"
-        )
-    write_json({"model": model, **asdict(result), "path": str(result.path)}, json)
+        show_quantisation(out, result.quantisation)
+    write_json({"model": model, **as_json(result)}, json)
 
 
-def _choice(text: str, choices: Any, option: str) -> Any:
-    if text not in get_args(choices):
-        raise typer.BadParameter(f"{text!r}, expected {', '.join(get_args(choices))}", param_hint=option)
-    return text
+def _check_name(name: str, known: Collection[str], option: str) -> None:
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint=option)
 
 
 def _numbers(text: Optional[str], option: str) -> Optional[list[float]]:

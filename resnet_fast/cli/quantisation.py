@@ -47,7 +47,7 @@ def read_ranges(file: Path) -> dict[str, float]:
     return ranges
 
 
-def show_quantisation(console: Console, quantisation: Quantisation, errors: dict[int, float]) -> None:
+def show_quantisation(console: Console, quantisation: Quantisation) -> None:
     """Errors and accuracy of an int8 file, its layers if they were measured, and those that fell back."""
     judgement = quantisation.judgement
     if judgement is not None:
@@ -61,11 +61,6 @@ def show_quantisation(console: Console, quantisation: Quantisation, errors: dict
                 f"top-1 {100 * judgement.accuracy:.2f} %, in float32 {100 * judgement.float_accuracy:.2f} %: "
                 f"{judgement.drop:.2f} points lost"
             )
-    if errors:
-        by_batch = ", ".join(f"{error:.2g} at batch {batch}" for batch, error in errors.items())
-        console.print(f"ONNX Runtime against float64 PyTorch, relative: {by_batch}")
-    else:
-        console.print("[yellow]not verified[/]")
     if quantisation.reduce_range:
         console.print("weights have 7 bits, because this processor has no VNNI")
     rows = [

@@ -17,9 +17,9 @@ from torchvision.models import resnet
 from resnet_fast.cli import main
 from resnet_fast.cli.demo.data import photographs
 from resnet_fast.cli.models import randomise_batch_norm
-from resnet_fast.export import VerificationError, export_onnx, tensorrt
+from resnet_fast.export import VerificationError, export_onnx, tensorrt, verify_onnx
 from resnet_fast.export.metadata import Metadata
-from resnet_fast.export.quantise import check_quantised, quantise
+from resnet_fast.export.quantise import quantise
 from resnet_fast.export.quantise.cpu import needs_reduced_range
 from resnet_fast.export.quantise.layers import find_layers
 from resnet_fast.finetune.digits import digits
@@ -288,18 +288,6 @@ def test_images_do_not_depend_on_their_batch(trained, int8):
         assert relative(parts, whole) <= 0.01
 
 
-def test_file_is_checked_against_float64(trained, int8):
-    path, _ = int8
-    errors = check_quantised(path, trained.model, trained.digits, (1, 2, 7))
-    for batch, error in errors.items():
-        found = run(path, trained.digits[:batch])
-        assert error == pytest.approx(relative(found, trained.digit_logits[:batch]), rel=0.05)
-    with torch.no_grad():
-        other = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=18).eval()
-    with pytest.raises(VerificationError, match=r"at batch 1, expected at most 0\.5"):
-        check_quantised(path, other, trained.digits, (1,))
-
-
 @pytest.mark.parametrize("method", ["max", "percentile", "entropy"])
 def test_methods_of_calibration(trained, method, tmp_path):
     result = quantise(trained.program, trained.metadata, calibration=trained.calibration, calibration_method=method)
@@ -446,13 +434,16 @@ def test_every_layer_in_half_precision(trained, tmp_path):
 
 
 def test_drop_that_cannot_be_had(trained):
-    """Labels that even float32 does not give cannot be lost; first classes that a coin decides can."""
-    flat = trained.program.clone()
-    for name in ("fc.weight", "fc.bias"):
-        value = flat.graph.initializers[name]
-        value.const_value = ir.tensor(value.const_value.numpy() * np.float32(0) + np.float32(1e-9), name=name)
-    report = quantise(flat, trained.metadata, calibration=trained.calibration[:8], max_accuracy_drop=0.0).report
-    assert report.judgement.drop == 0
+    """A channel beyond float16: the only layers that could fall back do not help."""
+    program = trained.program.clone()
+    for name, factor in (("conv1.weight", 1e6), ("conv1.bias", 1e6), ("conv2.weight", 1e-6)):
+        value = program.graph.initializers[f"layer2.0.{name}"]
+        array = value.const_value.numpy().copy()
+        array[(slice(None), 5) if name == "conv2.weight" else 5] *= factor
+        value.const_value = ir.tensor(array, name=value.name)
+    arguments = {"calibration": trained.calibration[:64], "calibration_method": "max", "max_accuracy_drop": 0.5}
+    with pytest.raises(ValueError, match=r"is 0\.5, but the drop is .* even without a quantised layer"):
+        quantise(program, trained.metadata, **arguments)
 
 
 # --- given ranges -----------------------------------------------------------------------------------------------------
@@ -494,25 +485,55 @@ IMAGES = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(("dynamic_batch", "target"), [(True, "tensorrt"), (False, "cpu")])
-def test_export(dynamic_batch, target, tmp_path):
+def test_export_and_verification(dynamic_batch, target, tmp_path):
+    path = tmp_path / "m.onnx"
+    model = tiny()
+    arguments = {"input_size": (3, 16, 16), "precision": "int8", "calibration": IMAGES, "target": target}
+    result = export_onnx(model, path, dynamic_batch=dynamic_batch, **arguments)
+    assert result.precision == "int8"
+    assert set(result.max_errors) == ({1, 2, 7} if dynamic_batch else {1})
+    with torch.inference_mode():
+        largest = model.eval()(IMAGES).abs().max().item()
+    assert max(result.max_errors.values()) < 0.05 * largest
+    assert result.quantisation.images == 9
+    assert result.quantisation.judged_by == "calibration"
+    assert (result.engine is not None) == (tensorrt.available() and target == "tensorrt")
+    file = onnx.load(path)
+    said = {entry.key: entry.value for entry in file.metadata_props}
+    assert (said["precision"], said["target"]) == ("int8", target)
+    assert json.loads(said["quantisation"])["calibration_images"] == 9
+    assert said["producer"] == file.producer_name == "resnet_fast"
+    assert [entry.version for entry in file.opset_import if entry.domain == ""] == [18]
+
+    again = verify_onnx(path, model)
+    assert again.max_errors == result.max_errors
+    assert (again.engine is None) == (result.engine is None)
+    assert verify_onnx(path, tensorrt=False).method is not None
+    with torch.no_grad():
+        model[-1].weight.neg_()
+    with pytest.raises(VerificationError, match="from float64 PyTorch at batch 1"):
+        verify_onnx(path, model, tensorrt=False)
+
+
+def test_pictures_in_and_best_classes_out(tmp_path):
+    """What is calibrated is the network; preprocessing and top-k come around it."""
+    pictures = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     result = export_onnx(
         tiny(),
         tmp_path / "m.onnx",
         input_size=(3, 16, 16),
         precision="int8",
-        calibration=IMAGES,
-        target=target,
-        dynamic_batch=dynamic_batch,
+        calibration=pictures,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        preprocess=True,
+        top_k=2,
     )
-    assert set(result.int8_errors) == ({1, 2, 7} if dynamic_batch else {1})
-    assert max(result.int8_errors.values()) < 0.05
-    assert result.quantisation.images == 9
-    assert result.quantisation.judged_by == "calibration"
-    file = onnx.load(tmp_path / "m.onnx")
-    said = {entry.key: entry.value for entry in file.metadata_props}
-    assert json.loads(said["quantisation"])["target"] == target
-    assert said["producer"] == file.producer_name == "resnet_fast"
-    assert [entry.version for entry in file.opset_import if entry.domain == ""] == [18]
+    assert result.quantisation.layers[0].ranges["input"][1] == pytest.approx(2, abs=0.1)
+    assert result.op_counts["QuantizeLinear"] == 2
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    given = session.run(None, {"image": pictures.permute(0, 2, 3, 1).contiguous().numpy()})
+    assert [value.shape for value in given] == [(6, 10), (6, 2), (6, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -548,8 +569,12 @@ def test_bad_arguments(tiny_program, arguments, error, message):
 def test_failure_leaves_the_old_file(tmp_path):
     target = tmp_path / "m.onnx"
     target.write_text("the old file")
-    for arguments in ({"precision": "int4"}, {"precision": "int8", "calibration": IMAGES[:, :1]}):
-        with pytest.raises(ValueError, match=r"precision is 'int4', expected|image of shape"):
+    for arguments, message in (
+        ({"precision": "int4"}, "precision is 'int4', expected"),
+        ({"precision": "fp16", "calibration": IMAGES}, "precision is 'fp16', expected 'int8' with calibration"),
+        ({"precision": "int8", "calibration": IMAGES[:, :1]}, "an image of shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
             export_onnx(tiny(), target, input_size=(3, 16, 16), **arguments)
         assert target.read_text() == "the old file"
         assert list(tmp_path.iterdir()) == [target]

@@ -17,7 +17,6 @@ afterwards; its 0.47 needs ONNX Runtime 1.24 and onnx 1.21, eight packages besid
 
 from resnet_fast.export.quantise.calibration import Progress
 from resnet_fast.export.quantise.images import Images
-from resnet_fast.export.quantise.judging import check_quantised
 from resnet_fast.export.quantise.pipeline import Method, Quantisation, Quantised, Target, quantise
 
-__all__ = ["Images", "Method", "Progress", "Quantisation", "Quantised", "Target", "check_quantised", "quantise"]
+__all__ = ["Images", "Method", "Progress", "Quantisation", "Quantised", "Target", "quantise"]

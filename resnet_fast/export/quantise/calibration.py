@@ -8,9 +8,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from resnet_fast.export.optional import require
 from resnet_fast.export.quantise.histogram import Histogram
 from resnet_fast.export.quantise.images import Source
+from resnet_fast.export.running import open_session
 
 Progress = Callable[[str, int, Optional[int]], None]
 """Called with what is being done, how much of it is done, and how much there is, if known."""
@@ -42,12 +42,7 @@ def session(model: ir.Model) -> Any:
     Raises:
         MissingPackageError: ONNX Runtime is not installed.
     """
-    runtime = require("onnxruntime", "int8")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    content = ir.to_proto(model).SerializeToString()
-    return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return open_session(ir.to_proto(model).SerializeToString(), "the graph to quantise, which")
 
 
 def observe(model: ir.Model, names: Iterable[str], source: Source, progress: Progress) -> Observed:

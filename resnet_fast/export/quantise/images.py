@@ -8,19 +8,16 @@ from typing import Any, Optional, Union
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from resnet_fast.export.metadata import Metadata
+from resnet_fast.export.samples import pictures
 
 Images = Union[str, os.PathLike, Tensor, np.ndarray, Iterable[Any]]
 """What ``open_images`` takes."""
 
 Item = tuple[Tensor, Optional[int]]
-
-_SHORT_SIDE = 256 / 224  # of what is left after the crop, as torchvision and timm evaluate
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,9 @@ def open_images(images: Images, name: str, metadata: Metadata, outputs: int) -> 
     Args:
         images: One of
 
-            - a folder: all images in it and below, scaled so that 7/8 of them are left after the crop to the model's
-              size, and normalised with ``metadata``'s mean and std. Where every image lies in a folder of its class,
-              these folders, by name if ``metadata`` has classes, else in the order of the alphabet, are labels.
+            - a folder: all images in it and below, resized, cropped and normalised as ``metadata`` says. Where every
+              image lies in a folder of its class, these folders, by name if ``metadata`` has classes, else in the order
+              of the alphabet, are labels.
             - a file of tensors: .npy, .npz or .pt, with ``images [N, C, H, W]`` and, in the latter two, optionally
               ``labels [N]``. Floating point as the model reads it, or uint8, which is scaled to [0, 1] and normalised.
             - such a tensor or array, or an iterable or data set of ``[N, C, H, W]`` or ``[C, H, W]``, or of pairs of
@@ -161,22 +158,12 @@ def _labels(folder: Path, files: list[Path], reader: _Reader) -> dict[str, int]:
 
 
 def _picture(file: Path, reader: _Reader) -> Tensor:
-    channels, height, width = reader.metadata.input_size
-    if channels not in (1, 3):
-        raise ValueError(
-            f"{reader.name} is a folder of images, but the model reads {channels} channels, expected 1 or 3"
-        )
+    # Also where the file's graph resizes by itself: what is calibrated is the network behind that.
     try:
-        with Image.open(file) as image:
-            pixels = np.array(image.convert("RGB" if channels == 3 else "L"))
-    except OSError as error:
-        raise ValueError(f"{reader.name}: {str(file)!r} cannot be read as an image: {error}") from error
-    whole = torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1).unsqueeze(0).float() / 255
-    scale = _SHORT_SIDE * max(height / whole.shape[2], width / whole.shape[3])
-    size = (max(round(whole.shape[2] * scale), height), max(round(whole.shape[3] * scale), width))
-    scaled = F.interpolate(whole, size=size, mode="bilinear", align_corners=False, antialias=True)[0]
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return reader.normalised(scaled[:, top : top + height, left : left + width])
+        (sample,) = pictures(reader.metadata, [file])
+    except ValueError as error:
+        raise ValueError(f"{reader.name}: {error}") from error
+    return sample.single[0]
 
 
 def _load(path: Path, name: str) -> tuple[Any, Any]:

@@ -1,24 +1,15 @@
 """How far a quantised network is from the float32 one, as a whole and by layer, and which layers to leave out."""
 
-import copy
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from resnet_fast.export.quantise.calibration import Progress, batch_size, session
 from resnet_fast.export.quantise.images import Source
-from resnet_fast.export.verification import VerificationError
-from resnet_fast.export.verification import session as open_file
-
-LARGEST_ERROR = 0.5
-"""Of a file's logits, relative: far above what rounding to 8 bits does (0.01 to 0.05 in a trained network, up to 0.2 in
-a deep one that was never trained), and half of what a file has that computes nothing but zeros."""
 
 
 @dataclass(frozen=True)
@@ -151,40 +142,3 @@ def held(images: Tensor, labels: Optional[Tensor]) -> Source:
     """Images in memory, as a ``Source``."""
     known = [None] * len(images) if labels is None else labels.tolist()
     return Source(lambda: iter(list(zip(images, known, strict=True))), len(images))
-
-
-def check_quantised(
-    path: Union[str, os.PathLike], model: nn.Module, images: Tensor, batches: Sequence[int]
-) -> dict[int, float]:
-    """``Judgement.logit_error`` of the file ``path`` against ``model`` in float64, by batch size.
-
-    Args:
-        path: a quantised ONNX file.
-        model: float32, on the CPU, in eval mode; not changed.
-        images: ``[N, C, H, W]``; taken from the start again where there are fewer than a batch needs.
-        batches: batch sizes to run.
-
-    Raises:
-        VerificationError: an error above ``LARGEST_ERROR``, or a result of another shape.
-    """
-    runner = open_file(path)
-    precise = copy.deepcopy(model).double()
-    errors = {}
-    for batch in batches:
-        chosen = images[torch.arange(batch) % len(images)]
-        with torch.inference_mode():
-            expected = precise(chosen.double()).numpy()
-        found = _run(runner, chosen)
-        if found.shape != expected.shape:
-            raise VerificationError(
-                f"ONNX Runtime gives shape {list(found.shape)} at batch {batch}, expected {list(expected.shape)}"
-            )
-        scale = np.linalg.norm(expected)
-        errors[batch] = float(np.linalg.norm(found - expected) / (scale or 1))
-        if not errors[batch] <= LARGEST_ERROR:  # a NaN fails as well
-            raise VerificationError(
-                f"the int8 logits are {errors[batch]:.3g} of their size from float64 PyTorch at batch {batch}, "
-                f"expected at most {LARGEST_ERROR}: calibrate with more images like those that the model is for, or "
-                "let layers fall back (max_accuracy_drop)"
-            )
-    return errors

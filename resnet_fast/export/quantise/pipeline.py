@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Literal, Optional
 
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
 from resnet_fast.export.metadata import Metadata
 from resnet_fast.export.quantise.calibration import FEW, Observed, Progress, batch_size, observe, session
@@ -23,8 +21,6 @@ Target = Literal["tensorrt", "cpu"]
 Method = Literal["max", "percentile", "entropy", "mse"]
 
 TARGETS = ("tensorrt", "cpu")
-
-_EXAMPLES = 7  # as many as the largest batch that a file is tried with
 
 
 @dataclass(frozen=True)
@@ -76,11 +72,10 @@ class Quantisation:
 
 @dataclass(frozen=True)
 class Quantised:
-    """The graph in 8 bits, its report, and images to try it with: of the calibration, if there was one, else noise."""
+    """The graph in 8 bits, and its report."""
 
     model: ir.Model
     report: Quantisation
-    examples: Tensor
 
 
 def quantise(
@@ -181,11 +176,7 @@ def quantise(
             "fall_back": list(report.fall_back),
         }
     )
-    if observed is None:
-        examples = torch.randn(_EXAMPLES, *metadata.input_size, generator=torch.Generator().manual_seed(0))
-    else:
-        examples = observed.kept[0][:_EXAMPLES]
-    return Quantised(whole, report, examples)
+    return Quantised(whole, report)
 
 
 def _check_choices(target: str, method: str, percentile: float, drop: Optional[float]) -> None:
