@@ -54,7 +54,9 @@ def export(
     ] = "mse",
     ranges: Annotated[
         Optional[Path],
-        typer.Option(exists=True, dir_okay=False, metavar="FILE", help="int8: JSON of ranges that go before it."),
+        typer.Option(
+            exists=True, dir_okay=False, metavar="FILE", help="int8: JSON of ranges; by default a --qat checkpoint's."
+        ),
     ] = None,
     target: Annotated[
         str, typer.Option(metavar="tensorrt|cpu", help="int8: what will run it; cpu is ONNX Runtime's kernels.")
@@ -86,7 +88,6 @@ def export(
     _check_name(io_dtype, IO, "--io-dtype")
     _check_name(calibration_method, get_args(Method), "--calibration-method")
     _check_name(target, get_args(Target), "--target")
-    known_ranges = None if ranges is None else read_ranges(ranges)
     if preprocess is not None:
         _check_name(preprocess, ("resize", "normalise"), "--preprocess")
     lowest = PRECISIONS[precision].lowest_opset
@@ -98,6 +99,7 @@ def export(
         names.pop()
 
     stock = build(model, weights=weights, num_classes=num_classes)
+    known_ranges = read_ranges(ranges, weights) if precision == "int8" or ranges is not None else None
     out = console()
     with stages(out, f"exporting {model}") as progress:
         result = export_onnx(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -36,8 +37,16 @@ def stages(console: Console, title: str) -> Iterator[Callable[[str, int, Optiona
         yield tell
 
 
-def read_ranges(file: Path) -> dict[str, float]:
-    """``{"layer1.0.conv1.input": 3.2, ...}`` from a JSON file."""
+def read_ranges(file: Optional[Path], weights: Optional[str]) -> Optional[dict[str, float]]:
+    """``{"layer1.0.conv1.input": 3.2, ...}`` from the JSON ``file``, else from the checkpoint that ``weights`` names.
+
+    Quantisation-aware training leaves them there, under ``ranges``. None if there are none.
+    """
+    if file is None:
+        if weights is None or Path(weights).suffix not in (".pt", ".pth") or not Path(weights).is_file():
+            return None
+        content = torch.load(weights, map_location="cpu", weights_only=True)
+        return content.get("ranges") if isinstance(content, dict) else None
     try:
         ranges = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

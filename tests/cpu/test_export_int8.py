@@ -605,3 +605,19 @@ def test_command_line(tmp_path, capsys):
         ["--ranges", str(tmp_path / "r.json")],
     ):
         assert main([*arguments, *calibration, *wrong]) == 2
+
+
+def test_ranges_of_a_checkpoint(tmp_path):
+    """As quantisation-aware training leaves them."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10)
+    layers = find_layers(exported(model, tmp_path / "m.onnx").graph)
+    ranges = {name: 2.0 for layer in layers for name in layer.range_names} | {"fc.input": 3.5}
+    torch.save({"model": model.state_dict(), "ranges": ranges, "epoch": 1}, tmp_path / "best.pt")
+    arguments = ["export", "timm:test_resnet", str(tmp_path / "m.onnx"), "--num-classes", "10", "--size", "32"]
+    arguments += ["--weights", str(tmp_path / "best.pt"), "--precision", "int8", "--json", str(tmp_path / "r.json")]
+    assert main(arguments) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["quantisation"]["layers"][-1]["ranges"] == {"input": [-3.5, 3.5]}
+    assert result["quantisation"]["judgement"] is None

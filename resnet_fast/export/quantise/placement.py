@@ -147,7 +147,8 @@ def _halve(graph: ir.Graph, node: ir.Node) -> None:
         assert constant is not None
         name = f"{constant.name}_half"
         known = graph.initializers.get(name)
-        half = _constant(graph, name, _array(constant).astype(np.float16)) if known is None else known
+        with np.errstate(over="ignore"):  # what a weight of infinity does will be seen in the results
+            half = _constant(graph, name, _array(constant).astype(np.float16)) if known is None else known
         node.replace_input_with(index, half)
     last = node
     node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
