@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Optional, get_args
 
 import typer
 
@@ -16,7 +16,7 @@ def export(
     weights: options.Weights = None,
     num_classes: options.Classes = None,
     precision: Annotated[
-        str, typer.Option(metavar="fp32|fp16|bf16", help="Of the weights and the arithmetic.")
+        str, typer.Option(metavar="fp32|fp16|bf16|int8", help="Of the weights and the arithmetic.")
     ] = "fp32",
     io_dtype: Annotated[
         str, typer.Option(metavar="fp32|fp16", help="What the file takes, unless it takes pictures, and gives.")
@@ -45,18 +45,49 @@ def export(
     verify: Annotated[bool, typer.Option(help="Run the file and compare with float64 PyTorch.")] = True,
     images: options.Images = None,
     tensorrt: options.TensorRT = None,
+    calibration: Annotated[
+        Optional[Path],
+        typer.Option(exists=True, metavar="PATH", help="int8: a folder of images, or .npy, .npz, .pt with images."),
+    ] = None,
+    calibration_method: Annotated[
+        str, typer.Option(metavar="max|percentile|entropy|mse", help="int8: where to clip.")
+    ] = "mse",
+    ranges: Annotated[
+        Optional[Path],
+        typer.Option(
+            exists=True, dir_okay=False, metavar="FILE", help="int8: JSON of ranges; by default a --qat checkpoint's."
+        ),
+    ] = None,
+    target: Annotated[
+        str, typer.Option(metavar="tensorrt|cpu", help="int8: what will run it; cpu is ONNX Runtime's kernels.")
+    ] = "tensorrt",
+    validation: Annotated[
+        Optional[Path],
+        typer.Option(exists=True, metavar="PATH", help="int8: images to judge by, best with labels (class folders)."),
+    ] = None,
+    max_accuracy_drop: Annotated[
+        Optional[float],
+        typer.Option(
+            help="int8: points of top-1 that may be lost; the most sensitive layers fall back until it holds."
+        ),
+    ] = None,
+    sensitivity: Annotated[bool, typer.Option("--sensitivity", help="int8: the error of each layer alone.")] = False,
     json: options.Json = None,
     debug: options.Debug = False,
 ) -> None:
     """Write a model as an ONNX file of standard operators, checked against PyTorch before it takes its place."""
     from resnet_fast.cli.models import build, published_weights
+    from resnet_fast.cli.quantisation import read_ranges, show_quantisation, stages
     from resnet_fast.cli.verify_file import as_json, described
     from resnet_fast.export import export_onnx
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.export.precision import IO, PRECISIONS
+    from resnet_fast.export.quantise import Method, Target
 
     _check_name(precision, PRECISIONS, "--precision")
     _check_name(io_dtype, IO, "--io-dtype")
+    _check_name(calibration_method, get_args(Method), "--calibration-method")
+    _check_name(target, get_args(Target), "--target")
     if preprocess is not None:
         _check_name(preprocess, ("resize", "normalise"), "--preprocess")
     lowest = PRECISIONS[precision].lowest_opset
@@ -68,8 +99,9 @@ def export(
         names.pop()
 
     stock = build(model, weights=weights, num_classes=num_classes)
+    known_ranges = read_ranges(ranges, weights) if precision == "int8" or ranges is not None else None
     out = console()
-    with out.status(f"exporting {model}"):
+    with stages(out, f"exporting {model}") as progress:
         result = export_onnx(
             stock,
             output,
@@ -88,9 +120,19 @@ def export(
             verify=verify,
             images=images,
             tensorrt=tensorrt,
+            calibration=calibration,
+            calibration_method=calibration_method,  # type: ignore[arg-type]
+            ranges=known_ranges,
+            target=target,  # type: ignore[arg-type]
+            validation=validation,
+            max_accuracy_drop=max_accuracy_drop,
+            sensitivity=sensitivity,
+            progress=progress,
         )
     for line in described(result):
         out.print(line)
+    if result.quantisation is not None:
+        show_quantisation(out, result.quantisation)
     write_json({"model": model, **as_json(result)}, json)
 
 

@@ -47,7 +47,7 @@ def described(result: ExportResult) -> list[str]:
         errors = ", ".join(f"{error:.2g} at batch {batch}" for batch, error in result.max_errors.items())
         lines.append(
             f"{result.method}, against float64 PyTorch: {errors}; allowed {result.tolerance:.2g} "
-            f"({result.precision} PyTorch itself: {result.torch_error:.2g})"
+            f"({'fp32' if result.precision == 'int8' else result.precision} PyTorch itself: {result.torch_error:.2g})"
         )
     if result.images:
         lines.append(
@@ -59,6 +59,7 @@ def described(result: ExportResult) -> list[str]:
         lines.append(
             f"TensorRT-RTX {engine.version}: parsed, and an engine of {engine.size / 1e6:.1f} MB built; it has "
             f"{engine.kernels} kernels, {engine.fused} of {engine.convolutions} convolutions with their ReLU inside"
+            + (f", {engine.int8_convolutions} in int8" if engine.int8_convolutions else "")
         )
     return lines
 
@@ -68,5 +69,8 @@ def as_json(result: ExportResult) -> dict[str, Any]:
     data = {**asdict(result), "path": str(result.path)}
     if (engine := result.engine) is not None:
         del data["engine"]["layers"]
-        data["engine"] |= {name: getattr(engine, name) for name in ("kernels", "convolutions", "fused", "fused_add")}
+        data["engine"] |= {
+            name: getattr(engine, name)
+            for name in ("kernels", "convolutions", "int8_convolutions", "fused", "fused_add")
+        }
     return data

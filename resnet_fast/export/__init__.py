@@ -7,6 +7,7 @@ folding.py         batch norm into convolutions, on the traced graph
 graph.py           clean-up of the ONNX graph
 borders.py         types of inputs and outputs, softmax, top-k
 preprocessing.py   from the bytes of a picture, in the graph
+quantise/          int8: calibration, where to quantise, which layers not to
 metadata.py        what the file says about itself
 report.py          verify_onnx: all that is asked of a file
 verification.py    the file against PyTorch in float64

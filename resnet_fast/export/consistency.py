@@ -60,5 +60,7 @@ def check_batches(path: Union[str, os.PathLike], batches: Sequence[int]) -> tupl
 def _terms(model: onnx.ModelProto) -> list[int]:
     """How many products each convolution and matrix product with constant weights adds up."""
     sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    dequantised = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in sizes]
+    sizes.update({node.output[0]: sizes[node.input[0]] for node in dequantised})
     layers = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm") and node.input[1] in sizes]
     return [math.prod(sizes[node.input[1]][1:]) for node in layers]

@@ -22,7 +22,7 @@ class Metadata:
 
     ``mean`` and ``std`` are per channel, for images scaled to [0, 1]; None where nobody said. ``resize`` is what the
     shorter side has before the crop to ``input_size``. ``preprocess`` is what the graph itself does of all that, and
-    ``io_dtype`` what it takes and gives, unless it takes pictures.
+    ``io_dtype`` what it takes and gives, unless it takes pictures. ``target`` is what an int8 file is made for.
     """
 
     model: str
@@ -35,6 +35,7 @@ class Metadata:
     precision: str = "fp32"
     io_dtype: str = "fp32"
     preprocess: Optional[Preprocess] = None
+    target: Optional[str] = None
 
     def preprocessing(self, resize: bool = True) -> Preprocess:
         """What makes the network's input of a picture of bytes, of any size or, without ``resize``, of its own.
@@ -68,6 +69,8 @@ class Metadata:
             "precision": self.precision,
             "io_dtype": self.io_dtype,
         }
+        if self.target is not None:
+            properties["target"] = self.target
         for name in ("classes", "mean", "std", "resize"):
             if getattr(self, name) is not None:
                 properties[name] = json.dumps(getattr(self, name), ensure_ascii=False)
@@ -91,6 +94,7 @@ class Metadata:
             known["input_size"] = tuple(json.loads(properties["input_size"]))
             for name in ("classes", "mean", "std"):
                 known[name] = tuple(json.loads(properties[name])) if name in properties else None
+            known["target"] = properties.get("target")
             known["resize"] = json.loads(properties.get("resize", "null"))
             if "preprocess" in properties:
                 said = json.loads(properties["preprocess"])

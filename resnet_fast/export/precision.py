@@ -13,6 +13,9 @@ from torch import Tensor, fx, nn
 
 from resnet_fast.export.folding import fold_batch_norm
 
+INT8 = "int8"
+"""Around its convolutions such a file computes in float32."""
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -29,8 +32,8 @@ class Precision:
 
     @property
     def eps(self) -> float:
-        """The distance from 1 to the next number."""
-        return torch.finfo(self.dtype).eps
+        """The distance from 1 to the next number; for int8, of a tensor's largest number to the next."""
+        return 2.0**-7 if self.name == INT8 else torch.finfo(self.dtype).eps
 
 
 PRECISIONS = {
@@ -39,6 +42,7 @@ PRECISIONS = {
         Precision("fp32", torch.float32, ir.DataType.FLOAT, 18),
         Precision("fp16", torch.float16, ir.DataType.FLOAT16, 18),
         Precision("bf16", torch.bfloat16, ir.DataType.BFLOAT16, 22),
+        Precision(INT8, torch.float32, ir.DataType.FLOAT, 18),
     )
 }
 

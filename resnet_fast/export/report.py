@@ -12,6 +12,7 @@ from resnet_fast.export.consistency import check_batches
 from resnet_fast.export.metadata import Metadata, channels_of
 from resnet_fast.export.optional import require
 from resnet_fast.export.precision import folded, precision_of
+from resnet_fast.export.quantise import Quantisation
 from resnet_fast.export.reading import check_file, metadata_of, opset_of
 from resnet_fast.export.samples import find_pictures
 from resnet_fast.export.stock import stock_copy
@@ -44,6 +45,7 @@ class ExportResult:
         batch_error: largest difference between an image alone and the same in a batch; None if the file was compared
             with a model, which says more, or not run.
         engine: what TensorRT-RTX built of the file; None if it was not asked.
+        quantisation: how an int8 file was made; None for others, and when verified later.
     """
 
     path: Path
@@ -61,6 +63,7 @@ class ExportResult:
     top1_agreement: Optional[float] = None
     batch_error: Optional[float] = None
     engine: Optional[EngineReport] = None
+    quantisation: Optional[Quantisation] = None
 
 
 def verify_onnx(
@@ -138,12 +141,12 @@ def compared(result: ExportResult, comparison: Comparison) -> ExportResult:
 
 
 def engine_of(path: Union[str, os.PathLike], metadata: Metadata, wanted: Optional[bool]) -> Optional[EngineReport]:
-    """What TensorRT-RTX builds of the file; None unless ``wanted``, or None is and it is installed.
+    """What TensorRT-RTX builds of the file; None unless ``wanted``, or None is, it is installed and may take the file.
 
     Raises:
         VerificationError: TensorRT refuses it.
     """
-    if not (rtx.available() if wanted is None else wanted):
+    if not (rtx.available() and metadata.target != "cpu" if wanted is None else wanted):
         return None
     size = None
     if metadata.preprocess is not None and (resize := metadata.preprocess.resize) is not None:

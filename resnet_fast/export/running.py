@@ -27,10 +27,11 @@ def session(path: Union[str, os.PathLike], threads: int = 0) -> Any:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"path is {str(path)!r}, expected an ONNX file")
-    return _session(os.fspath(path), f"path is {str(path)!r}, which", threads)
+    return open_session(os.fspath(path), f"path is {str(path)!r}, which", threads)
 
 
-def _session(source: Union[str, bytes], subject: str, threads: int = 0) -> Any:
+def open_session(source: Union[str, bytes], subject: str, threads: int = 0) -> Any:
+    """The same of a path or a file's content; ``subject`` is what the message begins with if it cannot be loaded."""
     runtime = require("onnxruntime", "running an ONNX file")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
@@ -59,10 +60,10 @@ class Runner:
         subject = f"path is {str(path)!r}, whose graph in float32"
         if exact:
             self.method = f"ONNX Runtime {version}, the graph in float32"
-            self._session = _session(in_float32(path, {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}), subject)
+            self._session = open_session(in_float32(path, {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}), subject)
         elif precision.dtype is torch.bfloat16:
             self.method = f"ONNX Runtime {version}, the graph in float32 with every result rounded to bfloat16"
-            self._session = _session(in_float32(path, {ir.DataType.BFLOAT16}, rounding=True), subject)
+            self._session = open_session(in_float32(path, {ir.DataType.BFLOAT16}, rounding=True), subject)
         else:
             self.method = f"ONNX Runtime {version}"
             self._session = session(path)

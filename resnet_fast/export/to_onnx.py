@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -17,6 +17,7 @@ from resnet_fast.export.graph import tidy
 from resnet_fast.export.metadata import Metadata, gather
 from resnet_fast.export.optional import require
 from resnet_fast.export.precision import (
+    INT8,
     IO,
     PRECISIONS,
     Precision,
@@ -29,6 +30,7 @@ from resnet_fast.export.precision import (
     rounded,
 )
 from resnet_fast.export.preprocessing import Preprocess, attach_preprocessing
+from resnet_fast.export.quantise import Images, Method, Progress, Target, quantise
 from resnet_fast.export.report import ExportResult, compared, engine_of, inspect
 from resnet_fast.export.samples import find_pictures
 from resnet_fast.export.stock import stock_copy
@@ -54,6 +56,14 @@ def export_onnx(
     verify: bool = True,
     images: Union[str, os.PathLike, None] = None,
     tensorrt: Optional[bool] = None,
+    calibration: Optional[Images] = None,
+    calibration_method: Method = "mse",
+    ranges: Optional[Mapping[str, float]] = None,
+    target: Target = "tensorrt",
+    validation: Optional[Images] = None,
+    max_accuracy_drop: Optional[float] = None,
+    sensitivity: bool = False,
+    progress: Optional[Progress] = None,
 ) -> ExportResult:
     """Write ``model``, a classifier from torchvision, timm or this package, as an ONNX file of standard operators.
 
@@ -66,7 +76,8 @@ def export_onnx(
     Args:
         model: any device; float32 parameters; accelerated or not, in eval or training mode.
         path: the file to write; its folder must exist. An existing file is replaced.
-        precision: "fp32", "fp16" or "bf16": of the weights and of all arithmetic but preprocessing and softmax.
+        precision: "fp32", "fp16" or "bf16": of the weights and of all arithmetic but preprocessing and softmax. "int8":
+            convolutions and the last layer in 8 bits, with QuantizeLinear and DequantizeLinear, the rest in float32.
         io_dtype: "fp32" (the default) or "fp16": what the file takes, unless it takes pictures, and gives.
         preprocess: have the graph take pictures of bytes, an input ``image`` uint8
             ``[batch, height, width, channels]``: True for any size, resized, cropped and normalised as ``weights`` or a
@@ -86,7 +97,9 @@ def export_onnx(
         verify: run the file in ONNX Runtime and compare, and ask TensorRT-RTX.
         images: a folder of pictures, with subfolders or not, to compare on as well.
         tensorrt: have TensorRT-RTX parse the file and build an engine, which takes no GPU; by default where it is
-            installed.
+            installed, but for an int8 file made for a CPU.
+        calibration, calibration_method, ranges, target, validation, max_accuracy_drop, sensitivity, progress: of an
+            int8 file, see ``quantise``. It needs ``calibration`` or ``ranges``.
 
     Raises:
         TypeError: ``model`` is no module, or does not map one tensor to one tensor of shape ``[batch, classes]``.
@@ -109,10 +122,16 @@ def export_onnx(
         require("onnxruntime", "verifying an export (leave out with verify=False)")
     elif images is not None or tensorrt:
         raise ValueError(f"verify is False, expected True with images {images!r} or tensorrt {tensorrt!r}")
+    if (calibration is not None or ranges is not None) and precision != INT8:
+        raise ValueError(f"precision is {precision!r}, expected 'int8' with calibration or ranges")
     files = () if images is None else find_pictures(images)
     metadata = gather(model, input_size, classes, mean, std, weights)
     metadata = dataclasses.replace(
-        metadata, precision=precision, io_dtype=io_dtype, preprocess=_preprocess(preprocess, metadata)
+        metadata,
+        precision=precision,
+        io_dtype=io_dtype,
+        preprocess=_preprocess(preprocess, metadata),
+        target=target if precision == INT8 else None,
     )
 
     with replacing(path) as temporary:
@@ -120,6 +139,21 @@ def export_onnx(
         network = folded(stock, metadata.input_size, dynamic_batch)
         program = _convert(rounded(network, kind), stock, metadata, kind, dynamic_batch, opset)
         tidy(program)
+        quantisation = None
+        if precision == INT8:
+            quantised = quantise(
+                program,
+                metadata,
+                calibration=calibration,
+                calibration_method=calibration_method,
+                ranges=ranges,
+                target=target,
+                validation=validation,
+                max_accuracy_drop=max_accuracy_drop,
+                sensitivity=sensitivity,
+                progress=progress,
+            )
+            program, quantisation = quantised.model, quantised.report
         attach_outputs(program, PRECISIONS[io_dtype].onnx, softmax, top_k)
         attach_input(program, ir.DataType.FLOAT if metadata.preprocess else PRECISIONS[io_dtype].onnx)
         if metadata.preprocess:
@@ -133,7 +167,7 @@ def export_onnx(
                 result = dataclasses.replace(result, engine=engine_of(temporary, metadata, tensorrt))
             except (ValueError, VerificationError) as error:
                 raise type(error)(str(error).replace(str(temporary), str(path))) from error
-    return dataclasses.replace(result, path=Path(path))
+    return dataclasses.replace(result, path=Path(path), quantisation=quantisation)
 
 
 def _checked_opset(opset: Optional[int], precision: Precision) -> int:
