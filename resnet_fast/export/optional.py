@@ -12,6 +12,7 @@ EXTRAS = {
     "matplotlib": "finetune",
     "jinja2": "demo",
     "safetensors": "safetensors",
+    "tritonclient": "serving",
 }
 """The extra of ``resnet-fast`` that brings each optional module."""
 
