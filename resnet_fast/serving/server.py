@@ -148,7 +148,7 @@ class Server:
                 f"repository is {str(repository)!r}, whose models need backends that this server lacks; "
                 f"it has {', '.join(installed.backend_names)}"
             )
-        self.http, self.grpc = f"{address}:{http_port}", f"{address}:{grpc_port}"
+        self.http, self.grpc, self.metrics = (f"{address}:{port}" for port in (http_port, grpc_port, metrics_port))
         self._log = log
         # What a killed process leaves in shared memory is found by this prefix.
         self._shared = f"resnet_fast_{secrets.token_hex(4)}_"
