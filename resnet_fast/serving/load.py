@@ -20,6 +20,7 @@ from resnet_fast.export.optional import require
 PERCENTILES = (50, 90, 95, 99)
 
 _TIMEOUT = 300.0  # seconds that one request may take
+_RELEASE = 10.0  # seconds after its answer
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,20 @@ class Target:
             client.register_system_shared_memory(name, f"/{name}", images.nbytes)
             request.set_shared_memory(name, images.nbytes)
             yield request
-            client.unregister_system_shared_memory(name)
+            self._unregister(client, name)
         finally:
             shared.destroy_shared_memory_region(region)
+
+    def _unregister(self, client: Any, name: str) -> None:
+        end = time.monotonic() + _RELEASE
+        while True:
+            try:
+                return client.unregister_system_shared_memory(name)
+            except self._utils.InferenceServerException as error:
+                # The server answers a request before it lets go of the memory.
+                if "in use" not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(0.01)
 
     def statistics(self) -> dict[str, int]:
         """The server's counts for this model since it was loaded: images, calls, and nanoseconds of requests."""

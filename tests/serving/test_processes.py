@@ -1,5 +1,6 @@
 """Servers that end: in good order, by SIGKILL, and while they start; and the commands, as a user types them."""
 
+import contextlib
 import json
 import os
 import re
@@ -23,12 +24,6 @@ from tests.serving import served
 from tests.serving.served import NET, PLAIN, PROTOCOLS, ask, assert_right
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("serving") / "models"
-    return folder, served.write(folder)
 
 
 def model_processes(server):
@@ -58,7 +53,7 @@ def test_killed_and_started_again(repository, tmp_path):
         try:
             while True:
                 ask("http", first.http, PLAIN, sent.numpy())
-        except (OSError, InferenceServerException):
+        except Exception:  # the client's own classes, of no common base
             told.set()
 
     client = threading.Thread(target=keep_asking, daemon=True)
@@ -79,55 +74,48 @@ def test_killed_and_started_again(repository, tmp_path):
         second.wait(180)
         assert_right(models[PLAIN], sent, ask("http", second.http, PLAIN, sent.numpy()))
 
+        # Stopped in good order, it answers what it has accepted.
+        answers = []
 
-def test_stopped_and_a_killed_model_process(repository, tmp_path):
-    """Without its process a model refuses within seconds, until it is loaded again; a stopped server answers first."""
+        def keep_on():
+            with contextlib.suppress(Exception):
+                while True:
+                    answers.append(ask("http", second.http, PLAIN, sent.numpy()))
+
+        asking = [threading.Thread(target=keep_on, daemon=True) for _ in range(4)]
+        for thread in asking:
+            thread.start()
+        end = time.monotonic() + 30
+        while len(answers) < 8 and time.monotonic() < end:
+            time.sleep(0.001)
+        assert second.stop() == 0
+        for thread in asking:
+            thread.join(30)
+        for answer in answers:
+            assert_right(models[PLAIN], sent, answer)
+    assert len(answers) >= 8
+    assert not list(Path("/dev/shm").glob(f"{second._shared}*"))
+
+
+def test_a_killed_model_process(repository, tmp_path):
+    """Without it, the model refuses within seconds, the other one goes on; loaded again, it serves again."""
     folder, models = repository
     sent = served.images(4)
     with served.server(folder, tmp_path / "log") as server:
         client = PROTOCOLS["http"].InferenceServerClient(server.http)
-        before = set(model_processes(server))
-        assert len(before) == 2
-        client.unload_model(NET)
-        (lost,) = before - _settled(server, 1)
-        assert ends_within(30, lost)
-        (process,) = model_processes(server)
+        both = model_processes(server)
+        assert len(both) == 2
+        (process,) = (pid for pid in both if f"/{PLAIN}/" in Path(f"/proc/{pid}/cmdline").read_text())
         os.kill(process, signal.SIGKILL)
         start = time.monotonic()
         with pytest.raises(InferenceServerException, match="not healthy"):
             ask("http", server.http, PLAIN, sent.numpy())
         assert time.monotonic() - start < 15
+        assert_right(models[NET], sent, ask("http", server.http, NET, sent.numpy()))
         client.unload_model(PLAIN)
-        _settled(server, 0)
         client.load_model(PLAIN)
-        assert_right(models[PLAIN], sent, ask("http", server.http, PLAIN, sent.numpy()))
         client.close()
-
-        answers = []
-        asking = [
-            threading.Thread(target=lambda: answers.append(ask("http", server.http, PLAIN, sent.numpy())))
-            for _ in range(4)
-        ]
-        for thread in asking:
-            thread.start()
-        end = time.monotonic() + 30
-        while not answers and time.monotonic() < end:
-            time.sleep(0.001)
-        assert server.stop() == 0
-        for thread in asking:
-            thread.join(30)
-        assert answers
-        for answer in answers:
-            assert_right(models[PLAIN], sent, answer)
-    assert not list(Path("/dev/shm").glob(f"{server._shared}*"))
-
-
-def _settled(server, count):
-    """The model processes, once there are ``count``."""
-    end = time.monotonic() + 60
-    while len(found := model_processes(server)) != count and time.monotonic() < end:
-        time.sleep(0.1)
-    return set(found)
+        assert_right(models[PLAIN], sent, ask("http", server.http, PLAIN, sent.numpy()))
 
 
 def test_a_model_that_cannot_be_loaded(repository, tmp_path):
@@ -185,7 +173,7 @@ def test_the_six_lines(command, tmp_path):
     client = block("python", page)
     assert len(client) == 3
     assert install == "make server"  # which this lane does first
-    assert command("resnet-fast finetune digits --epochs 2").wait(300) == 0
+    assert command("resnet-fast finetune digits --epochs 1").wait(300) == 0
     assert command(export).wait(300) == 0
     http, grpc, metrics = served.free_ports()
     ports = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
@@ -220,7 +208,6 @@ def test_the_six_lines(command, tmp_path):
         levels = json.loads(json_file.read_text())["levels"]
         assert [level["concurrency"] for level in levels] == [1, 3]
         assert all(level["requests"] and not level["failed"] for level in levels)
-        assert command(f"resnet-fast loadtest {url} digit", stderr=subprocess.PIPE).wait(60) == 1
     finally:
         running.terminate()
         assert running.wait(60) == 0
