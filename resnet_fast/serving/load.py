@@ -34,8 +34,9 @@ class Level:
         requests: answered in that time.
         failed: refused in that time, or not answered.
         reason: of the first that failed.
-        images_per_second: of those answered.
-        latency_ms: of those answered, from the client's call to its return: "mean", "p50", "p90", "p95", "p99".
+        images_per_second: of those answered, summed over the clients: each one's from the start of its first request
+            in that time to the end of its last one, so that a request cut off by the clock counts neither way.
+        latency_ms: of those answered, from the client's call to its return: "mean", "min", "p50", "p90", "p95", "p99".
         images_a_call: images in a call of the model, by the server's own count; more than ``batch`` where it made
             batches of several requests.
         queue_ms, compute_ms: of a request in the server, waiting for a batch and an instance, and in the model.
@@ -173,6 +174,8 @@ def load_test(
 ) -> Level:
     """Send requests from ``concurrency`` threads for ``warm_up`` seconds, and for ``seconds`` that are measured.
 
+    Only requests that begin and end in that time count.
+
     Args:
         batch: images a request.
         shared_memory: put the images into memory that the server reads too, which must be on this machine.
@@ -194,12 +197,8 @@ def load_test(
     for client in clients:
         client.join()
     after = target.statistics()
-    done = [
-        sample
-        for client in clients
-        for sample in client.samples
-        if start <= sample.begun + sample.seconds <= start + seconds
-    ]
+    whole = [client.whole(start, start + seconds) for client in clients]
+    done = [sample for samples in whole for sample in samples]
     latencies = np.array([sample.seconds * 1e3 for sample in done if not sample.reason])
     reasons = [client.error for client in clients if client.error] + [one.reason for one in done if one.reason]
     if not len(latencies):
@@ -215,9 +214,10 @@ def load_test(
         requests=len(latencies),
         failed=len(reasons),
         reason=reasons[0] if reasons else "",
-        images_per_second=len(latencies) * batch / seconds,
+        images_per_second=batch * sum(map(_rate, whole)),
         latency_ms={
             "mean": float(latencies.mean()),
+            "min": float(latencies.min()),
             **{f"p{part}": float(np.percentile(latencies, part)) for part in PERCENTILES},
         },
         images_a_call=(after["images"] - before["images"]) / calls if calls else None,
@@ -232,6 +232,16 @@ class _Sample:
     seconds: float
     reason: str
 
+    @property
+    def ended(self) -> float:
+        return self.begun + self.seconds
+
+
+def _rate(samples: Sequence[_Sample]) -> float:
+    """Answers a second in one client's ``samples``."""
+    answered = sum(not sample.reason for sample in samples)
+    return answered / (samples[-1].ended - samples[0].begun) if answered else 0.0
+
 
 class _Client(threading.Thread):
     """A client that sends one request after the other until ``end``."""
@@ -243,6 +253,10 @@ class _Client(threading.Thread):
         self.end = float("inf")
         self.samples: list[_Sample] = []
         self.error = ""
+
+    def whole(self, start: float, end: float) -> list[_Sample]:
+        """The requests that began and ended between ``start`` and ``end``."""
+        return [sample for sample in self.samples if start <= sample.begun and sample.ended <= end]
 
     def run(self) -> None:
         try:

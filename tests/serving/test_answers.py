@@ -256,21 +256,21 @@ def test_a_batch_that_fails_is_tried_request_by_request(server, repository, mode
 @pytest.mark.parametrize("shared_memory", [False, True])
 @each_protocol
 def test_load(server, protocol, shared_memory):
-    """What the clients count is what the server counted, and latency times throughput is the concurrency."""
+    """What the clients count is what the server counted."""
     scheme = "grpc://" if protocol == "grpc" else ""
     target = Target(f"{scheme}{address(server, protocol)}", NET)
     before = target.statistics()
     level = load_test(target, 4, batch=2, seconds=1.5, warm_up=0.5, shared_memory=shared_memory)
     after = target.statistics()
+    times = level.latency_ms
     assert level.failed == 0
     assert 0 < level.requests <= after["requests"] - before["requests"]
-    assert level.images_per_second == pytest.approx(level.requests * 2 / 1.5)
+    # A client's requests take no longer than the measurement. They do not overlap, so it has no more than one in the
+    # time of the fastest.
+    assert level.requests * 2 / 1.5 <= level.images_per_second <= 4 * 2 / (times["min"] / 1e3)
     assert 1 < level.images_a_call <= MAX_BATCH
-    times = level.latency_ms
-    assert 0 < times["p50"] <= times["p90"] <= times["p95"] <= times["p99"]
+    assert 0 < times["min"] <= times["p50"] <= times["p90"] <= times["p95"] <= times["p99"]
     assert 0 < level.queue_ms + level.compute_ms < times["mean"] + times["p99"]
-    # Little's law. The window cuts off at most one request of each client at either end.
-    assert abs(level.requests / 1.5 * times["mean"] / 1e3 - 4) <= 2 * 4 * times["p99"] / 1.5e3
 
 
 def test_shared_memory_reaches_the_model(server, models):
