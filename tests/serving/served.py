@@ -1,6 +1,7 @@
 """Models, a repository with them, servers on it, and what clients of both protocols have in common."""
 
 import copy
+import shutil
 import socket
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torchvision.models import resnet
 
 from resnet_fast.cli.models import build, randomise_batch_norm
 from resnet_fast.cli.numerics import WINOGRAD
+from resnet_fast.export import export_onnx
 from resnet_fast.export.verification import error_limit
 from resnet_fast.serving import Server, write_repository
 
@@ -20,8 +22,9 @@ SIZE, CLASSES, MAX_BATCH = 64, 10, 8
 LABELS = [f"class {index}" for index in range(CLASSES)]
 PROTOCOLS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
 
-NET, PLAIN = "net", "plain"
-"""In the repository: a model that the server builds anew in PyTorch, and one that it runs as an ONNX file."""
+NET, PLAIN, NARROW = "net", "plain", "narrow"
+"""In the repository: a model that the server builds anew in PyTorch, one that it runs as an ONNX file, and that one with
+a file that takes one image at a time, behind a configuration that promises more, and any number of channels."""
 
 
 def net() -> nn.Module:
@@ -40,7 +43,7 @@ def plain() -> nn.Module:
 
 
 def write(folder: Path) -> dict[str, nn.Module]:
-    """Both models as a repository ``folder``; by name."""
+    """All three as a repository ``folder``; by name."""
     models = {NET: net(), PLAIN: plain()}
     for name, model in models.items():
         write_repository(
@@ -54,7 +57,15 @@ def write(folder: Path) -> dict[str, nn.Module]:
             classes=LABELS,
             verify=False,  # the answers are compared instead
         )
-    return models
+    shutil.copytree(folder / PLAIN, folder / NARROW)
+    file = folder / NARROW / "1" / "model.onnx"
+    export_onnx(models[PLAIN], file, dynamic_batch=False, input_size=(3, SIZE, SIZE), verify=False)
+    config = folder / NARROW / "config.pbtxt"
+    text = config.read_text().replace(f'name: "{PLAIN}"', f'name: "{NARROW}"')
+    text = text.replace(f"dims: [ 3, {SIZE}, {SIZE} ] }}\n]", f"dims: [ -1, {SIZE}, {SIZE} ] }}\n]")
+    # Without the warm-up, whose batches are single requests of several images.
+    config.write_text(text[: text.index("model_warmup")] + text[text.index("# What model.py reads") :])
+    return {**models, NARROW: models[PLAIN]}
 
 
 def free_ports() -> list[int]:

@@ -9,7 +9,19 @@ from tritonclient.utils import InferenceServerException
 
 from resnet_fast.serving.load import Target, load_test
 from tests.serving import served
-from tests.serving.served import CLASSES, LABELS, MAX_BATCH, NET, PLAIN, PROTOCOLS, SIZE, address, ask, assert_right
+from tests.serving.served import (
+    CLASSES,
+    LABELS,
+    MAX_BATCH,
+    NARROW,
+    NET,
+    PLAIN,
+    PROTOCOLS,
+    SIZE,
+    address,
+    ask,
+    assert_right,
+)
 
 each_protocol = pytest.mark.parametrize("protocol", PROTOCOLS)
 each_model = pytest.mark.parametrize("name", [NET, PLAIN])
@@ -17,6 +29,7 @@ each_model = pytest.mark.parametrize("name", [NET, PLAIN])
 
 @pytest.fixture(scope="module")
 def models(repository):
+    """By name."""
     return repository[1]
 
 
@@ -40,7 +53,7 @@ def as_json(protocol):
 @each_protocol
 def test_ready(server, client):
     """What the server has no backend for was left out, and is no reason not to be ready."""
-    assert server.models == [NET, PLAIN]
+    assert server.models == [NARROW, NET, PLAIN]
     assert client.is_server_live()
     assert client.is_server_ready()
     assert all(client.is_model_ready(name) for name in server.models)
@@ -194,60 +207,29 @@ def test_unknown_models_are_refused(server, protocol):
         ask(protocol, address(server, protocol), "nett", served.images(1).numpy())
 
 
-def test_what_the_model_itself_refuses(server, repository, models):
-    """A configuration edited to let everything through: the model's own error is the answer, to that request alone."""
-    folder = repository[0]
-    config = folder / NET / "config.pbtxt"
-    text = config.read_text()
-    client = PROTOCOLS["http"].InferenceServerClient(server.http)
-    try:
-        edited = text.replace(
-            f"dims: [ 3, {SIZE}, {SIZE} ] }}\n]\noutput", f"dims: [ -1, {SIZE}, {SIZE} ] }}\n]\noutput"
-        )
-        assert edited != text
-        config.write_text(edited)
-        client.load_model(NET)
-        good = served.images(2, seed=9)
-        wrong = np.zeros((1, 4, SIZE, SIZE), np.float32)
-        answers = at_once(lambda index: ask("http", server.http, NET, wrong if index % 2 else good.numpy()), 6)
-        for answer in answers[::2]:
-            assert_right(models[NET], good, answer)
-        for error in answers[1::2]:
-            assert isinstance(error, InferenceServerException)
-            assert "channels" in str(error)
-    finally:
-        config.write_text(text)
-        client.load_model(NET)
-        client.close()
+def test_what_the_model_itself_refuses(server, models):
+    """Where the configuration lets everything through, the model's own error is the answer, to that request alone."""
+    good, wrong = served.images(1, seed=9), np.zeros((1, 4, SIZE, SIZE), np.float32)
+    answers = at_once(lambda index: ask("http", server.http, NARROW, wrong if index % 2 else good.numpy()), 6)
+    for answer in answers[::2]:
+        assert_right(models[NARROW], good, answer)
+    for error in answers[1::2]:
+        assert isinstance(error, InferenceServerException)
+        assert "invalid dimensions for input" in str(error)
 
 
-def test_a_batch_that_fails_is_tried_request_by_request(server, repository, models, tmp_path):
+def test_a_batch_that_fails_is_tried_request_by_request(server, models):
     """As where memory is enough for each, not for all: here, with an ONNX file that takes one image at a time."""
-    from resnet_fast.export import export_onnx
-
-    file = repository[0] / PLAIN / "1" / "model.onnx"
-    content = file.read_bytes()
-    config = file.parents[1] / "config.pbtxt"
-    text = config.read_text()
-    client = PROTOCOLS["http"].InferenceServerClient(server.http)
-    try:
-        export_onnx(models[PLAIN], file, dynamic_batch=False, input_size=(3, SIZE, SIZE), verify=False)
-        # Warm-up would fail: its batches are single requests of several images.
-        config.write_text(text[: text.index("model_warmup")] + text[text.index("# What model.py reads") :])
-        client.load_model(PLAIN)
-        sent = [served.images(1, seed=300 + index) for index in range(6)]
-        target = Target(server.http, PLAIN)
-        before = target.statistics()
-        answers = at_once(lambda index: ask("http", server.http, PLAIN, sent[index].numpy()), len(sent))
-        after = counted(target, before["requests"] + len(sent))
-        assert after["calls"] - before["calls"] < len(sent), "no batch was made, so nothing was tried again"
-        for batch, answer in zip(sent, answers, strict=True):
-            assert_right(models[PLAIN], batch, answer)
-    finally:
-        file.write_bytes(content)
-        config.write_text(text)
-        client.load_model(PLAIN)
-        client.close()
+    sent = [served.images(1, seed=300 + index) for index in range(6)]
+    target = Target(server.http, NARROW)
+    before = target.statistics()
+    answers = at_once(lambda index: ask("http", server.http, NARROW, sent[index].numpy()), len(sent))
+    after = counted(target, before["requests"] + len(sent))
+    assert after["calls"] - before["calls"] < len(sent), "no batch was made, so nothing was tried again"
+    for batch, answer in zip(sent, answers, strict=True):
+        assert_right(models[NARROW], batch, answer)
+    with pytest.raises(InferenceServerException, match="invalid dimensions for input"):
+        ask("http", server.http, NARROW, served.images(2).numpy())
 
 
 # --- load -------------------------------------------------------------------------------------------------------------
@@ -296,10 +278,10 @@ def test_targets_that_are_not_there(server):
 
 
 def test_the_server_outlives_all_this(server, models):
-    """Nothing before it harmed either model."""
+    """Nothing before it harmed a model."""
     assert server.ready()
     sent = served.images(1, seed=12)
-    for name in (NET, PLAIN):
+    for name in (NARROW, NET, PLAIN):
         assert_right(models[name], sent, ask("http", server.http, name, sent.numpy()))
 
 

@@ -101,7 +101,7 @@ def test_a_killed_model_process(repository, tmp_path):
     """Without it, the model refuses within seconds, the other one goes on; loaded again, it serves again."""
     folder, models = repository
     sent = served.images(4)
-    with served.server(folder, tmp_path / "log") as server:
+    with served.server(folder, tmp_path / "log", models=[NET, PLAIN]) as server:
         client = PROTOCOLS["http"].InferenceServerClient(server.http)
         both = model_processes(server)
         assert len(both) == 2
