@@ -23,7 +23,7 @@ LABELS = [f"class {index}" for index in range(CLASSES)]
 PROTOCOLS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
 
 NET, PLAIN, NARROW = "net", "plain", "narrow"
-"""In the repository: a model that the server builds anew in PyTorch, one that it runs as an ONNX file, and that one with
+"""In the repository: a model that the server builds anew in PyTorch, one that it runs as an ONNX file, and that with
 a file that takes one image at a time, behind a configuration that promises more, and any number of channels."""
 
 
