@@ -16,6 +16,14 @@ from typing import Optional
 FORMAT = 1
 
 
+def cache_folder() -> Path:
+    """``RESNET_FAST_CACHE``, or ``XDG_CACHE_HOME``/resnet_fast, or ~/.cache/resnet_fast."""
+    folder = os.environ.get("RESNET_FAST_CACHE")
+    if folder is None:
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "resnet_fast")
+    return Path(folder)
+
+
 class Choices:
     """The choices in one file: a text for each problem of each machine."""
 
@@ -25,11 +33,8 @@ class Choices:
         self._loaded: dict[str, dict[str, str]] = {}  # by machine
 
     def path(self) -> Path:
-        """Where the file lies: ``RESNET_FAST_CACHE`` or ``XDG_CACHE_HOME``/resnet_fast, or ~/.cache/resnet_fast."""
-        folder = os.environ.get("RESNET_FAST_CACHE")
-        if folder is None:
-            folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "resnet_fast")
-        return Path(folder) / self._file
+        """Where the file lies: in ``cache_folder``."""
+        return cache_folder() / self._file
 
     def measured(self, machine: str, problem: str) -> Optional[str]:
         """What was chosen for ``problem`` on ``machine``, or None."""

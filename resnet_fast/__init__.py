@@ -33,6 +33,7 @@ from resnet_fast.tuning import tune
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "OnnxModel",
     "ResNeXt50_32X4D_Weights",
     "ResNeXt101_32X8D_Weights",
     "ResNeXt101_64X4D_Weights",
@@ -65,6 +66,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from resnet_fast.export import export_onnx
+    from resnet_fast.onnx_model import OnnxModel
 
 
 def __getattr__(name: str) -> Any:
@@ -72,4 +74,8 @@ def __getattr__(name: str) -> Any:
         from resnet_fast.export import export_onnx
 
         return export_onnx
+    if name == "OnnxModel":
+        from resnet_fast.onnx_model import OnnxModel
+
+        return OnnxModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

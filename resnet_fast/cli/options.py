@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -24,3 +25,14 @@ FrozenBatchNorm = Annotated[
     bool, typer.Option("--frozen-bn", help="In training, batch norms keep to their running statistics.")
 ]
 Seed = Annotated[int, typer.Option(help="Of the random weights and images.")]
+Images = Annotated[
+    Optional[Path],
+    typer.Option(exists=True, file_okay=False, metavar="FOLDER", help="Pictures to compare the file on as well."),
+]
+TensorRT = Annotated[
+    Optional[bool],
+    typer.Option(
+        "--tensorrt/--no-tensorrt",
+        help="Have TensorRT-RTX parse the file and build an engine, which takes no GPU; by default where installed.",
+    ),
+]

@@ -1,6 +1,6 @@
-"""``resnet-fast verify``: is the accelerated model as exact as the stock one?"""
+"""``resnet-fast verify``: is the accelerated model as exact as the stock one, or a file as the model behind it?"""
 
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -10,9 +10,18 @@ from resnet_fast.cli.output import console, table, write_json
 
 def verify(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Models, as resnet18 resnet50 timm:resnet50d.")
+        list[str],
+        typer.Argument(
+            metavar="MODEL...|FILE.onnx", help="Models, as resnet18 resnet50 timm:resnet50d, or a file of export."
+        ),
     ],
     layers: Annotated[bool, typer.Option("--layers", help="Also check every different convolution by itself.")] = False,
+    model: Annotated[
+        Optional[str],
+        typer.Option(metavar="MODEL", help="For a file: the model that it was made from, to compare with."),
+    ] = None,
+    images: options.Images = None,
+    tensorrt: options.TensorRT = None,
     weights: options.Weights = None,
     num_classes: options.Classes = None,
     batch: Annotated[int, typer.Option(min=1, help="Images.")] = 2,
@@ -25,7 +34,28 @@ def verify(
 
     An error may be twice what stock float32 has itself, plus 8 eps of the largest result. Without --weights, the
     weights are random, and so are all parameters and statistics of the batch norms.
+
+    A FILE.onnx of resnet-fast export goes through ONNX's checker, ONNX Runtime at batch 1, 2 and 7, and TensorRT-RTX
+    where it is installed; with --model and --weights, it is compared with that model in float64, on --images as well.
     """
+    if any(name.endswith(".onnx") for name in models):
+        from resnet_fast.cli.verify_file import verify_file
+
+        if len(models) > 1:
+            raise typer.BadParameter(f"a file is verified by itself, not {len(models)} at once", param_hint="FILE.onnx")
+        if model is None:
+            _refuse("needs --model, which it belongs to", weights=weights, num_classes=num_classes, images=images)
+        verify_file(
+            models[0],
+            model=model,
+            weights=weights,
+            num_classes=num_classes,
+            images=images,
+            tensorrt=tensorrt,
+            json=json,
+        )
+        return
+
     from dataclasses import asdict
 
     import torch
@@ -36,6 +66,7 @@ def verify(
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.export.verification import VerificationError
 
+    _refuse("is for a FILE.onnx", model=model, images=images, tensorrt=tensorrt)
     if weights is not None and len(models) > 1:
         raise typer.BadParameter(f"fits one model, not {len(models)}", param_hint="--weights")
     out = console()
@@ -45,12 +76,12 @@ def verify(
         if weights is None:
             randomise_batch_norm(stock, seed)
         shape = (batch, channels_of(stock) or 3, size, size)
-        images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         with out.status(f"checking {name}"):
             fast = accelerate(stock, inplace=False)
-            checks = list(check_model(stock, fast, images))
+            checks = list(check_model(stock, fast, noise))
             if layers:
-                checks += check_layers(stock, images)
+                checks += check_layers(stock, noise)
         if all(row.status == "stock" for row in explain(fast).rows):
             out.print(f"[yellow]nothing is fused in {name}, so there is nothing to compare; see resnet-fast explain[/]")
         results[name] = checks
@@ -76,3 +107,9 @@ def verify(
             f"{len(failed)} of {len(every)} checks failed, the first at {failed[0].path or 'model'}"
         )
     out.print(f"[green]all {len(every)} checks passed[/] (seed {seed})")
+
+
+def _refuse(reason: str, **given: object) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise typer.BadParameter(reason, param_hint=f"--{name.replace('_', '-')}")

@@ -28,8 +28,8 @@ def _thawed(frozen: FrozenBatchNorm2d) -> nn.BatchNorm2d:
     return norm.to(frozen.weight.device, frozen.weight.dtype).eval()
 
 
-def fold_batch_norm(graph_module: fx.GraphModule) -> int:
-    """Fold in place; return how many batch norms went.
+def fold_batch_norm(graph_module: fx.GraphModule, dtype: Optional[torch.dtype] = None) -> int:
+    """Fold in place; return how many batch norms went. Folded tensors get ``dtype``, by default the weight's own.
 
     What stays: a batch norm that uses batch statistics, or whose input is no convolution with a plain weight, or is
     used elsewhere too.
@@ -37,7 +37,7 @@ def fold_batch_norm(graph_module: fx.GraphModule) -> int:
     folded = 0
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and node.target is _BATCH_NORM and _foldable(node):
-            _fold(graph_module, node)
+            _fold(graph_module, node, dtype)
             folded += 1
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
@@ -59,7 +59,7 @@ def _argument(node: fx.Node, index: int) -> Any:
     return node.args[index] if len(node.args) > index else None
 
 
-def _fold(graph_module: fx.GraphModule, norm: fx.Node) -> None:
+def _fold(graph_module: fx.GraphModule, norm: fx.Node, dtype: Optional[torch.dtype]) -> None:
     conv = norm.args[0]
     assert isinstance(conv, fx.Node)
     weight = _value(graph_module, conv.args[1])
@@ -80,9 +80,10 @@ def _fold(graph_module: fx.GraphModule, norm: fx.Node) -> None:
     new_weight = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
 
     owner = _owner(graph_module, conv)
+    dtype = dtype or weight.dtype
     with graph_module.graph.inserting_before(conv):
-        conv.update_arg(1, _constant(graph_module, f"{owner}.weight", new_weight.to(weight.dtype)))
-        bias_node = _constant(graph_module, f"{owner}.bias", shift.to(weight.dtype))
+        conv.update_arg(1, _constant(graph_module, f"{owner}.weight", new_weight.to(dtype)))
+        bias_node = _constant(graph_module, f"{owner}.bias", shift.to(dtype))
     conv.args = (*conv.args[:2], bias_node, *conv.args[3:])
     norm.replace_all_uses_with(conv)
     graph_module.graph.erase_node(norm)

@@ -1,15 +1,17 @@
 """What a served model must know beside its weights: classes, input size, normalisation, who made it."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Optional
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Optional, get_args
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
 import resnet_fast
+from resnet_fast.export.preprocessing import Interpolation, Preprocess
 
 Size = tuple[int, int, int]
 
@@ -18,7 +20,9 @@ Size = tuple[int, int, int]
 class Metadata:
     """The model's input as ``[channels, height, width]``, and what is known of its classes and normalisation.
 
-    ``mean`` and ``std`` are per channel, for images scaled to [0, 1]; None where nobody said.
+    ``mean`` and ``std`` are per channel, for images scaled to [0, 1]; None where nobody said. ``resize`` is what the
+    shorter side has before the crop to ``input_size``. ``preprocess`` is what the graph itself does of all that, and
+    ``io_dtype`` what it takes and gives, unless it takes pictures. ``target`` is what an int8 file is made for.
     """
 
     model: str
@@ -26,6 +30,28 @@ class Metadata:
     classes: Optional[tuple[str, ...]] = None
     mean: Optional[tuple[float, ...]] = None
     std: Optional[tuple[float, ...]] = None
+    resize: Optional[int] = None
+    interpolation: str = "bilinear"
+    precision: str = "fp32"
+    io_dtype: str = "fp32"
+    preprocess: Optional[Preprocess] = None
+    target: Optional[str] = None
+
+    def preprocessing(self, resize: bool = True) -> Preprocess:
+        """What makes the network's input of a picture of bytes, of any size or, without ``resize``, of its own.
+
+        Raises:
+            ValueError: nobody said how to normalise.
+        """
+        for name in ("mean", "std"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is None, expected a number per channel to normalise pictures with")
+        assert self.mean is not None
+        assert self.std is not None
+        crop = self.input_size[1:]
+        # 256 for 224, which is what most networks are trained with.
+        extent = (self.resize or round(max(crop) * 8 / 7)) if resize else None
+        return Preprocess(crop, self.mean, self.std, extent, self.interpolation)  # type: ignore[arg-type]
 
     def write(self, model: ir.Model) -> None:
         """Set producer and ``metadata_props`` of ``model``: every value a string, JSON where it is not plain text."""
@@ -37,13 +63,46 @@ class Metadata:
             "torch_version": torch.__version__,
             "task": "image-classification",
             "model": self.model,
-            "input_layout": "NCHW",
+            "input_layout": "NHWC" if self.preprocess else "NCHW",
             "input_size": json.dumps(self.input_size),
+            "interpolation": self.interpolation,
+            "precision": self.precision,
+            "io_dtype": self.io_dtype,
         }
-        for name in ("classes", "mean", "std"):
+        if self.target is not None:
+            properties["target"] = self.target
+        for name in ("classes", "mean", "std", "resize"):
             if getattr(self, name) is not None:
                 properties[name] = json.dumps(getattr(self, name), ensure_ascii=False)
+        if self.preprocess is not None:
+            properties["preprocess"] = json.dumps(asdict(self.preprocess))
         model.metadata_props.update(properties)
+
+    @classmethod
+    def read(cls, properties: Mapping[str, str]) -> "Metadata":
+        """What ``write`` wrote into ``properties``.
+
+        Raises:
+            ValueError: something in it is missing or is not what ``write`` writes; files of others have nothing of it.
+        """
+        if properties.get("producer") != "resnet_fast":
+            raise ValueError("the file's metadata has no producer 'resnet_fast', expected a file of export_onnx")
+        try:
+            known: dict[str, Any] = {
+                name: properties[name] for name in ("model", "interpolation", "precision", "io_dtype")
+            }
+            known["input_size"] = tuple(json.loads(properties["input_size"]))
+            for name in ("classes", "mean", "std"):
+                known[name] = tuple(json.loads(properties[name])) if name in properties else None
+            known["target"] = properties.get("target")
+            known["resize"] = json.loads(properties.get("resize", "null"))
+            if "preprocess" in properties:
+                said = json.loads(properties["preprocess"])
+                said |= {name: tuple(said[name]) for name in ("crop", "mean", "std")}
+                known["preprocess"] = Preprocess(**said)
+            return cls(**known)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the file's metadata is damaged: {type(error).__name__}: {error}") from error
 
 
 def gather(
@@ -79,7 +138,14 @@ def gather(
         None if texts is None else tuple(str(text) for text in texts),
         _per_channel("mean", known.get("mean"), size[0]),
         _per_channel("std", known.get("std"), size[0]),
+        _scaled(known.get("resize"), size),
+        known.get("interpolation", "bilinear"),
     )
+
+
+def _scaled(resize: Optional[tuple[int, int]], size: Size) -> Optional[int]:
+    """``resize``, a shorter side and the crop that it is known for, for the crop to ``size``."""
+    return None if resize is None else max(round(resize[0] * max(size[1:]) / resize[1]), max(size[1:]))
 
 
 def _per_channel(name: str, values: Optional[Sequence[float]], channels: int) -> Optional[tuple[float, ...]]:
@@ -105,7 +171,9 @@ def _from_weights(weights: Any) -> dict[str, Any]:
         raise TypeError(f"weights is {weights!r}, expected a torchvision weights enum member or None")
     preset = weights.transforms()
     known = {"classes": weights.meta.get("categories"), "mean": preset.mean, "std": preset.std}
-    return {"input_size": (preset.crop_size[0], preset.crop_size[0]), **known}
+    crop = preset.crop_size[0]
+    known |= {"resize": (preset.resize_size[0], crop), "interpolation": preset.interpolation.value}
+    return {"input_size": (crop, crop), **known}
 
 
 def _from_timm(model: nn.Module) -> dict[str, Any]:
@@ -116,4 +184,8 @@ def _from_timm(model: nn.Module) -> dict[str, Any]:
     known = {name: config[name] for name in ("mean", "std") if len(config.get(name) or ()) == channels}
     if config.get("input_size"):
         known["input_size"] = tuple(config["input_size"][1:])
+        crop = max(known["input_size"])
+        known["resize"] = (math.floor(crop / config.get("crop_pct", 1.0)), crop)  # as timm rounds
+    if config.get("interpolation") in get_args(Interpolation):
+        known["interpolation"] = config["interpolation"]
     return known

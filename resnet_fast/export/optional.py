@@ -13,6 +13,8 @@ EXTRAS = {
     "jinja2": "demo",
     "safetensors": "safetensors",
     "tritonclient": "serving",
+    "tensorrt_rtx_bindings": "tensorrt",
+    "tensorrt_rtx_libs": "tensorrt",
 }
 """The extra of ``resnet-fast`` that brings each optional module."""
 

@@ -99,7 +99,13 @@ def test_missing_packages_exit_with_4_and_name_the_extra(module, arguments, extr
 
 def test_extras_bring_what_they_are_said_to():
     requirements = importlib.metadata.requires("resnet-fast")
-    distributions = {"sklearn": "scikit-learn", "skimage": "scikit-image", "onnxruntime": "onnxruntime-gpu"}
+    distributions = {
+        "sklearn": "scikit-learn",
+        "skimage": "scikit-image",
+        "onnxruntime": "onnxruntime-gpu",
+        "tensorrt_rtx_libs": "tensorrt-rtx-cu13-libs",
+        "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
+    }
     for module, extra in EXTRAS.items():
         name = distributions.get(module, module)
         assert any(re.match(rf"{name}\b.*extra == ['\"]{extra}['\"]", line) for line in requirements), (module, extra)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from resnet_fast import accelerate, explain
 from resnet_fast.bench import Measurement, measure
 from resnet_fast.cli.numerics import Check, check_model, fused_limit
+from resnet_fast.cli.verify_file import as_json
 from resnet_fast.export import ExportResult, export_onnx
-from resnet_fast.export.verification import error_limit, session
+from resnet_fast.export.running import session
+from resnet_fast.export.verification import error_limit
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Study:
             "checks": [asdict(each) for each in self.checks],
             "blocks": [{**asdict(each), "passed": each.passed} for each in self.blocks],
             "explanation": self.explanation,
-            "export": {**asdict(self.export), "path": self.export.path.name},
+            "export": {**as_json(self.export), "path": self.export.path.name},
             "bench": {
                 "batch": self.bench_batch,
                 "size": self.images[-1],

@@ -42,7 +42,7 @@ class TritonPythonModel:
         if parameters["runtime"] == "torch":
             self._run = _torch(folder, parameters, FLOATS[config["output"][0]["data_type"]], device)
         else:
-            self._run = _onnxruntime(folder)
+            self._run = _onnxruntime(folder, device)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer ``requests``, which the server batched, each with its own part of one call's results.
@@ -83,14 +83,14 @@ def _torch(folder: Path, parameters: dict[str, str], output: torch.dtype, device
     return run
 
 
-def _onnxruntime(folder: Path) -> Any:
-    """The ONNX file in ONNX Runtime on the CPU: from images to a tuple of all its outputs."""
-    from resnet_fast.export.verification import session
+def _onnxruntime(folder: Path, device: torch.device) -> Any:
+    """The ONNX file in ONNX Runtime: from images to a tuple of all its outputs on the CPU."""
+    from resnet_fast import OnnxModel
 
-    runtime = session(folder / "model.onnx")
-    name = runtime.get_inputs()[0].name
+    model = OnnxModel(folder / "model.onnx", device=device, threads=torch.get_num_threads())
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.from_numpy(result) for result in runtime.run(None, {name: images.contiguous().numpy()}))
+        results = model(images.to(device))
+        return tuple(result.cpu() for result in (results if isinstance(results, tuple) else (results,)))
 
     return run
