@@ -6,14 +6,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
 PEERS := .venv-peers
+SERVER := .venv-server
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: demo test install lint test-cpu test-native test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers clean
+.PHONY: demo test install lint test-cpu test-native test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving clean
 
 demo: install
 	$(BIN)/resnet-fast demo
 
-test: lint test-cpu test-native test-interpreter test-aot-subset
+test: lint test-cpu test-native test-interpreter test-aot-subset test-serving
 
 install: $(INSTALLED) $(COMPILED)
 
@@ -52,6 +53,21 @@ test-aot: install
 test-aot-subset: install
 	$(BIN)/python -m pytest tests/aot
 
+# Requests to NVIDIA's server with our models in it; skipped, with the reason, where the server does not install.
+test-serving: export RESNET_FAST_SERVER := $(SERVER)
+test-serving: install
+	-$(MAKE) server
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/serving
+
+# NVIDIA Triton Inference Server, as its wheel has it. In an environment of its own, and without the packages that the
+# wheel asks for: only its Python module uses them, which wants NumPy 1, and the program is all that is needed.
+server: $(SERVER)/.installed
+
+$(SERVER)/.installed: Makefile
+	$(PYTHON) -m venv $(SERVER)
+	$(SERVER)/bin/python -m pip install --quiet --no-deps 'nvidia-pytriton>=0.7,<0.8'
+	touch $@
+
 # Needs an idle machine; takes about twelve minutes.
 bench: export RESNET_FAST_PEERS := $(PEERS)
 bench: install bench-peers
@@ -88,4 +104,4 @@ $(PEERS)/.installed: Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info runs
+	rm -rf $(VENV) $(PEERS) $(SERVER) build dist *.egg-info runs

@@ -97,7 +97,7 @@ if __name__ == "__main__":  # the tests read the flags above
         ),
         # Named one by one: the sources of the kernels are in the sdist, but a wheel has no use for them.
         include_package_data=False,
-        package_data={"resnet_fast": ["py.typed"], "": ["*.json", "*.html"]},
+        package_data={"resnet_fast": ["py.typed"], "": ["*.json", "*.html", "*.pbtxt", "*.md"]},
         ext_modules=[
             Extension(
                 "resnet_fast.kernels.native._native",

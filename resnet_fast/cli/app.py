@@ -9,7 +9,20 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from resnet_fast.cli import bench, doctor, explain, export, finetune, gpu, roofline, traffic, tune, verify
+from resnet_fast.cli import (
+    bench,
+    doctor,
+    explain,
+    export,
+    finetune,
+    gpu,
+    loadtest,
+    roofline,
+    serve,
+    traffic,
+    tune,
+    verify,
+)
 from resnet_fast.cli.demo import command as demo
 
 OK, ERROR, USAGE, VERIFICATION_FAILED, MISSING, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -36,6 +49,8 @@ for command in (
     gpu.gpu,
     finetune.finetune,
     export.export,
+    serve.serve,
+    loadtest.loadtest,
 ):
     app.command()(command)
 

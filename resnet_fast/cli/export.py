@@ -2,17 +2,17 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Optional, get_args
+from typing import Annotated, Any, Optional, get_args
 
 import typer
 
-from resnet_fast.cli import options
+from resnet_fast.cli import options, repository
 from resnet_fast.cli.output import console, write_json
 
 
 def export(
     model: options.Model,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The ONNX file to write.")],
+    output: Annotated[Optional[Path], typer.Argument(metavar="OUTPUT", help="The ONNX file to write.")] = None,
     weights: options.Weights = None,
     num_classes: options.Classes = None,
     precision: Annotated[
@@ -72,10 +72,19 @@ def export(
         ),
     ] = None,
     sensitivity: Annotated[bool, typer.Option("--sensitivity", help="int8: the error of each layer alone.")] = False,
+    triton_repository: repository.Folder = None,
+    name: repository.Name = None,
+    max_batch: repository.MaxBatch = 16,
+    queue_delay: repository.QueueDelay = 1000,
+    instances: repository.Instances = 1,
+    overwrite: repository.Overwrite = False,
     json: options.Json = None,
     debug: options.Debug = False,
 ) -> None:
-    """Write a model as an ONNX file of standard operators, checked against PyTorch before it takes its place."""
+    """Write a model as an ONNX file of standard operators, checked against PyTorch before it takes its place.
+
+    With --triton-repository it goes, as two models, into a repository for NVIDIA Triton Inference Server instead.
+    """
     from resnet_fast.cli.models import build, published_weights
     from resnet_fast.cli.quantisation import read_ranges, show_quantisation, stages
     from resnet_fast.cli.verify_file import as_json, described
@@ -83,7 +92,12 @@ def export(
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.export.precision import IO, PRECISIONS
     from resnet_fast.export.quantise import Method, Target
+    from resnet_fast.finetune.checkpoint import classes_in
 
+    if (output is None) == (triton_repository is None):
+        raise typer.BadParameter("give OUTPUT or --triton-repository, one of them", param_hint="OUTPUT")
+    if static_batch and triton_repository is not None:
+        raise typer.BadParameter("does not fit --triton-repository", param_hint="--static-batch")
     _check_name(precision, PRECISIONS, "--precision")
     _check_name(io_dtype, IO, "--io-dtype")
     _check_name(calibration_method, get_args(Method), "--calibration-method")
@@ -98,42 +112,54 @@ def export(
     while names and not names[-1].strip():
         names.pop()
 
-    stock = build(model, weights=weights, num_classes=num_classes)
+    if names is None and weights is not None and Path(weights).is_file():
+        names = classes_in(Path(weights)) or None
+    stock = build(model, weights=weights, num_classes=num_classes or (len(names) if names else None))
     known_ranges = read_ranges(ranges, weights) if precision == "int8" or ranges is not None else None
     out = console()
     with stages(out, f"exporting {model}") as progress:
-        result = export_onnx(
-            stock,
-            output,
-            precision=precision,
-            io_dtype=io_dtype,
-            preprocess="normalise" if preprocess == "normalise" else preprocess is not None,
-            softmax=softmax,
-            top_k=top_k,
-            dynamic_batch=not static_batch,
-            opset=opset,
-            input_size=None if size is None else (channels_of(stock) or 3, size, size),
-            classes=names,
-            weights=published_weights(model, weights),
-            mean=means,
-            std=deviations,
-            verify=verify,
-            images=images,
-            tensorrt=tensorrt,
-            calibration=calibration,
-            calibration_method=calibration_method,  # type: ignore[arg-type]
-            ranges=known_ranges,
-            target=target,  # type: ignore[arg-type]
-            validation=validation,
-            max_accuracy_drop=max_accuracy_drop,
-            sensitivity=sensitivity,
-            progress=progress,
-        )
+        arguments: dict[str, Any] = {
+            "precision": precision,
+            "io_dtype": io_dtype,
+            "preprocess": "normalise" if preprocess == "normalise" else preprocess is not None,
+            "softmax": softmax,
+            "top_k": top_k,
+            "dynamic_batch": not static_batch,
+            "opset": opset,
+            "input_size": None if size is None else (channels_of(stock) or 3, size, size),
+            "classes": names,
+            "weights": published_weights(model, weights),
+            "mean": means,
+            "std": deviations,
+            "verify": verify,
+            "images": images,
+            "tensorrt": tensorrt,
+            "calibration": calibration,
+            "calibration_method": calibration_method,
+            "ranges": known_ranges,
+            "target": target,
+            "validation": validation,
+            "max_accuracy_drop": max_accuracy_drop,
+            "sensitivity": sensitivity,
+            "progress": progress,
+        }
+        if triton_repository is not None:
+            written = repository.write(
+                stock, model, triton_repository, name, max_batch, queue_delay, instances, overwrite, arguments
+            )
+            result = written.export
+        else:
+            assert output is not None
+            written, result = None, export_onnx(stock, output, **arguments)
     for line in described(result):
         out.print(line)
     if result.quantisation is not None:
         show_quantisation(out, result.quantisation)
-    write_json({"model": model, **as_json(result)}, json)
+    served: dict[str, Any] = {}
+    if written is not None:
+        out.print(f"[bold]{written.folder}[/]: {' and '.join(written.models)}; {written.readme} says how to go on")
+        served = {"repository": str(written.folder), "models": written.models, "runtime": written.runtime}
+    write_json({"model": model, **as_json(result), **served}, json)
 
 
 def _check_name(name: str, known: Collection[str], option: str) -> None:

@@ -12,6 +12,7 @@ EXTRAS = {
     "matplotlib": "finetune",
     "jinja2": "demo",
     "safetensors": "safetensors",
+    "tritonclient": "serving",
     "tensorrt_rtx_bindings": "tensorrt",
     "tensorrt_rtx_libs": "tensorrt",
 }

@@ -173,7 +173,7 @@ def test_wheel_has_the_kernels(wheel):
 
 def test_wheel_has_every_module_and_its_data(wheel):
     """Subpackages without an ``__init__.py`` included; typing marker, tile tables and templates too."""
-    kinds = (".py", ".json", ".html", ".typed")
+    kinds = (".py", ".json", ".html", ".typed", ".pbtxt", ".md")
     for name in tracked():
         if name.startswith("resnet_fast/") and name.endswith(kinds):
             assert name in wheel, f"{name} is missing"
