@@ -8,10 +8,10 @@
     trained = ranges(model)           # beside the weights, for the export
     remove_qat(model)                 # the float model with the trained weights
 
-What is rounded is what the export quantises, to the same numbers: the input of each convolution and of the last linear
-layer, ``clamp(round(x / scale), -128, 127) * scale`` with ``scale = amax / 127``, one for each tensor; their weights
-likewise, one scale for each output channel, from its own largest magnitude; and what a residual block's shortcut adds,
-which the export's int8 addition reads. What goes into a batch norm, an addition or a ReLU behind a convolution is not:
+What is rounded is what the export quantises, to the same numbers: the input of each convolution and linear layer,
+``clamp(round(x / scale), -128, 127) * scale`` with ``scale = amax / 127``, one for each tensor; their weights likewise,
+one scale for each output channel, from its own largest magnitude; and what a residual block's shortcut adds, which the
+export's int8 addition reads. What goes into a batch norm, an addition or a ReLU behind a convolution is not:
 there the export keeps its accumulators. Gradients pass straight through where nothing is clamped and are zero elsewhere
 (Jacob et al. 2018, arXiv:1712.05877, section 3; the ops and their gradients are PyTorch's).
 
@@ -80,6 +80,10 @@ class FakeQuantise(nn.Module):
         scale = _scale(self.amax)
         return torch.fake_quantize_per_tensor_affine(x, scale, _zeros(scale), _LOWEST, _HIGHEST)
 
+    def weight(self, weight: Tensor) -> Tensor:
+        """The weight of the layer that reads the tensor: a calibration is of the float model."""
+        return weight if self.calibrating else fake_quantise_weight(weight)
+
     @torch.no_grad()
     def _observe(self, x: Tensor, share: float) -> None:
         lowest, highest = torch.aminmax(x.detach())
@@ -116,7 +120,7 @@ class FakeQuantisedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input if self.input_is_rounded else self.input_range(input)
-        return self._conv_forward(x, fake_quantise_weight(self.weight), self.bias)
+        return self._conv_forward(x, self.input_range.weight(self.weight), self.bias)
 
 
 class FakeQuantisedLinear(nn.Linear):
@@ -125,7 +129,7 @@ class FakeQuantisedLinear(nn.Linear):
     input_range: FakeQuantise
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(self.input_range(input), fake_quantise_weight(self.weight), self.bias)
+        return nn.functional.linear(self.input_range(input), self.input_range.weight(self.weight), self.bias)
 
 
 class _OnInput:
@@ -155,7 +159,7 @@ _STOCK = {prepared: stock for stock, prepared in _PREPARED.items()}
 # --- preparing, and undoing it ----------------------------------------------------------------------------------------
 
 
-def prepare_qat(model: M, *, head: bool = True) -> M:
+def prepare_qat(model: M, *, linear: bool = True) -> M:
     """Have ``model`` compute as its int8 export will, in eval and in training mode. ``calibrate`` it next.
 
     In place. Parameters, buffers and state_dict stay as they are, names included; an accelerated model stays one, but
@@ -163,7 +167,7 @@ def prepare_qat(model: M, *, head: bool = True) -> M:
 
     Args:
         model: from torchvision, timm or this package, or your own; accelerated or not, in either mode.
-        head: whether the last linear layer is quantised too.
+        linear: whether linear layers are quantised too.
 
     Returns:
         ``model``.
@@ -179,8 +183,8 @@ def prepare_qat(model: M, *, head: bool = True) -> M:
     layers = {path: module for path, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     if not layers:
         raise ValueError(f"model is a {type(model).__name__} without convolutions, expected some nn.Conv2d")
-    linear = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    layers |= dict(linear[-1:] if head else [])
+    if linear:
+        layers |= {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     for path, layer in layers.items():
         if type(layer) not in _PREPARED or "forward" in layer.__dict__:
             kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
@@ -278,7 +282,7 @@ def _check_calibration(count: int, quantisers: Mapping[str, FakeQuantise]) -> No
         if not one.calibrated:
             raise ValueError(f"{key} has no range: in eval mode the model does not call that layer")
         if not one.amax.isfinite():
-            raise ValueError(f"{key} is {one.amax.item()} on some image, expected finite numbers")
+            raise ValueError(f"{key} is not finite on some image, expected numbers")
 
 
 def observe(model: nn.Module, on: bool) -> None:

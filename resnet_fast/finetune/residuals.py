@@ -63,7 +63,8 @@ class _Finder:
         return [residual for residual in found if residual is not None]
 
     def graph(self, module: nn.Module) -> Optional[fx.Graph]:
-        """Of a module with children and a forward; None for others, and if it calls no convolution and is untraceable."""
+        """Of a module with children and a forward; None of others, and of one without convolutions of its own that
+        cannot be traced."""
         if module not in self._graphs:
             calls = any(True for _ in module.children()) and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
             self._graphs[module] = self._traced(module) if calls else None
