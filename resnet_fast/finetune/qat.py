@@ -16,13 +16,13 @@ there the export keeps its accumulators. Gradients pass straight through where n
 (Jacob et al. 2018, arXiv:1712.05877, section 3; the ops and their gradients are PyTorch's).
 
 Batch norms are to normalise by their running statistics, as the export does, in training too (Krishnamoorthi 2018,
-arXiv:1806.08342, section 3.2.2): then they multiply whole output channels, which changes a channel's scale and not its
-numbers, and a weight is rounded to the same ones before and after folding. ``freezing.Frozen`` sees to it.
+arXiv:1806.08342): then they multiply whole output channels, which changes a channel's scale and not its numbers, and a
+weight is rounded to the same ones before and after folding. ``freezing.Frozen`` sees to it.
 
 An activation's amax is first the mean of the calibration batches' largest magnitudes, then their moving average over
-training, at last a constant (Jacob et al., section 3.1). It is not learnt by gradients (LSQ, Esser et al. 2020,
-arXiv:1902.08153): at 8 bits that gains next to nothing over well calibrated ranges (Wu et al. 2020, arXiv:2004.09602,
-section 5), and would add parameters to the state_dict, which stays torchvision's.
+training, at last a constant (Jacob et al.). It is not learnt by gradients (LSQ, Esser et al. 2020, arXiv:1902.08153): at
+8 bits that gains next to nothing over well calibrated ranges (Wu et al. 2020, arXiv:2004.09602), and would add parameters
+to the state_dict, which stays torchvision's.
 """
 
 import math
