@@ -20,9 +20,9 @@ arXiv:1806.08342): then they multiply whole output channels, which changes a cha
 weight is rounded to the same ones before and after folding. ``freezing.Frozen`` sees to it.
 
 An activation's amax is first the mean of the calibration batches' largest magnitudes, then their moving average over
-training, at last a constant (Jacob et al.). It is not learnt by gradients (LSQ, Esser et al. 2020, arXiv:1902.08153): at
-8 bits that gains next to nothing over well calibrated ranges (Wu et al. 2020, arXiv:2004.09602), and would add parameters
-to the state_dict, which stays torchvision's.
+training, at last a constant (Jacob et al.). It is not learnt by gradients (LSQ, Esser et al. 2020, arXiv:1902.08153):
+at 8 bits that gains next to nothing over well calibrated ranges (Wu et al. 2020, arXiv:2004.09602), and would add
+parameters to the state_dict, which stays torchvision's.
 """
 
 import math
