@@ -156,7 +156,7 @@ class Matcher:
         passed: list[fx.Node] = []
         tail_parts: dict[Path, str] = {}
         follower = self.next(bn_node, tail_parts, passed)
-        if follower is not None and _is_addition(follower):
+        if follower is not None and is_addition(follower):
             chain = passed[-1] if passed else bn_node
             first, second = follower.args
             add = _ADDITIONS[follower.target]
@@ -195,7 +195,7 @@ class Matcher:
         return Match(step, nodes, parts, functional.conv_bn_act, inputs, kwargs)
 
 
-def _is_addition(node: fx.Node) -> bool:
+def is_addition(node: fx.Node) -> bool:
     plain = len(node.args) == 2 and not node.kwargs
     return plain and node.op in ("call_function", "call_method") and node.target in _ADDITIONS
 

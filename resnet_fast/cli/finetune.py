@@ -95,6 +95,8 @@ def _model(settings: Settings, data: "Data") -> "nn.Module":
     from resnet_fast.finetune.weights import head_fits, load_weights
 
     name, weights, classes = settings.model, settings.weights, len(data.classes)
+    if settings.qat and weights is None:
+        raise SettingError("qat", "is for a trained model, expected --weights too")
     if weights is None or settings.resume is not None:
         return build(name, num_classes=classes, seed=settings.seed)
     file = Path(weights)
@@ -174,6 +176,7 @@ def _print_summary(result: dict[str, Any], folder: Path) -> None:
     size, classes = result["preprocessing"]["size"], result["classes"]
     out.print(
         f"next: resnet-fast export {result['model']} {folder / 'model.onnx'} --weights {folder / 'best.pt'} "
-        f"--num-classes {classes} --size {size} --classes {folder / 'classes.txt'}",
+        f"--num-classes {classes} --size {size} --classes {folder / 'classes.txt'}"
+        f"{' --precision int8' if result['settings']['qat'] else ''}",
         soft_wrap=True,
     )

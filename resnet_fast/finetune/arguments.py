@@ -9,11 +9,12 @@ from typer import Option
 _NOT_THE_RECIPE = {"resume", "output", "overwrite", "device", "workers", "threads", "log_interval"}
 """What a resumed run may change: it has no influence on the result, beyond the rounding of another device."""
 
-_DATA, _AUGMENTATION, _RECIPE, _FREEZING, _EXECUTION = (
+_DATA, _AUGMENTATION, _RECIPE, _FREEZING, _QUANTISATION, _EXECUTION = (
     "Data",
     "Augmentation",
     "Optimisation",
     "What learns",
+    "Quantisation",
     "Execution",
 )
 
@@ -83,7 +84,11 @@ class Settings:
     )
     lr: Annotated[
         Optional[float],
-        Option(min=0.0, help="The highest; by default 0.001 for adamw, 0.05 for sgd.", rich_help_panel=_RECIPE),
+        Option(
+            min=0.0,
+            help="The highest; by default 0.001 for adamw, 0.05 for sgd, a hundredth of it with --qat.",
+            rich_help_panel=_RECIPE,
+        ),
     ] = None
     momentum: Annotated[float, Option(min=0.0, max=1.0, help="Of sgd.", rich_help_panel=_RECIPE)] = 0.9
     weight_decay: Annotated[
@@ -134,6 +139,27 @@ class Settings:
         bool,
         Option("--freeze-bn", help="No batch norm learns or changes its statistics.", rich_help_panel=_FREEZING),
     ] = False
+
+    qat: Annotated[
+        bool,
+        Option(
+            "--qat",
+            help="Quantisation-aware: learn with the rounding of an int8 export, which takes the ranges from the "
+            "checkpoint. For a trained model; batch norms keep their statistics.",
+            rich_help_panel=_QUANTISATION,
+        ),
+    ] = False
+    num_calibration_batches: Annotated[
+        int, Option(min=1, help="Whose ranges --qat starts with.", rich_help_panel=_QUANTISATION)
+    ] = 32
+    num_observer_update_epochs: Annotated[
+        Optional[int],
+        Option(
+            min=0,
+            help="In which the ranges of --qat follow the activations; by default the first half of them.",
+            rich_help_panel=_QUANTISATION,
+        ),
+    ] = None
 
     stock: Annotated[
         bool, Option("--stock", help="Leave the model as it is, not accelerated.", rich_help_panel=_EXECUTION)

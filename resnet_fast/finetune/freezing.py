@@ -16,12 +16,15 @@ class Frozen:
     Args:
         names: of modules, with all that they contain, as ``["conv1", "layer1.0"]``.
         batch_norms: whether all batch norms are meant too.
+        statistics: whether all batch norms keep their statistics at least, even if their scales and shifts learn.
 
     Raises:
         SettingError: there is no module of one of the names, or nothing is left that learns.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str] = (), batch_norms: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, names: Sequence[str] = (), batch_norms: bool = False, statistics: bool = False
+    ) -> None:
         modules = dict(model.named_modules())
         for name in names:
             if name not in modules or not name:
@@ -29,8 +32,10 @@ class Frozen:
                 raise SettingError("freeze", f"names {name!r}, which is no module; there are {', '.join(close)}")
         self._model = model
         self._modules = [modules[name] for name in names]
+        norms = [module for module in modules.values() if isinstance(module, BatchNorm)]
         if batch_norms:
-            self._modules += [module for module in modules.values() if isinstance(module, BatchNorm)]
+            self._modules += norms
+        self._statistics = norms if statistics else []
         for module in self._modules:
             module.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -39,5 +44,5 @@ class Frozen:
     def train(self) -> None:
         """``model.train()``, but what is frozen stays in eval mode: its batch norms apply their running statistics."""
         self._model.train()
-        for module in self._modules:
+        for module in (*self._modules, *self._statistics):
             module.eval()

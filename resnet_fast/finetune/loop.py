@@ -1,6 +1,7 @@
 """The training loop: epochs of training and validation, a checkpoint after each."""
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -19,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast.accelerate import accelerate
 from resnet_fast.export.optional import require
-from resnet_fast.finetune import checkpoint, recipe, report, transforms
-from resnet_fast.finetune.arguments import Settings
+from resnet_fast.finetune import checkpoint, qat, recipe, report, transforms
+from resnet_fast.finetune.arguments import SettingError, Settings
 from resnet_fast.finetune.data import Data, check_classes
 from resnet_fast.finetune.distributed import Processes
 from resnet_fast.finetune.freezing import Frozen
@@ -53,7 +54,8 @@ def train(
     ``last.pt`` holds what resuming needs, ``best.pt`` the weights of the best epoch. Both are written after each epoch.
 
     Args:
-        model: takes ``[N, 3, H, W]``, gives ``[N, len(data.classes)]``. Changed in place, and accelerated.
+        model: takes ``[N, 3, H, W]``, gives ``[N, len(data.classes)]``. Changed in place, and accelerated; with
+            ``settings.qat`` prepared too, which ``qat.remove_qat`` undoes.
         settings: ``resume`` is followed; ``model`` and ``weights``, which tell how ``model`` came about, are not.
         processes: those of torchrun; by default this one alone.
 
@@ -104,8 +106,10 @@ class Run:
         model.to(self.device, memory_format=self.format)  # type: ignore[call-overload]
         if settings.sync_bn and processes.world > 1:
             model = synchronise(model, self.device)
-        self.frozen = Frozen(model, settings.frozen_modules, settings.freeze_bn)
+        self.frozen = Frozen(model, settings.frozen_modules, settings.freeze_bn, settings.qat)
         self.model = model if settings.stock else accelerate(model)
+        if settings.qat:
+            self._prepare_qat()
         self.ema = recipe.average(self.model, settings.model_ema_decay) if settings.model_ema else None
         self.optimizer = recipe.optimizer(self.model, settings)
         steps = math.ceil(len(self.train_images) / settings.grad_accum_steps)
@@ -123,6 +127,18 @@ class Run:
             self.parallel = DistributedDataParallel(
                 self.model, device_ids=[self.device] if self.device.type == "cuda" else None
             )
+
+    def _prepare_qat(self) -> None:
+        try:
+            qat.prepare_qat(self.model)
+        except ValueError as error:
+            raise SettingError("qat", f"does not go with the model: {error}") from error
+        if self.settings.resume is not None:
+            return  # the checkpoint has the ranges
+        batches = itertools.islice(self.train_images.epoch(0), self.settings.num_calibration_batches)
+        with self._autocast():
+            count = qat.calibrate(self.model, (self._to_device(batch)[0] for batch in batches if len(batch.labels)))
+        logger.info("%d int8 tensors have their ranges from %d batches", len(qat.ranges(self.model)), count)
 
     def all_epochs(self) -> dict[str, Any]:
         self.started = time.perf_counter()
@@ -161,6 +177,8 @@ class Run:
         """One epoch over the training images; ``start`` is when it began."""
         torch.manual_seed(seed_of(self.settings.seed, self.epoch, self.processes.rank))  # mixup, dropout
         self.frozen.train()
+        if self.settings.qat:
+            qat.observe(self.model, self.epoch < self._observed_epochs)
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, images, skipped ones
         accumulated = self.settings.grad_accum_steps
         for index, batch in enumerate(self.train_images.epoch(self.epoch)):
@@ -182,6 +200,11 @@ class Run:
         self._check(loss)
         pace = images / (time.perf_counter() - start)
         return {"train_loss": loss / images, "train_skipped": int(skipped), "images_per_second": pace}
+
+    @property
+    def _observed_epochs(self) -> int:
+        given = self.settings.num_observer_update_epochs
+        return math.ceil(self.settings.epochs / 2) if given is None else given
 
     def _backward(self, batch: Batch, size: int, last: bool) -> Tensor:
         """Add the gradients of a batch, one of ``size`` in a step; return its mean loss."""
@@ -255,7 +278,12 @@ class Run:
             "images": len(self.data.train),
             "processes": self.processes.world,
             "settings": self.settings.as_dict(),
+            **self._ranges(self.model),
+            **({} if self.ema is None else self._ranges(self.ema.module, "ema_ranges")),
         }
+
+    def _ranges(self, model: nn.Module, key: str = "ranges") -> dict[str, Any]:
+        return {key: qat.ranges(model)} if self.settings.qat else {}
 
     def _restore(self, state: dict[str, Any]) -> None:
         check_classes(self.data.classes, state["classes"], "DATA", "the run to resume has")
@@ -265,6 +293,10 @@ class Run:
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        if self.settings.qat:
+            qat.set_ranges(self.model, state["ranges"])
+            if self.ema is not None:
+                qat.set_ranges(self.ema.module, state["ema_ranges"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
@@ -281,6 +313,7 @@ class Run:
                 "classes": list(self.data.classes),
                 "preprocessing": asdict(transforms.preprocessing(self.data.kind, self.settings)),
                 "settings": self.settings.as_dict(),
+                **self._ranges(weights),
             }
             checkpoint.save(self.folder / checkpoint.BEST, content)
         checkpoint.save(self.folder / checkpoint.LAST, self._state())

@@ -10,6 +10,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_fast.finetune.arguments import SettingError, Settings
 
+_QAT_LR = 0.01
+"""Of what training starts with: NVIDIA's recipe, for a tenth of the epochs (Wu et al. 2020, arXiv:2004.09602)."""
+
 
 def optimizer(model: nn.Module, settings: Settings) -> Optimizer:
     """AdamW or SGD over what learns, without weight decay of biases and norms."""
@@ -20,7 +23,7 @@ def optimizer(model: nn.Module, settings: Settings) -> Optimizer:
         {"params": [parameter for parameter in learning if parameter.dim() > 1], "weight_decay": decay},
         {"params": [parameter for parameter in learning if parameter.dim() <= 1], "weight_decay": 0.0},
     ]
-    lr = settings.lr if settings.lr is not None else (1e-3 if adamw else 0.05)
+    lr = settings.lr if settings.lr is not None else (1e-3 if adamw else 0.05) * (_QAT_LR if settings.qat else 1)
     if adamw:
         return AdamW(groups, lr=lr)
     return SGD(groups, lr=lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
