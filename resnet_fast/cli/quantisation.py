@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from resnet_fast.cli.output import table
 from resnet_fast.export.quantise import Quantisation
+from resnet_fast.finetune.qat import load_ranges
 
 
 @contextmanager
@@ -43,10 +43,7 @@ def read_ranges(file: Optional[Path], weights: Optional[str]) -> Optional[dict[s
     Quantisation-aware training leaves them there, under ``ranges``. None if there are none.
     """
     if file is None:
-        if weights is None or Path(weights).suffix not in (".pt", ".pth") or not Path(weights).is_file():
-            return None
-        content = torch.load(weights, map_location="cpu", weights_only=True)
-        return content.get("ranges") if isinstance(content, dict) else None
+        return load_ranges(weights) or None if weights is not None and Path(weights).is_file() else None
     try:
         ranges = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
