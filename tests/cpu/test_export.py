@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fast
 from resnet_fast.cli.models import randomise_batch_norm
-from resnet_fast.export import MissingPackageError, VerificationError, export_onnx
+from resnet_fast.export import MissingPackageError, VerificationError, export_onnx, tensorrt
 from resnet_fast.export.files import replacing
 from resnet_fast.export.folding import fold_batch_norm, thaw
 from resnet_fast.export.precision import folded as folded_network
@@ -115,6 +115,7 @@ def test_result_and_metadata(basic):
     assert result.size == path.stat().st_size
     assert set(result.max_errors) == {1, 2, 7}
     assert max(result.max_errors.values()) <= result.tolerance
+    assert (result.engine is not None) == tensorrt.available()
     said = {entry.key: entry.value for entry in file.metadata_props}
     assert (file.producer_name, file.producer_version) == ("resnet_fast", resnet_fast.__version__)
     assert said["resnet_fast_version"] == resnet_fast.__version__
