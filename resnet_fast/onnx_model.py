@@ -73,7 +73,7 @@ class OnnxModel:
         cache: folder for TensorRT's engines, by default in the cache folder of resnet_fast.
         profile: smallest shape of ``x`` that TensorRT's engine takes, the one that it is optimised for, and the
             largest. By default batches of 1, 8 and 32, with pictures of 64x64, 480x640 and 1080x1920 where the file
-            takes any size. A shape outside makes TensorRT build an engine again, which takes minutes.
+            takes any size. A shape outside makes TensorRT build an engine again.
         threads: of a call on the CPU, as many as PyTorch uses by default. They wait busily within a call, but not
             after it, where ONNX Runtime's own default takes processors from what runs next.
 
@@ -114,7 +114,13 @@ class OnnxModel:
             raise ValueError(f"providers is {providers!r}, expected names, such as {list(PREFERRED)}")
         self.path = Path(path)
         self._again: Callable[[], OnnxModel] = functools.partial(
-            OnnxModel, path, device=device, providers=providers, cache=cache, profile=profile, threads=threads
+            OnnxModel,
+            self.path.absolute(),
+            device=device,
+            providers=providers,
+            cache=cache,
+            profile=profile,
+            threads=threads,
         )
         self.device = _device(device)
         # Its own, since a session takes one for life, and PyTorch's default stream is 0, which would mean none.

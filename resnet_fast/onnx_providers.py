@@ -109,8 +109,8 @@ def tensorrt_options(
 ) -> Options:
     """Options of TensorRT: engines that are kept, for one range of shapes, in the precision of the file.
 
-    A build takes minutes; a kept engine is taken again for the same weights and the same range of shapes, and a shape
-    outside the range makes ONNX Runtime build another. Its cache goes by the graph, not by the weights, so every model
+    A kept engine is taken again for the same weights and the same range of shapes; a shape outside the range makes ONNX
+    Runtime build another. Its cache goes by the graph, not by the weights, so every model
     gets a folder of its own. TensorRT 10, which ONNX Runtime 1.31 loads, wants each precision of the graph allowed
     again by a flag; TensorRT 11 has no such flags.
 

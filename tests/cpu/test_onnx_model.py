@@ -267,8 +267,11 @@ def test_copies_open_the_file_again(model):
         assert torch.equal(again(x), model(x))
 
 
-def test_pickle_keeps_the_arguments(file):
-    model = OnnxModel(file, device="cpu", threads=1, providers=[CPU])
+def test_pickle_keeps_the_arguments(file, tmp_path, monkeypatch):
+    """And finds a file that was given relative to another folder."""
+    monkeypatch.chdir(file.parent)
+    model = OnnxModel(file.name, device="cpu", threads=1, providers=[CPU])
+    monkeypatch.chdir(tmp_path)
     again = pickle.loads(pickle.dumps(model))
     assert again._session.get_session_options().intra_op_num_threads == 1
 
