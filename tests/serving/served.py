@@ -22,9 +22,9 @@ SIZE, CLASSES, MAX_BATCH = 64, 10, 8
 LABELS = [f"class {index}" for index in range(CLASSES)]
 PROTOCOLS = {"http": tritonclient.http, "grpc": tritonclient.grpc}
 
-NET, PLAIN, NARROW = "net", "plain", "narrow"
-"""In the repository: a model that the server builds anew in PyTorch, one that it runs as an ONNX file, and that with
-a file that takes one image at a time, behind a configuration that promises more, and any number of channels."""
+NET, PLAIN, NARROW, PICTURES = "net", "plain", "narrow", "pictures"
+"""In the repository: a model that the server builds anew in PyTorch; one that it runs as an ONNX file; that with a file
+for one image at a time, behind a configuration that promises more, and any number of channels; one for pictures."""
 
 
 def net() -> nn.Module:
@@ -43,7 +43,7 @@ def plain() -> nn.Module:
 
 
 def write(folder: Path) -> dict[str, nn.Module]:
-    """All three as a repository ``folder``; by name."""
+    """All of them as a repository ``folder``; by name those that take images of ``SIZE``."""
     models = {NET: net(), PLAIN: plain()}
     for name, model in models.items():
         write_repository(
@@ -57,6 +57,20 @@ def write(folder: Path) -> dict[str, nn.Module]:
             classes=LABELS,
             verify=False,  # the answers are compared instead
         )
+    write_repository(
+        models[PLAIN],
+        folder,
+        name=PICTURES,
+        max_batch=4,
+        input_size=(3, SIZE, SIZE),
+        classes=LABELS,
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.3, 0.4),
+        preprocess=True,
+        softmax=True,
+        top_k=3,
+        verify=False,
+    )
     shutil.copytree(folder / PLAIN, folder / NARROW)
     file = folder / NARROW / "1" / "model.onnx"
     export_onnx(models[PLAIN], file, dynamic_batch=False, input_size=(3, SIZE, SIZE), verify=False)
