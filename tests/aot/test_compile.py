@@ -95,7 +95,8 @@ def test_tiles_state_the_shared_memory(architecture):
     [(a, p) for a in ARCHITECTURES for p in ("fp16", "tf32", "ieee") if (a, p) in TARGETS],
 )
 def test_every_tile_is_in_use(architecture, precision):
-    """The data holds no tile that no layer of the models gets, and none gets another but for a shorter step."""
+    """The data holds no tile that no layer of the models gets, and none gets another; but the step may be shorter, as
+    it is where a convolution has few channels."""
     name = "half" if precision in ("fp16", "bf16") else precision
     constants = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT")
     shipped = {(*tile[:6], tile.kernel, tile.parts > 1) for tile in tiles.listed_tiles(architecture, name)}
@@ -108,7 +109,6 @@ def test_every_tile_is_in_use(architecture, precision):
         for item in launches(architecture, precision, BATCHES)
         if "BK" in item.plan.constants
     }
-    assert shipped <= used
     # One that is to be cut in parts serves short sums whole.
     assert {(*one[:2], *one[3:7]) for one in used} == {(*one[:2], *one[3:7]) for one in shipped}
 
