@@ -194,8 +194,8 @@ class Bench:
                 results[name] = replace(results[name], status="failed", reason=str(error))
                 self._end(name)
                 continue
-            seconds, saved = round(answer["seconds"], 2), answer.get("saved_bytes")
-            result = replace(results[name], load_s=seconds, saved_bytes=saved)
+            load_s, saved = round(answer["seconds"], 2), answer.get("saved_bytes")
+            result = replace(results[name], load_s=load_s, saved_bytes=saved)
             results[name] = (_checked if order == "load" else _checked_step)(
                 result, folder, _loosest(load_setting(folder), results)
             )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fast.bench import apart, measure, unavailable
+from resnet_fast.bench import apart, measure, runner, unavailable
 from resnet_fast.bench.providers import NAMES, provider
 from resnet_fast.bench.runner import Measurement
 from resnet_fast.bench.worker import timed_round
@@ -69,6 +69,19 @@ def test_every_provider_here_is_right_and_timed_alone():
     assert len(states) == 2 * len(timed)
     assert all(state == ["T"] * len(timed) for state in states)
     assert {pid for pid, _ in children()} <= before
+
+
+def test_every_round_is_as_long_as_was_asked_for(monkeypatch):
+    asked = []
+    ask = runner._Worker.ask
+
+    def noted(self, order, *rest):
+        asked.append(order)
+        return ask(self, order, *rest)
+
+    monkeypatch.setattr(runner._Worker, "ask", noted)
+    measure(nn.Linear(12, 4), torch.randn(2, 12), providers=["eager"], threads=1, rounds=1, seconds=0.05)
+    assert [order for order in asked if order.startswith("time")] == ["time 0.05"]
 
 
 def test_a_fast_wrong_answer_is_not_timed():
