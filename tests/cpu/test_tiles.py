@@ -101,11 +101,14 @@ def test_more_work_takes_longer(architecture, precision):
         small._replace(taps=25),
         small._replace(groups=64),
     ]
-    more = [small._replace(residual=True), small._replace(statistics=True), small._replace(prologue=True)]
     for tile in tiles.listed_tiles(architecture, precision):
         cycles = cost.predict(gpu, small, tile, codes).cycles
         assert all(cost.predict(gpu, problem, tile, codes).cycles > cycles for problem in larger)
-        assert all(cost.predict(gpu, problem, tile, codes).cycles >= cycles for problem in more)
+        assert cost.predict(gpu, small._replace(residual=True), tile, codes).cycles >= cycles
+        training = tile._replace(kernel="pointers", parts=1)  # what training makes of it
+        cycles = cost.predict(gpu, small, training, codes).cycles
+        for problem in (small._replace(statistics=True), small._replace(prologue=True)):
+            assert cost.predict(gpu, problem, tile, codes).cycles >= cycles
 
 
 def test_a_better_gpu_is_not_slower():
