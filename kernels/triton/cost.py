@@ -142,7 +142,7 @@ def served(problem: Problem, tile: "Tile") -> "Tile":
     Descriptors serve inference at stride 1 without groups, of pixels that are multiples of 16 bytes (descriptor.py),
     and are not cut in parts.
     """
-    kernel, parts = tile.kernel, parts_of(problem.taps * -(-problem.channels // tile.reduction), tile.parts)
+    kernel, parts = tile.kernel, parts_of(_steps(problem, tile), tile.parts)
     training = problem.prologue or problem.statistics
     whole_pixels = problem.channels * _BYTES[problem.precision] % 16 == 0
     if problem.kind not in ("1x1", "rxs") or training or problem.precision == "ieee" or not whole_pixels:
@@ -150,6 +150,11 @@ def served(problem: Problem, tile: "Tile") -> "Tile":
     if training or kernel != "pointers":
         parts = 1
     return tile._replace(kernel=kernel, parts=parts)
+
+
+def _steps(problem: Problem, tile: "Tile") -> int:
+    """Of the main loop, over taps and channels."""
+    return problem.taps * -(-problem.channels // tile.reduction)
 
 
 def parts_of(steps: int, wanted: int) -> int:
@@ -164,8 +169,7 @@ def predict(gpu: Gpu, problem: Problem, tile: "Tile", codes: Mapping[str, Code])
     size = _BYTES[problem.precision]
     row_tiles, column_tiles = -(-problem.rows // tile.rows), -(-problem.columns // tile.columns)
     programs = problem.groups * row_tiles * column_tiles * tile.parts
-    steps = problem.taps * -(-problem.channels // tile.reduction)
-    steps = -(-steps // tile.parts)
+    steps = -(-_steps(problem, tile) // tile.parts)
 
     specialised = tile.kernel == "specialised"
     issuing = 2 if specialised else tile.warps  # one warp copies, one multiplies, and the others finish tiles

@@ -32,26 +32,12 @@ def _tile(rows: int, columns: int, reduction: int, **constants: Any) -> dict[str
     return {"BM": rows, "BN": columns, "BK": reduction, **constants}
 
 
-# Kernel, architectures, precisions, constants, bytes of a thread.
-_SPILLS: list[tuple[str, tuple[str, ...], tuple[str, ...], dict[str, Any], int]] = [
-    ("wgrad_kernel", ("sm_86", "sm_89"), ("fp16", "bf16"), _tile(64, 64, 64, PROLOGUE=True), 8),
-    ("conv_kernel", ("sm_86", "sm_89"), ("bf16",), _tile(64, 64, 64, STRIDE_H=2, STATISTICS=True), 8),
-    ("dgrad_kernel", ("sm_86", "sm_89"), ("tf32",), _tile(64, 64, 32, EXPAND=True), 8),
-    ("conv_kernel", ("sm_86", "sm_89"), ("ieee",), _tile(64, 64, 32, R=7), 8),
-    ("conv_kernel", ("sm_86", "sm_89"), ("ieee",), _tile(128, 32, 32, STRIDE_H=2, GROUPS=8), 8),
-    ("gemm_kernel", ("sm_86", "sm_89"), ("ieee",), _tile(64, 64, 32, PROLOGUE=True, HAS_RESIDUAL=True), 8),
-    ("wgrad_kernel", ("sm_100",), ("fp16", "bf16"), _tile(128, 64, 64, PROLOGUE=True), 16),
-    ("gemm_kernel", ("sm_100",), ("tf32",), _tile(128, 64, 32, STATISTICS=True), 8),
-    ("gemm_kernel", ("sm_100",), ("ieee",), _tile(64, 64, 32, PARTS=8), 8),
-    ("gram_kernel", ("sm_120",), ("fp16", "bf16"), {"BN": 128, "BP": 64, "PROLOGUE": True}, 40),
-    ("dgrad_kernel", ("sm_120",), ("fp16", "bf16"), _tile(128, 128, 64, EXPAND=True, STRIDE_H=2), 8),
-    ("wgrad_kernel", ("sm_120",), ("bf16",), _tile(64, 64, 64, PROLOGUE=True, STRIDE_H=2), 24),
-    ("wgrad_kernel", ("sm_120",), ("bf16",), _tile(64, 32, 32, PROLOGUE=True, STRIDE_H=2, R=3), 8),
-    ("dgrad_kernel", ("sm_120",), ("tf32",), _tile(128, 128, 32), 8),
-    ("dgrad_kernel", ("sm_120",), ("tf32",), _tile(128, 64, 32, EXPAND=True), 16),
-    ("dgrad_kernel", ("gfx942",), ("fp16", "bf16"), _tile(64, 32, 64, EXPAND=True), 20),
-    ("dgrad_kernel", ("gfx942",), ("fp16",), _tile(64, 64, 64, EXPAND=True), 20),
-]
+def _spills(
+    kernel: str, architectures: tuple[str, ...], precisions: tuple[str, ...], constants: dict[str, Any], most: int
+) -> Exempt:
+    """``most``: bytes of a thread."""
+    return Exempt("spills", kernel, f"{_FEW}; at most {most} bytes", architectures, precisions, constants)
+
 
 EXEMPT = [
     Exempt(
@@ -70,7 +56,23 @@ EXEMPT = [
         )
         for kernel in ("conv_kernel", "gemm_kernel", "dgrad_kernel", "wgrad_kernel")
     ),
-    *(Exempt("spills", *one[:1], f"{_FEW}; at most {one[4]} bytes", *one[1:4]) for one in _SPILLS),
+    _spills("wgrad_kernel", ("sm_86", "sm_89"), ("fp16", "bf16"), _tile(64, 64, 64, PROLOGUE=True), 8),
+    _spills("conv_kernel", ("sm_86", "sm_89"), ("bf16",), _tile(64, 64, 64, STRIDE_H=2, STATISTICS=True), 8),
+    _spills("dgrad_kernel", ("sm_86", "sm_89"), ("tf32",), _tile(64, 64, 32, EXPAND=True), 8),
+    _spills("conv_kernel", ("sm_86", "sm_89"), ("ieee",), _tile(64, 64, 32, R=7), 8),
+    _spills("conv_kernel", ("sm_86", "sm_89"), ("ieee",), _tile(128, 32, 32, STRIDE_H=2, GROUPS=8), 8),
+    _spills("gemm_kernel", ("sm_86", "sm_89"), ("ieee",), _tile(64, 64, 32, PROLOGUE=True, HAS_RESIDUAL=True), 8),
+    _spills("wgrad_kernel", ("sm_100",), ("fp16", "bf16"), _tile(128, 64, 64, PROLOGUE=True), 16),
+    _spills("gemm_kernel", ("sm_100",), ("tf32",), _tile(128, 64, 32, STATISTICS=True), 8),
+    _spills("gemm_kernel", ("sm_100",), ("ieee",), _tile(64, 64, 32, PARTS=8), 8),
+    _spills("gram_kernel", ("sm_120",), ("fp16", "bf16"), {"BN": 128, "BP": 64, "PROLOGUE": True}, 40),
+    _spills("dgrad_kernel", ("sm_120",), ("fp16", "bf16"), _tile(128, 128, 64, EXPAND=True, STRIDE_H=2), 8),
+    _spills("wgrad_kernel", ("sm_120",), ("bf16",), _tile(64, 64, 64, PROLOGUE=True, STRIDE_H=2), 24),
+    _spills("wgrad_kernel", ("sm_120",), ("bf16",), _tile(64, 32, 32, PROLOGUE=True, STRIDE_H=2, R=3), 8),
+    _spills("dgrad_kernel", ("sm_120",), ("tf32",), _tile(128, 128, 32), 8),
+    _spills("dgrad_kernel", ("sm_120",), ("tf32",), _tile(128, 64, 32, EXPAND=True), 16),
+    _spills("dgrad_kernel", ("gfx942",), ("fp16", "bf16"), _tile(64, 32, 64, EXPAND=True), 20),
+    _spills("dgrad_kernel", ("gfx942",), ("fp16",), _tile(64, 64, 64, EXPAND=True), 20),
 ]
 
 

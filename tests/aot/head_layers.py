@@ -9,7 +9,7 @@ import torch
 
 from resnet_fast.kernels.triton import launch
 from resnet_fast.kernels.triton.launch import Plan
-from tests.aot.layers import BATCHES, DTYPES, Launch, float32_precision, image
+from tests.aot.layers import BATCHES, DTYPES, Launch, each, float32_precision, image
 
 CHANNELS = (512, 2048)
 CLASSES = (1000, 10)
@@ -21,8 +21,8 @@ def head_launches(architecture: str, precision: str) -> Iterator[Launch]:
         for classes in CLASSES:
             for batch in IMAGES:
                 name = f"head {channels}->{classes} batch {batch}"
-                for one in plan(architecture, precision, batch, channels, classes).launches():
-                    yield Launch(name, architecture, precision, one)
+                planned = plan(architecture, precision, batch, channels, classes)
+                yield from each(Launch(name, architecture, precision, planned))
 
 
 def plan(architecture: str, precision: str, batch: int, channels: int, classes: int) -> Plan:

@@ -11,7 +11,7 @@ import torch
 from resnet_fast.kernels.reference_training import Affine, Geometry
 from resnet_fast.kernels.triton import launch, training_forward
 from resnet_fast.kernels.triton.launch import Plan
-from tests.aot.layers import DTYPES, Launch, Layer, float32_precision, image, model_layers
+from tests.aot.layers import DTYPES, Launch, Layer, each, float32_precision, image, model_layers
 
 BATCHES = (8, 128)
 
@@ -23,8 +23,10 @@ def forward_launches(architecture: str, precision: str, batches: tuple[int, ...]
         for layer in model_layers():
             for batch in batches:
                 for name, plans in _convolution(layer, batch, DTYPES[precision], architecture):
-                    for plan in (one for several in plans for one in several.launches()):
-                        yield Launch(f"{name} of {layer.name()} batch {batch}", architecture, precision, plan)
+                    for plan in plans:
+                        yield from each(
+                            Launch(f"{name} of {layer.name()} batch {batch}", architecture, precision, plan)
+                        )
         for channels, size in [(64, 56), (512, 28), (2048, 7)]:
             y = image(BATCHES[-1], channels, size, size, DTYPES[precision])
             for residual, affine in [(None, None), (y, None), (y, _affine(channels))]:
