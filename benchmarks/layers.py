@@ -27,13 +27,14 @@ from benchmarks.plot import COLUMNS, GRID, INK, save
 from resnet_fast import accelerate
 from resnet_fast.bench import Bench, Measurement, prepare
 from resnet_fast.bench.machine import available_cores, describe, load
+from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.bench.worker import timed_round
 from resnet_fast.bench.workload import ONNX
-from resnet_fast.cli.models import build, randomise_batch_norm
 from resnet_fast.cli.output import console, table, write_json
 from resnet_fast.export.files import replacing
 from resnet_fast.kernels import native
 from resnet_fast.kernels.native import library
+from resnet_fast.named import build
 from resnet_fast.network import Plan, last_plan
 
 OURS, PEER = "plan", "onnxruntime"

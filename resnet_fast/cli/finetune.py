@@ -89,10 +89,11 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 def _model(settings: Settings, data: "Data") -> "nn.Module":
     """The model with the weights that it starts from, and a last layer for the classes of ``data``."""
-    from resnet_fast.cli.models import build, published_weights, read_checkpoint
+    from resnet_fast.cli.models import build, published_weights
     from resnet_fast.finetune.checkpoint import classes_in
     from resnet_fast.finetune.data import check_classes
     from resnet_fast.finetune.weights import head_fits, load_weights
+    from resnet_fast.named import read_checkpoint
 
     name, weights, classes = settings.model, settings.weights, len(data.classes)
     if settings.qat and weights is None:

@@ -30,8 +30,9 @@ def traffic(
     """
     import torch
 
+    from resnet_fast.bench.norms import norms_of
     from resnet_fast.bench.traffic import blocks, compare
-    from resnet_fast.cli.models import build, norms_of
+    from resnet_fast.cli.models import build
     from resnet_fast.export.metadata import channels_of
 
     if dtype not in DTYPES:

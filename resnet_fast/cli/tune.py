@@ -37,7 +37,8 @@ def tune(
     from resnet_fast import accelerate
     from resnet_fast import tune as measure
     from resnet_fast.bench.machine import available_cores, describe
-    from resnet_fast.cli.models import build, randomise_batch_norm
+    from resnet_fast.bench.norms import randomise_batch_norm
+    from resnet_fast.cli.models import build
     from resnet_fast.devices import gpu_missing, require_gpu
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.kernels.native import choices

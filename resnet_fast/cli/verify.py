@@ -61,7 +61,8 @@ def verify(
     import torch
 
     from resnet_fast import accelerate, explain
-    from resnet_fast.cli.models import build, randomise_batch_norm
+    from resnet_fast.bench.norms import randomise_batch_norm
+    from resnet_fast.cli.models import build
     from resnet_fast.cli.numerics import Check, check_layers, check_model
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.export.verification import VerificationError

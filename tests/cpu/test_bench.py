@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from resnet_fast.bench import apart, measure, runner, unavailable
+from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.bench.providers import NAMES, provider
 from resnet_fast.bench.runner import Measurement
 from resnet_fast.bench.worker import timed_round
 from resnet_fast.cli import main
-from resnet_fast.cli.models import build, randomise_batch_norm
+from resnet_fast.named import build
 
 QUICK = ["--model", "resnet18", "--size", "32", "--rounds", "2", "--seconds", "0"]
 

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnet_fast import accelerate
+from resnet_fast.bench.norms import norms_of, randomise_batch_norm, settle_relus
 from resnet_fast.bench.runner import Measurement, _checked_step
 from resnet_fast.bench.saved import saved_bytes
 from resnet_fast.bench.step import Step
 from resnet_fast.bench.traffic import blocks, compare
 from resnet_fast.cli import main
-from resnet_fast.cli.models import build, norms_of, randomise_batch_norm, settle_relus
+from resnet_fast.named import build
 
 QUICK = ["--model", "resnet18", "--batch", "2", "--size", "64", "--rounds", "1", "--seconds", "0", "--threads", "1"]
 PROVIDERS = ["--providers", "ours,channels_last"]

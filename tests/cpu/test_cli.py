@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 
 import resnet_fast
 from resnet_fast import ops
+from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.cli import main
-from resnet_fast.cli.models import build, randomise_batch_norm, read_checkpoint
 from resnet_fast.cli.numerics import WINOGRAD, check_layers
 from resnet_fast.cli.output import write_json
 from resnet_fast.export.optional import EXTRAS
 from resnet_fast.kernels.native import choices, library, planner
+from resnet_fast.named import build, read_checkpoint
 
 SMALL = ["--size", "64", "--batch", "1"]
 

@@ -16,7 +16,7 @@ from resnet_fast.cli.demo.data import digits, photographs
 from resnet_fast.cli.demo.report import _sentence, write_report
 from resnet_fast.cli.demo.study import BenchSettings, study
 from resnet_fast.cli.demo.training import History, accuracy_of, calibrate, digits_network
-from resnet_fast.cli.models import build
+from resnet_fast.named import build
 
 REDUCED = ["--model", "resnet18", "--size", "64", "--providers", "ours,eager", "--rounds", "1", "--seconds", "0"]
 

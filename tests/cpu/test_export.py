@@ -16,7 +16,7 @@ from torchvision.models import ResNet18_Weights, resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fast
-from resnet_fast.cli.models import randomise_batch_norm
+from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.export import MissingPackageError, VerificationError, export_onnx, tensorrt
 from resnet_fast.export.files import replacing
 from resnet_fast.export.folding import fold_batch_norm, thaw

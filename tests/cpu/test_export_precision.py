@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fast.cli.models import randomise_batch_norm
+from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.export import VerificationError, export_onnx
 from resnet_fast.export.precision import PRECISIONS, folded, nearest, rounded
 from resnet_fast.export.running import Runner

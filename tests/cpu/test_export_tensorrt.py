@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 
-from resnet_fast.cli.models import build, randomise_batch_norm
+from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.export import export_onnx, tensorrt
+from resnet_fast.named import build
 
 pytestmark = pytest.mark.skipif(
     not tensorrt.available(), reason="the TensorRT-RTX wheels (extra `tensorrt`) are not installed"

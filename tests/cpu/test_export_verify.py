@@ -11,10 +11,10 @@ from PIL import Image
 from torch import nn
 
 from resnet_fast.cli import main
-from resnet_fast.cli.models import build
 from resnet_fast.export import MissingPackageError, VerificationError, export_onnx, tensorrt, verify_onnx
 from resnet_fast.export.metadata import Metadata
 from resnet_fast.export.preprocessing import Preprocess
+from resnet_fast.named import build
 
 NORMALISE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 SIZE = (3, 40, 48)

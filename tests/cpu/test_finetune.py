@@ -15,10 +15,10 @@ from torch import nn
 from torchvision.models import ResNet18_Weights
 
 from resnet_fast.cli import main
-from resnet_fast.cli.models import build, read_checkpoint
 from resnet_fast.finetune import Settings, open_data, train, transforms
 from resnet_fast.finetune.freezing import Frozen
 from resnet_fast.finetune.recipe import average, optimizer, schedule
+from resnet_fast.named import build, read_checkpoint
 from tests.cpu.finetune_data import TINY, write_cifar10, write_cifar100, write_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

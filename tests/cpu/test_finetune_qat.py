@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from resnet_fast.cli import main
-from resnet_fast.cli.models import build, read_checkpoint
 from resnet_fast.finetune import Settings, open_data, qat, transforms
 from resnet_fast.finetune.freezing import Frozen
+from resnet_fast.named import build, read_checkpoint
 from tests.cpu.finetune_data import TINY, write_folder
 from tests.cpu.models import SEED, small_resnet
 from tests.cpu.test_finetune import assert_same, interrupted_at

@@ -9,10 +9,11 @@ import torch
 
 from resnet_fast.bench.gpu import parts, peers, report, suite
 from resnet_fast.bench.gpu.cases import cases
+from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.cli import main
-from resnet_fast.cli.models import build, randomise_batch_norm
 from resnet_fast.kernels import native, onednn
 from resnet_fast.kernels.triton import cudnn
+from resnet_fast.named import build
 from tests.fake_gpu import on_gpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import resnet_fast
 from resnet_fast import OnnxModel, export_onnx, onnx_providers
-from resnet_fast.cli.models import randomise_batch_norm
+from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.export import MissingPackageError
 from resnet_fast.export.verification import error_limit
 from resnet_fast.onnx_providers import CPU, CUDA, TENSORRT, ProviderError, profile_for, tensorrt_options

@@ -12,10 +12,10 @@ from resnet_fast.bench.moves import Move, Place, Value
 from resnet_fast.bench.roofline import Assumptions, Roofline, peak_of, predict
 from resnet_fast.bench.traffic import blocks, compare
 from resnet_fast.cli import main
-from resnet_fast.cli.models import build
 from resnet_fast.kernels.reference_training import Affine, Gate, Geometry
 from resnet_fast.kernels.triton import training_backward, training_forward
 from resnet_fast.kernels.triton.gpus import GPUS
+from resnet_fast.named import build
 
 H100 = GPUS["h100"]
 HALF = torch.float16

@@ -16,8 +16,8 @@ from torch import nn
 from tritonclient.grpc import model_config_pb2
 
 from resnet_fast.cli import main
-from resnet_fast.cli.models import build
 from resnet_fast.export import MissingPackageError
+from resnet_fast.named import build
 from resnet_fast.serving import config, write_repository
 from resnet_fast.serving.repository import _move
 from resnet_fast.serving.server import VARIABLE, Installation, installation, servable

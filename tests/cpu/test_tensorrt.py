@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torchvision.models import resnet
 
-from resnet_fast.cli.models import randomise_batch_norm
+from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.export import MissingPackageError, export_onnx, tensorrt
 from resnet_fast.export.tensorrt import EngineError
 

@@ -54,7 +54,8 @@ def repeats(device: str, quick: bool) -> Results:
 def layers(device: str, quick: bool) -> Results:
     """Every convolution of a model, with each of the planner's candidates; what is fastest is kept for later calls."""
     from resnet_fast import accelerate, tune
-    from resnet_fast.cli.models import build, randomise_batch_norm
+    from resnet_fast.bench.norms import randomise_batch_norm
+    from resnet_fast.named import build
 
     layout: Any = {"memory_format": torch.channels_last}
     half = ("float16", "bfloat16") if device == "cuda" else ("float32",)
@@ -75,7 +76,8 @@ def layers(device: str, quick: bool) -> Results:
 def peers(device: str, quick: bool) -> Results:
     """Every distinct convolution of ResNet-50 beside eager PyTorch, cuDNN and torch.compile: see peers.py."""
     from resnet_fast.bench.gpu.peers import compare
-    from resnet_fast.cli.models import build, randomise_batch_norm
+    from resnet_fast.bench.norms import randomise_batch_norm
+    from resnet_fast.named import build
 
     model = build("resnet18" if quick else "resnet50")
     randomise_batch_norm(model, 0)

@@ -189,7 +189,8 @@ def _models(name: str, device: str, quick: bool, limit: float, progress: Callabl
 def _measured(
     bench: Bench, workload: Workload, device: str, limit: float, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    from resnet_fast.cli.models import build, randomise_batch_norm, settle_relus
+    from resnet_fast.bench.norms import randomise_batch_norm, settle_relus
+    from resnet_fast.named import build
 
     name, batch, dtype, size, training = workload
     generator = torch.Generator().manual_seed(0)
