@@ -81,8 +81,8 @@ class Problem(NamedTuple):
 
     @property
     def family(self) -> str:
-        """Of kernels, see ``family_of``."""
-        return family_of(self.kind)
+        """The family of kernels, on which depends what the compiler makes of a tile."""
+        return "gemm" if self.kind == "1x1" else "conv"
 
 
 class Code(NamedTuple):
@@ -129,11 +129,6 @@ class Cost(NamedTuple):
 
     def microseconds(self, gpu: Gpu) -> float:
         return self.cycles / gpu.clock / 1e3
-
-
-def family_of(kind: str) -> str:
-    """The family of kernels that makes a kind of convolution, on which depends what the compiler makes of a tile."""
-    return "gemm" if kind == "1x1" else "conv"
 
 
 def served(problem: Problem, tile: "Tile") -> "Tile":

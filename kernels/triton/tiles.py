@@ -158,14 +158,14 @@ def pick(
 def candidates(architecture: str, problem: Problem, count: int) -> tuple[Tile, ...]:
     """Up to ``count`` different tiles for measuring: the table's choice, then what the model puts first.
 
-    All are tiles that the table gives to the same family of kernels, cut down to the problem.
+    All are tiles that the table gives to convolutions of this kind, cut down to the problem.
     """
     choices = {cost.served(problem, pick(architecture, *problem[:7])): None}
     data = load(architecture)
     if "classes" in data:
         gpu, codes = gpu_of(architecture), codes_of(data)
         listed = listed_tiles(architecture, problem.precision)
-        positions = positions_in_use(data, problem.precision, problem.family)
+        positions = positions_in_use(data, problem.precision, problem.kind)
         shape = problem.rows, problem.columns, problem.channels
         fitted = {cost.served(problem, fit(architecture, listed[position], *shape)) for position in positions}
         predicted = {tile: cost.predict(gpu, problem, tile, codes).cycles for tile in fitted}
@@ -227,15 +227,10 @@ def class_key(kind: str, precision: str, columns: int, inner: int) -> str:
     return f"{kind} {precision} {power_of_two(columns)} {power_of_two(inner)}"
 
 
-def positions_in_use(data: Mapping[str, Any], precision: str, family: str) -> set[int]:
-    """Positions in a precision's list of the tiles that some class of a family of kernels takes (cost.family_of)."""
-    classes = ((*name.split()[:2], steps) for name, steps in data["classes"].items())
-    return {
-        position
-        for kind, its_precision, steps in classes
-        if its_precision == precision and cost.family_of(kind) == family
-        for _, position in steps
-    }
+def positions_in_use(data: Mapping[str, Any], precision: str, kind: str) -> set[int]:
+    """Positions in a precision's list of the tiles that some class of a kind takes."""
+    classes = ((name.split()[:2], steps) for name, steps in data["classes"].items())
+    return {position for of, steps in classes if of == [kind, precision] for _, position in steps}
 
 
 def gpu_of(architecture: str) -> gpus.Gpu:

@@ -8,8 +8,8 @@ For the convolutions of the forward pass, it
    ResNets, for batches from 1 to 256;
 3. chooses the few tiles among which these layers together find the best ones (all would take a user, and the tests,
    too long to compile), and for each shape class and number of rows the best of the few;
-4. compiles what the layers would launch. A tile that spills registers, or breaks any other rule of checks.py, is struck
-   from the list of its family of kernels, and step 3 is done again.
+4. compiles every form that the layers would launch. A tile that spills registers, or breaks any other rule of
+   checks.py, is struck from the list of its kind of convolution, and step 3 is done again.
 
 What was compiled is kept in Triton's cache. All that the script does not make stays as it is: lists of other kernels,
 and numbers of other tools. The files of GPUs with sm_80's instructions take from sm_80's what they lack.
@@ -32,8 +32,10 @@ from resnet_fast.kernels.triton.problem import conv_problem
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.aot.checks import Compiler, Result, narrow, spills, too_large, wrong_units
 from tests.aot.exceptions import excused
-from tests.aot.layers import Launch, image, launches, model_layers
+from tests.aot.head_layers import head_launches
+from tests.aot.layers import Launch, distinct, image, launches, model_layers
 from tests.aot.offline import Compiled, lanes
+from tests.aot.shipped import forms
 from tests.aot.training_layers import forward_launches
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
@@ -100,9 +102,7 @@ def make(architecture: str, compiler: Compiler, measure_code: bool) -> dict[str,
             if not offending:
                 break
             assert not offending <= struck, f"{architecture} {precision}: nothing fits"
-            print(
-                f"  {len(offending - struck)} struck, of {sorted({(family, tile[:4]) for family, tile in offending})}"
-            )
+            print(f"  {len(offending - struck)} struck, of {sorted({(kind, tile[:4]) for kind, tile in offending})}")
             struck |= offending
         else:
             raise RuntimeError(f"{architecture} {precision}: still not sound after {_ROUNDS} rounds")
@@ -119,7 +119,7 @@ def sound(one: Launch, made: Optional[Compiled]) -> bool:
 def _to_strike(
     one: Launch, made: Optional[Compiled], listed: list[Tile], possible: list[Tile]
 ) -> set[tuple[str, Tile]]:
-    """Of the launch's family the tile that it was made from; and unless that only takes too much memory, those which
+    """Of the launch's kind the tile that it was made from; and unless that only takes too much memory, those which
     differ from it in the number of stages. A tile that does not fit the kernel with pointers is struck for all kernels,
     since that one serves where the others cannot."""
     launched = _tile(one)
@@ -132,7 +132,7 @@ def _to_strike(
     def alike(tile: Tile) -> tuple:
         return tile[:4], tile.split, tile.stages if large else None
 
-    return {(_family(one), tile) for source in made_from for tile in possible if alike(tile) == alike(source)}
+    return {(_kind(one), tile) for source in made_from for tile in possible if alike(tile) == alike(source)}
 
 
 def inherited(architecture: str) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def choose(predictions: Predictions, struck: set[tuple[str, Tile]], count: int, 
     cycles = predictions.cycles.copy()
     for i, problem in enumerate(predictions.problems):
         for j, tile in enumerate(predictions.tiles):
-            if (problem.family, tile) in struck:
+            if (problem.kind, tile) in struck:
                 cycles[i, j] *= _UNFIT
     logarithms = np.log(cycles)
 
@@ -277,30 +277,25 @@ def _as_list(tile: Tile) -> list[Any]:
 
 
 def demanding(architecture: str, precision: str) -> list[Launch]:
-    """For each kernel, tile and kernel height, with and without a prologue, the launch with most to do at the end."""
-    found: dict[tuple, Launch] = {}
+    """Every form (shipped.py) of the kernels that take these tiles: as the gate looks at it, and whatever the batch."""
+    found: list[Launch] = []
     for name in ("fp16", "bf16") if precision == "half" else (precision,):
-        for batch in BATCHES:
-            for one in (*launches(architecture, name, (batch,)), *forward_launches(architecture, name, (batch,))):
-                constants = one.plan.constants
-                # bfloat16 is float16 with other conversions, which only a prologue has in the loop.
-                prologue = constants.get("PROLOGUE", False)
-                if "SPLIT" in constants and (name != "bf16" or prologue):
-                    cut = constants.get("PARTS", 1) > 1
-                    key = name, _family(one), _tile(one), constants.get("R"), prologue, cut
-                    known = found.get(key)
-                    if known is None or _work(one) >= _work(known):
-                        found[key] = one
-    return list(found.values())
+        gate = *launches(architecture, name), *head_launches(architecture, name), *forward_launches(architecture, name)
+        found += forms(gate)
+        found += forms((*launches(architecture, name, BATCHES), *forward_launches(architecture, name, BATCHES)))
+    return distinct(one for one in found if "SPLIT" in one.plan.constants)
 
 
-def _work(one: Launch) -> int:
-    constants = one.plan.constants
-    return constants["HAS_RESIDUAL"] + 2 * constants.get("STATISTICS", False)
-
-
-def _family(one: Launch) -> str:
-    return "gemm" if one.plan.kernel.__name__.startswith("gemm") else "conv"
+def _kind(one: Launch) -> str:
+    """Of cost.KINDS."""
+    constants = {"GROUPS": 1, "STRIDE_H": 1, "STRIDE_W": 1, "PIXEL": one.plan.constants["C"]} | one.plan.constants
+    if one.plan.kernel.__name__.startswith("gemm"):
+        return "1x1"
+    if constants["PIXEL"] < constants["C"]:
+        return "stem"
+    if constants["GROUPS"] > 1:
+        return "grouped"
+    return "rxs" if constants["STRIDE_H"] == constants["STRIDE_W"] == 1 else "strided"
 
 
 def _tile(one: Launch) -> Tile:

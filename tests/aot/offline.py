@@ -184,9 +184,10 @@ def _read_amd(kernels: list[Any], products: list[bool]) -> list[Compiled]:
             return int(found[1])
 
         # Vector registers spill to memory, the private segment. Scalar ones spill to lanes of a vector register, which
-        # costs a move; they are not counted (gfx950 does so in float32).
-        spilled = number("private_segment_fixed_size") + number("vgpr_spill_count")
-        made.append(_describe(kernel, amdgcn(assembly), AMD, number("vgpr_count"), spilled, product))
+        # costs a move; they are not counted, nor is a segment that they were given and that nothing accesses.
+        code = amdgcn(assembly)
+        segment = number("private_segment_fixed_size") if any(is_a(AMD.local, one) for one in code) else 0
+        made.append(_describe(kernel, code, AMD, number("vgpr_count"), segment + number("vgpr_spill_count"), product))
     return made
 
 

@@ -52,12 +52,17 @@ TARGETS: list[Target] = [(a, p) for a in ARCHITECTURES for p in PRECISIONS if _c
 def everything(target: Target) -> list[Launch]:
     """One launch per form."""
     asked = (family for family in FAMILIES.values() if target[1] in family.precisions)
-    forms: dict[Hashable, Launch] = {}
-    for one in distinct(one for family in asked for one in family.launches(*target)):
-        known = forms.setdefault(_form(one), one)
+    return forms(one for family in asked for one in family.launches(*target))
+
+
+def forms(launches: Iterable[Launch]) -> list[Launch]:
+    """Of each form, the launch with the most channels."""
+    found: dict[Hashable, Launch] = {}
+    for one in distinct(launches):
+        known = found.setdefault(_form(one), one)
         if _channels(one) > _channels(known):
-            forms[_form(one)] = one
-    return list(forms.values())
+            found[_form(one)] = one
+    return list(found.values())
 
 
 _SIZES = ("C", "K", "L", "GROUPS", "PARTS", "PIXEL", "ROW_UNIT")  # constants that follow from a layer's size

@@ -44,6 +44,17 @@ def test_no_register_spills(results, target):
     assert not offenders(results(target), spills)
 
 
+@pytest.mark.parametrize(("architecture", "limit"), [("sm_80", {"maxnreg": 64}), ("gfx942", {"waves_per_eu": 8})])
+def test_a_spill_is_seen(compiler, architecture, limit):
+    """With few registers, a launch that has enough of them otherwise."""
+    plain = next(one for one in launches(architecture, "fp16", (128,)) if one.name.startswith("3x3/1 128->128"))
+    short = plain._replace(plan=plain.plan._replace(constants={**plain.plan.constants, **limit}))
+    (_, made), (_, with_few) = compiler.results([plain, short])
+    assert not spills(plain, made)
+    assert with_few.spilled > 100
+    assert with_few.local_accesses > 100
+
+
 @each_target
 def test_a_program_fits_the_multiprocessor(results, target):
     """Triton does not check shared memory when it compiles; a kernel that takes too much fails at its first launch."""

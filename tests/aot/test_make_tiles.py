@@ -50,10 +50,10 @@ def test_one_tile_for_all_is_the_one_that_costs_them_least(predictions):
     assert only == (LARGE if ratios.prod() < 1 else SMALL)
 
 
-def test_a_struck_tile_is_not_chosen_for_its_family(predictions):
-    chosen = choose(predictions, {("gemm", LARGE)}, 2)
+def test_a_struck_tile_is_not_chosen_for_its_kind(predictions):
+    chosen = choose(predictions, {("1x1", LARGE)}, 2)
     assert chosen.tiles == [SMALL]
-    assert choose(predictions, {("conv", LARGE)}, 2).tiles == [LARGE, SMALL]
+    assert choose(predictions, {("rxs", LARGE)}, 2).tiles == [LARGE, SMALL]
 
 
 def test_a_tile_that_spills_is_struck_for_the_kernels_that_it_would_be_launched_with():
@@ -64,8 +64,8 @@ def test_a_tile_that_spills_is_struck_for_the_kernels_that_it_would_be_launched_
         pointers = plan_layer(layer, 8, "fp16", "sm_100")
     with tiles_of(LARGE._replace(kernel="specialised")):
         specialised = plan_layer(layer, 8, "fp16", "sm_100")
-    assert _to_strike(pointers, None, listed, listed) == {("gemm", tile) for tile in listed[:2]}
-    assert _to_strike(specialised, None, listed, listed) == {("gemm", listed[1])}
+    assert _to_strike(pointers, None, listed, listed) == {("1x1", tile) for tile in listed[:2]}
+    assert _to_strike(specialised, None, listed, listed) == {("1x1", listed[1])}
 
 
 @contextlib.contextmanager
@@ -96,10 +96,10 @@ def test_the_classes_are_what_the_model_says(architecture, precision):
     data, gpu = tiles.load(architecture), tiles.gpu_of(architecture)
     listed = list(tiles.listed_tiles(architecture, precision))
     unused = {
-        (family, tile)
-        for family in ("gemm", "conv")
+        (kind, tile)
+        for kind in cost.KINDS
         for position, tile in enumerate(listed)
-        if position not in tiles.positions_in_use(data, precision, family)
+        if position not in tiles.positions_in_use(data, precision, kind)
     }
     problems = list(dict.fromkeys(layer_problems(precision)))
     again = choose(Predictions(gpu, problems, listed, tiles.codes_of(data)), unused, len(listed), gain=0.0)

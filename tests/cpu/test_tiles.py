@@ -226,7 +226,7 @@ def test_steps_of_a_class(architecture, precision):
 @each_target
 def test_every_tile_is_of_a_class_and_every_class_of_a_tile(architecture, precision):
     data = tiles.load(architecture)
-    used = set().union(*(tiles.positions_in_use(data, precision, family) for family in ("gemm", "conv")))
+    used = set().union(*(tiles.positions_in_use(data, precision, kind) for kind in cost.KINDS))
     assert used == set(range(len(data[precision])))
 
 
