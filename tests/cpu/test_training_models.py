@@ -70,7 +70,7 @@ MODELS = {
     "bottleneck": (lambda: small_resnet(resnet.Bottleneck), 5),
     "resnext": (lambda: small_resnet(resnet.Bottleneck, groups=4, width_per_group=8), 5),
     "wide": (lambda: small_resnet(resnet.Bottleneck, width_per_group=96), 5),
-    "dilated": (lambda: small_resnet(resnet.Bottleneck, replace_stride_with_dilation=[False, True, True]), 5),
+    "dilated": (lambda: small_resnet(resnet.Bottleneck, replace_stride_with_dilation=(False, True, True)), 5),
     "zero-init": (lambda: small_resnet(resnet.Bottleneck, zero_init_residual=True), 5),
     "frozen class": (lambda: small_resnet(norm_layer=FrozenBatchNorm2d), None),
     "group norm": (lambda: small_resnet(norm_layer=lambda c: nn.GroupNorm(4, c)), 0),
