@@ -32,12 +32,12 @@ def randomise_norms(model: nn.Module, seed: int = SEED) -> nn.Module:
 
 def small_resnet(block: type = resnet.BasicBlock, seed: int = SEED, **kwargs: Any) -> nn.Module:
     """torchvision's ResNet with one block a stage: every kind of block, in a second of test time."""
-    return _built(_small, block, seed, **kwargs)
+    return built(_small, block, seed=seed, **kwargs)
 
 
 def short_resnet(block: type = resnet.BasicBlock, **kwargs: Any) -> nn.Module:
     """For training in float64: the stem and three blocks, with identity and with strided projection."""
-    return _built(_short, block, SEED, **kwargs)
+    return built(_short, block, **kwargs)
 
 
 def _small(block: type, **kwargs: Any) -> nn.Module:
@@ -51,17 +51,18 @@ def _short(block: type, **kwargs: Any) -> nn.Module:
     return randomise_norms(model).double().train()
 
 
-def _built(make: Callable[..., nn.Module], block: type, seed: int, **kwargs: Any) -> nn.Module:
-    """A copy: drawing millions of weights takes longer than most tests with them. Leaves one random state in any case."""
-    model = copy.deepcopy(_kept(make, block, seed, **kwargs))
+def built(make: Callable[..., nn.Module], *args: Any, seed: int = SEED, **kwargs: Any) -> nn.Module:
+    """What ``make(*args, **kwargs)`` gives after ``seed``, of which it is a copy: most tests are shorter than drawing
+    millions of weights. The random state that it leaves is the same in any case."""
+    model = copy.deepcopy(_kept(make, seed, *args, **kwargs))
     torch.manual_seed(seed)
     return model
 
 
 @functools.lru_cache(8)
-def _kept(make: Callable[..., nn.Module], block: type, seed: int, **kwargs: Any) -> nn.Module:
+def _kept(make: Callable[..., nn.Module], seed: int, *args: Any, **kwargs: Any) -> nn.Module:
     torch.manual_seed(seed)
-    return make(block, **kwargs)
+    return make(*args, **kwargs)
 
 
 def images(*shape: int, seed: int = SEED) -> Tensor:
