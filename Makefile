@@ -40,7 +40,7 @@ test-cpu: install
 
 # The C++ kernels one by one, also between pages without access and under sanitizers.
 test-native: install
-	$(BIN)/python -m pytest tests/native
+	$(BIN)/python -m pytest -n auto tests/native
 
 test-interpreter: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreter

@@ -1,5 +1,7 @@
 """What holds for every lane."""
 
+import ctypes
+import gc
 import os
 import tempfile
 
@@ -18,3 +20,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_given_back():
+    """After each file: kernels/native/memory.py lets glibc keep what is freed, gigabytes after a large batch."""
+    yield
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))

@@ -21,7 +21,7 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
     def pack(tensor: Tensor) -> Tensor:
         held.append(tensor.detach())
         sizes[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+        return held[-1]  # not a result itself, whose graph would hold it: neither would ever be freed
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = nn.functional.cross_entropy(

@@ -5,8 +5,8 @@ import torch
 
 from resnet_fast.kernels.reference_training import Gate, Geometry
 from resnet_fast.kernels.triton import tiles, training_backward
-from tests.aot.backward_layers import backward_launches
 from tests.aot.layers import ARCHITECTURES, image
+from tests.aot.shipped import everything
 
 
 @pytest.mark.parametrize("kind", ["dgrad", "wgrad"])
@@ -18,7 +18,7 @@ def test_every_tile_is_in_use(architecture, precision, kind):
     """The data holds no tile that no layer of the models gets."""
     name = f"{kind}_{'half' if precision == 'fp16' else precision}"
     shipped = {tuple(tile[:2]) for tile in tiles.load(architecture)[name]}
-    found = [one.plan for one in backward_launches(architecture, precision)]
+    found = [one.plan for one in everything((architecture, precision))]
     plans = [plan for plan in found if plan.kernel.__name__ == f"{kind}_kernel"]
     assert shipped <= {(plan.constants["BM"], plan.constants["BN"]) for plan in plans}
 

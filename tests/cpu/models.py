@@ -1,6 +1,7 @@
 """Small models for the tests, with batch-norm statistics and affine parameters that are far from the identity."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,17 +32,37 @@ def randomise_norms(model: nn.Module, seed: int = SEED) -> nn.Module:
 
 def small_resnet(block: type = resnet.BasicBlock, seed: int = SEED, **kwargs: Any) -> nn.Module:
     """torchvision's ResNet with one block a stage: every kind of block, in a second of test time."""
-    torch.manual_seed(seed)
-    return randomise_norms(resnet.ResNet(block, [1, 1, 1, 1], num_classes=7, **kwargs)).eval()
+    return built(_small, block, seed=seed, **kwargs)
 
 
 def short_resnet(block: type = resnet.BasicBlock, **kwargs: Any) -> nn.Module:
     """For training in float64: the stem and three blocks, with identity and with strided projection."""
-    torch.manual_seed(SEED)
+    return built(_short, block, **kwargs)
+
+
+def _small(block: type, **kwargs: Any) -> nn.Module:
+    return randomise_norms(resnet.ResNet(block, [1, 1, 1, 1], num_classes=7, **kwargs)).eval()
+
+
+def _short(block: type, **kwargs: Any) -> nn.Module:
     model = resnet.ResNet(block, [2, 1, 1, 1], num_classes=7, **kwargs)
     model.layer3 = model.layer4 = nn.Identity()
     model.fc = nn.Linear(128 * block.expansion, 7)
     return randomise_norms(model).double().train()
+
+
+def built(make: Callable[..., nn.Module], *args: Any, seed: int = SEED, **kwargs: Any) -> nn.Module:
+    """What ``make(*args, **kwargs)`` gives after ``seed``, of which it is a copy: most tests are shorter than drawing
+    millions of weights. The random state that it leaves is the same in any case."""
+    model = copy.deepcopy(_kept(make, seed, *args, **kwargs))
+    torch.manual_seed(seed)
+    return model
+
+
+@functools.lru_cache(8)
+def _kept(make: Callable[..., nn.Module], seed: int, *args: Any, **kwargs: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return make(*args, **kwargs)
 
 
 def images(*shape: int, seed: int = SEED) -> Tensor:

@@ -72,7 +72,8 @@ def _build(source: Path, work: Path, **environment: str) -> tuple[dict[str, byte
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory) -> dict[str, bytes]:
-    return _build(source, tmp_path_factory.mktemp("wheel"))[0]
+    """Not optimised, which takes minutes: the kernels that other tests run are compiled with all our flags."""
+    return _build(source, tmp_path_factory.mktemp("wheel"), CXXFLAGS="-O0")[0]
 
 
 COMPILED = "resnet_fast/kernels/native/_native.so"

@@ -15,7 +15,16 @@ from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fast
-from tests.cpu.models import SEED, accelerated, fused_calls, images, randomise_norms, relative_error, small_resnet
+from tests.cpu.models import (
+    SEED,
+    accelerated,
+    built,
+    fused_calls,
+    images,
+    randomise_norms,
+    relative_error,
+    small_resnet,
+)
 from tests.cpu.residual_blocks import WINOGRAD, assert_as_precise, over_seeds, usual
 from tests.cpu.test_fusion import network
 
@@ -61,7 +70,10 @@ def check(stock: nn.Module, x: Tensor, blocks: int) -> nn.Module:
 
 
 def _timm(name: str, **options) -> nn.Module:
-    torch.manual_seed(SEED)
+    return built(_drawn, name, **options)
+
+
+def _drawn(name: str, **options) -> nn.Module:
     return randomise_norms(timm.create_model(name, num_classes=7, **options))
 
 
@@ -70,7 +82,7 @@ MODELS = {
     "bottleneck": (lambda: small_resnet(resnet.Bottleneck), 5),
     "resnext": (lambda: small_resnet(resnet.Bottleneck, groups=4, width_per_group=8), 5),
     "wide": (lambda: small_resnet(resnet.Bottleneck, width_per_group=96), 5),
-    "dilated": (lambda: small_resnet(resnet.Bottleneck, replace_stride_with_dilation=[False, True, True]), 5),
+    "dilated": (lambda: small_resnet(resnet.Bottleneck, replace_stride_with_dilation=(False, True, True)), 5),
     "zero-init": (lambda: small_resnet(resnet.Bottleneck, zero_init_residual=True), 5),
     "frozen class": (lambda: small_resnet(norm_layer=FrozenBatchNorm2d), None),
     "group norm": (lambda: small_resnet(norm_layer=lambda c: nn.GroupNorm(4, c)), 0),
@@ -199,7 +211,7 @@ def _saved(run) -> int:
 
     def pack(tensor):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # a result itself would hold its graph, which would hold it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()

@@ -141,21 +141,22 @@ def _check_unwritten(inputs: list[Tensor], before: list[Tensor]) -> None:
         assert torch.equal(tensor.view(torch.uint8), copy.view(torch.uint8)), "an input was written"
 
 
-def main(variant: str, at_end: bool) -> None:
+def main(variant: str) -> None:
     """Everything between pages without access; a program of its own, because a wrong access ends it."""
     torch.set_num_threads(1)
     library.select(variant)
-    for conv, prologue in itertools.product(SHAPES.values(), (False, True)):
+    for at_end, conv, prologue in itertools.product((False, True), SHAPES.values(), (False, True)):
         case = Wgrad(conv, prologue)
+        edge = "at the end" if at_end else "at the start"
         for algorithm in case.algorithms():
-            print(variant, algorithm, "with a prologue" if prologue else "", conv, flush=True)
+            print(variant, algorithm, edge, "with a prologue" if prologue else "", conv, flush=True)
             case.check(case.run(algorithm, Guarded(at_end)), algorithm)
         if conv.n:
             stride, x = conv.stride, F.pad(case.x, (0, 1, 0, 0))
-            print(variant, "gram", tuple(x.shape), stride, flush=True)
+            print(variant, "gram", edge, tuple(x.shape), stride, flush=True)
             check_gram(run_gram(x, case.prologue, stride, Guarded(at_end)), x, case.prologue, stride)
     print("done")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "end")
+    main(sys.argv[1])

@@ -27,9 +27,16 @@ def _random_convs(count: int) -> list[Conv]:
     return convs
 
 
-def main(variant: str, at_end: bool) -> None:
+def main(variant: str) -> None:
     torch.set_num_threads(1)
     library.select(variant)
+    for at_end in (True, False):
+        print("at their ends" if at_end else "at their starts", flush=True)
+        _everything(variant, at_end)
+    print("done")
+
+
+def _everything(variant: str, at_end: bool) -> None:
     small = [conv for conv in resnet_convs().values() if conv.c * conv.k <= 128 * 128]
     for conv in [*TRICKY.values(), *small, *_random_convs(60)]:
         data = make(conv, torch.float32)
@@ -53,4 +60,3 @@ def main(variant: str, at_end: bool) -> None:
         memory = Memory(Guarded(at_end))
         passes._image = memory.image
         everything(memory.copy(make_passes(name)))
-    print("done")

@@ -182,10 +182,9 @@ def test_refusals():
     assert "cuda" in wgrad.refusal(case(device="cuda"))
 
 
-@pytest.mark.parametrize("edge", ["start", "end"])
-def test_between_pages_without_access(edge, variant):
+def test_between_pages_without_access(variant):
     """In a process of its own, which a wrong access would end."""
-    program = [sys.executable, "-m", "tests.native.gradients", variant, edge]
+    program = [sys.executable, "-m", "tests.native.gradients", variant]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout[-300:] + done.stderr[-2000:]
 
