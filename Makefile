@@ -45,7 +45,8 @@ test-native: install
 test-interpreter: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreter
 
-# Every form that ships, for every architecture: 5,600 binaries, about half an hour on two idle processors, nine minutes again.
+# Every form that ships, for every architecture: 5,600 binaries, about half an hour on two idle processors, or nine minutes
+# where Triton has them in its cache.
 test-aot: install
 	$(BIN)/python -m pytest --all tests/aot
 

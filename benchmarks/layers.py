@@ -18,7 +18,6 @@ from typing import Any, Optional
 import numpy as np
 import onnx
 import torch
-import typer
 from matplotlib.figure import Figure
 from onnx import helper, numpy_helper
 from torch import nn
@@ -34,7 +33,7 @@ from resnet_fast.cli.output import console, table, write_json
 from resnet_fast.export.files import replacing
 from resnet_fast.kernels import native
 from resnet_fast.kernels.native import library
-from resnet_fast.named import build
+from resnet_fast.named import UnknownNameError, build
 from resnet_fast.network import Plan, last_plan
 
 OURS, PEER = "plan", "onnxruntime"
@@ -443,8 +442,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         with out.status("peak") as status:
             result = measure(given, status.update)
-    except typer.BadParameter as error:
-        parser.error(f"--model: {error.message}")
+    except UnknownNameError as error:
+        parser.error(f"--model: {error}")
     except ValueError as error:
         parser.error(str(error))
     write_json(result, given.json)
