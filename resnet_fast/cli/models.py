@@ -2,26 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Optional
 
 import typer
-from torch import nn
 
 from resnet_fast import named
 
 _PARAMETERS = {"name": "MODEL", "weights": "--weights"}
-
-
-def build(name: str, *, weights: Optional[str] = None, num_classes: Optional[int] = None, seed: int = 0) -> nn.Module:
-    """See ``named.build``."""
-    with _bad_parameters():
-        return named.build(name, weights=weights, num_classes=num_classes, seed=seed)
-
-
-def published_weights(name: str, weights: Optional[str]) -> Any:
-    """See ``named.published_weights``."""
-    with _bad_parameters():
-        return named.published_weights(name, weights)
 
 
 @contextlib.contextmanager
@@ -30,3 +16,7 @@ def _bad_parameters() -> Iterator[None]:
         yield
     except named.UnknownNameError as error:
         raise typer.BadParameter(str(error), param_hint=_PARAMETERS[error.argument]) from None
+
+
+build = _bad_parameters()(named.build)
+published_weights = _bad_parameters()(named.published_weights)

@@ -59,9 +59,8 @@ def forms(launches: Iterable[Launch]) -> list[Launch]:
     """Of each form, the launch with the most channels."""
     found: dict[Hashable, Launch] = {}
     for one in distinct(launches):
-        known = found.setdefault(_form(one), one)
-        if _channels(one) > _channels(known):
-            found[_form(one)] = one
+        form = _form(one)
+        found[form] = max(found.get(form, one), one, key=_channels)
     return list(found.values())
 
 

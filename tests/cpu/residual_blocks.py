@@ -243,3 +243,16 @@ def assert_as_precise(actual: dict, stock: dict, exact: dict, floor: float, meas
         mine, theirs = (measure(found[name].double() - right) for found in (actual, stock))
         size = max(measure(right), 1.0)
         assert mine <= 2 * theirs + floor * size, f"{name} is off by {mine:.3g}, stock by {theirs:.3g}, of {size:.3g}"
+
+
+def saved(run: Callable[[], object]) -> int:
+    """Bytes that ``run`` keeps for the backward pass, each storage once."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # a result itself would hold its graph, which would hold it
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storages.values())

@@ -28,6 +28,7 @@ from tests.cpu.residual_blocks import (
     over_seeds,
     random_shape,
     results,
+    saved,
     usual,
 )
 
@@ -374,23 +375,10 @@ def test_no_gradient_wanted():
         assert not SHAPES["basic"].block().fused(SHAPES["basic"].images()[0]).requires_grad
 
 
-def _saved(run) -> int:
-    """Bytes that ``run`` keeps for the backward pass, each storage once."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # a result itself would hold its graph, which would hold it
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storages.values())
-
-
 def test_frozen_blocks_save_nothing():
     block = freeze(SHAPES["bottleneck, expand twice"].block(), "frozen").requires_grad_(False)
     (x,) = SHAPES["bottleneck, expand twice"].images()
-    assert _saved(lambda: block.fused(x)) == 0
+    assert saved(lambda: block.fused(x)) == 0
 
 
 def test_expand_layers_save_no_result():
@@ -399,8 +387,8 @@ def test_expand_layers_save_no_result():
     x.requires_grad_()
     image = 2 * 16 * 16 * 4
     everything = image * (32 + 8 + 8 + 32)  # x, two raw results, and the block's own, whose sign is the ReLU's mask
-    assert everything <= _saved(lambda: block.fused(x)) < everything + image * 8
-    assert _saved(lambda: block(x)) > everything + image * 32
+    assert everything <= saved(lambda: block.fused(x)) < everything + image * 8
+    assert saved(lambda: block(x)) > everything + image * 32
 
 
 # --- derivatives of derivatives, and PyTorch's own checks -------------------------------------------------------------

@@ -25,7 +25,7 @@ from tests.cpu.models import (
     relative_error,
     small_resnet,
 )
-from tests.cpu.residual_blocks import WINOGRAD, assert_as_precise, over_seeds, usual
+from tests.cpu.residual_blocks import WINOGRAD, assert_as_precise, over_seeds, saved, usual
 from tests.cpu.test_fusion import network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -205,19 +205,6 @@ def test_one_value_per_channel_changes_nothing():
 # --- frozen stages ----------------------------------------------------------------------------------------------------
 
 
-def _saved(run) -> int:
-    """Bytes that ``run`` keeps for the backward pass, each storage once."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # a result itself would hold its graph, which would hold it
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storages.values())
-
-
 class Stem(nn.Module):
     """A network's first stages."""
 
@@ -238,7 +225,7 @@ def test_frozen_stages_save_nothing(norm):
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     x = images(2, 3, 64, 64)
-    assert _saved(lambda: fast(x)) == 0
+    assert saved(lambda: fast(x)) == 0
     assert not fast(x).requires_grad
     assert "residual_block_backward" not in fused_calls(lambda: fast(x))
 
@@ -246,16 +233,16 @@ def test_frozen_stages_save_nothing(norm):
 def test_a_model_with_frozen_stages_saves_less():
     model = accelerated(small_resnet(resnet.Bottleneck)).train()
     x = images(2, 3, 64, 64)
-    everything = _saved(lambda: model(x))
+    everything = saved(lambda: model(x))
     parameters = sum(4 * p.numel() for p in model.parameters())  # kept in any case, by reference
-    stock = _saved(lambda: small_resnet(resnet.Bottleneck).train()(x)) - parameters
+    stock = saved(lambda: small_resnet(resnet.Bottleneck).train()(x)) - parameters
     assert everything - parameters < 0.75 * stock
     for stage in (model.conv1, model.bn1, model.layer1):
         stage.requires_grad_(False)
         for module in stage.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-    rest = _saved(lambda: model(x))
+    rest = saved(lambda: model(x))
     activations = 2 * 4 * 16 * 16 * (64 + 64 + 64)  # layer1's: its input and two raw results; its output stays
     assert rest <= everything - activations
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
