@@ -1,6 +1,12 @@
 """``explain(model)``: what runs fused, block by block, on what, and why the rest does not."""
 
+import html
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from typing import Optional
 
 from torch import nn
@@ -15,6 +21,11 @@ from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.triton import planner
 from resnet_fast.ops import inference as ops
 from resnet_fast.utils.modules import check_module
+
+WIDTH = 80
+"""Columns of an explanation as text."""
+
+Cells = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -31,32 +42,125 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """``explain``'s answer, one row for each module that is fused or has convolutions of its own."""
+    """What ``explain`` found, one row for each module that is fused or has convolutions of its own.
+
+    As text it fits 80 columns, with equal neighbours in one line; ``as_dict`` has everything.
+    """
 
     rows: list[Row]
     network: str = ""  # whether the last call ran as one program, and if not, why
+    layers: dict[str, int] = field(default_factory=dict)  # how many the model has of each class with parameters
+    convolutions: int = 0  # all nn.Conv2d
+    fused: int = 0  # those of them that run fused in eval mode
+    in_training: bool = False  # whether the text tells about training mode too
+
+    @property
+    def summary(self) -> str:
+        """One sentence: how many convolutions run fused, and whether the network runs as one program."""
+        if not self.fused and not (self.convolutions and any("BatchNorm" in name for name in self.layers)):
+            most = sorted(self.layers.items(), key=lambda item: -item[1])[:6]
+            found = ", ".join(f"{count} {name}" for name, count in most) or "no layers with parameters"
+            return f"Nothing is fused, for the model has no Conv2d followed by BatchNorm2d. It has {found}."
+        text = f"{self.fused} of {self.convolutions} convolutions fused"
+        if self.network.startswith("one "):
+            return f"{text}; the whole network runs as {self.network}."
+        return f"{text}; whole network: {self.network}." if self.network else f"{text}."
 
     def as_dict(self) -> dict:
-        return {"rows": [asdict(row) for row in self.rows], "network": self.network}
+        return {
+            "summary": self.summary,
+            "convolutions": self.convolutions,
+            "fused": self.fused,
+            "layers": self.layers,
+            "network": self.network,
+            "rows": [asdict(row) for row in self.rows],
+        }
 
     def __str__(self) -> str:
-        cells = [("module", "class", "status", "fused steps, and what runs them; why the rest is not fused")]
-        for row in self.rows:
-            training = f"training: {row.training}" if row.training else ""
-            text = "; ".join([*row.steps, *filter(None, [row.reason, training])])
-            cells.append((row.path or "(model)", row.kind, row.status, text))
-        widths = [max(len(line[i]) for line in cells) for i in range(3)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[3]]) for line in cells]
-        return "\n".join([*lines, *([f"whole network: {self.network}"] if self.network else [])])
+        lines = textwrap.wrap(self.summary, WIDTH, break_on_hyphens=False)
+        for title, cells in self._tables():
+            lines += ["", *([title] if self.in_training else []), *_aligned(cells)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        parts = [f"<p>{html.escape(self.summary)}</p>"]
+        for title, cells in self._tables():
+            rows = ("".join(f"<td style='text-align: left'>{html.escape(cell)}</td>" for cell in row) for row in cells)
+            parts.append(f"<table><caption>{title}</caption>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
+        return "".join(parts)
+
+    def _tables(self) -> list[tuple[str, list[Cells]]]:
+        fused = [row for row in self.rows if row.status != "stock"]
+        rest = sorted((row for row in self.rows if row.status == "stock"), key=_in_eval)
+        tables = [("In eval mode:", _grouped(fused, _in_eval, True) + _grouped(rest, _in_eval, False))]
+        if self.in_training:
+            trained = [row for row in self.rows if row.training]
+            tables.append(("In training mode:", _grouped(trained, _in_training, True)))
+        return [(title, cells) for title, cells in tables if cells]
 
 
-def explain(model: nn.Module) -> Explanation:
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+def _in_eval(row: Row) -> tuple[str, str]:
+    """The class, and the steps by what runs them, each by its first layer: ``conv1, conv3: gemm; conv2: winograd4``."""
+    if row.status == "stock":
+        return row.kind, f"not fused: {row.reason.partition('. ')[0]}"
+    by_server: dict[str, list[str]] = {}
+    for step in row.steps:
+        layers, _, server = step.partition(": ")
+        by_server.setdefault(server.removeprefix("native ") or server, []).append(layers.partition("+")[0])
+    said = [f"{', '.join(layers)}: {server}" for server, layers in by_server.items()]
+    return row.kind, "; ".join([*said, *filter(None, [row.reason])])
+
+
+def _in_training(row: Row) -> tuple[str, str]:
+    """The same, each step by its first and last layer: ``conv1…relu: native``."""
+    return row.kind, re.sub(r"\+\S*\+", "…", row.training)
+
+
+def _grouped(rows: list[Row], said: Callable[[Row], tuple[str, str]], neighbours: bool) -> list[Cells]:
+    """Module, class and what is said of it, once for all after each other that it is said of.
+
+    With ``neighbours`` their paths differ in the last part only, as in ``layer1.0–2``.
+    """
+    cells = []
+    for (_, kind, text), group in groupby(rows, lambda row: (neighbours and row.path.rpartition(".")[0], *said(row))):
+        paths = [row.path or "(model)" for row in group]
+        others = f"–{paths[-1].rpartition('.')[2]}" if neighbours else f" and {len(paths) - 1} more"
+        cells.append((paths[0] + others if len(paths) > 1 else paths[0], kind, text))
+    return cells
+
+
+def _aligned(cells: list[Cells]) -> list[str]:
+    """Lines of three columns, of which the last is wrapped; below the others where these take most of the line."""
+    widths = [max(len(cell[i]) for cell in cells) for i in range(2)]
+    lines = []
+    for name, kind, text in cells:
+        start = f"{name:{widths[0]}}  {kind:{widths[1]}}  "
+        if len(start) > WIDTH * 5 // 8:
+            lines.append(f"{name}  {kind}")
+            start = "    "
+        below = " " * len(start)
+        wrapped = textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=below, break_on_hyphens=False)
+        lines += wrapped or [start.rstrip()]
+    return lines
+
+
+# --- what is explained ------------------------------------------------------------------------------------------------
+
+
+def explain(model: nn.Module, training: bool = False) -> Explanation:
     """Say for every block of ``model`` whether it runs fused, what serves each step, and if not, why.
 
     The answer is about the model as it is now: hooks, types of children, and training flags other than those that
-    ``model.eval()`` would clear count. Each row tells about eval mode first, then about training mode. The
-    algorithms of the native kernels, and the choices on a GPU, measured or from the table of tiles, depend on the size
-    of the images: they are those of the last call.
+    ``model.eval()`` would clear count. The algorithms of the native kernels, and the choices on a GPU, measured or from
+    the table of tiles, depend on the size of the images: they are those of the last call.
+
+    Args:
+        model: accelerated or not.
+        training: print what happens in training mode too.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -65,21 +169,34 @@ def explain(model: nn.Module) -> Explanation:
     programs = {module: program_of(module) or build(module) for module in model.modules() if isinstance(module, Fused)}
     inlined = {child for module, program in programs.items() for child in program.inlined(module)}
     algorithms = _algorithms(model)
-    rows = []
+    rows, fused = [], set()
     for path, module in model.named_modules():
         if module in programs:
-            rows.append(_explain_fused(path, module, programs[module], algorithms))
+            row = _explain_fused(path, module, programs[module], algorithms)
+            rows.append(row)
+            if row.steps:
+                fused |= {child_at(module, step.conv) for step in programs[module].steps if step.conv}
         elif module not in inlined and any(isinstance(child, nn.Conv2d) for child in module.children()):
             reason = "has a forward of its own set on the instance" if "forward" in module.__dict__ else ""
             reason = reason or build(module).reason or "accelerate() has not been called on it"
             rows.append(Row(path, type(module).__name__, "stock", reason=reason))
-    return Explanation(rows, _explain_network(model))
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    return Explanation(rows, _explain_network(model), dict(_layers(model)), convolutions, len(fused), training)
+
+
+def _layers(module: nn.Module) -> Counter[str]:
+    """How many layers with parameters there are of each class: PyTorch's own, and others without children."""
+    own = bool(module._parameters) and type(module).__module__.startswith("torch.nn.modules")
+    if own or not module._modules:
+        return Counter([type(module).__name__] if module._parameters else [])
+    return sum(map(_layers, module.children()), Counter[str]())
 
 
 def _explain_network(model: nn.Module) -> str:
     last = network.last_plan(model)
     if last is None:
-        return "not planned yet; a call in eval mode without gradients does" if isinstance(model, Fused) else ""
+        unplanned = "not planned yet (the first call in eval mode without gradients plans it)"
+        return unplanned if isinstance(model, Fused) else ""
     return str(last) if isinstance(last, network.Plan) else f"no single program: {last}"
 
 

@@ -20,7 +20,6 @@ def demo(
     threads: options.Threads = None,
     seed: options.Seed = 0,
     json: options.Json = None,
-    debug: options.Debug = False,
 ) -> None:
     """Train a small ResNet on digits, accelerate it, check and time it, replay it as ONNX; then a ResNet-50 on photos.
 
@@ -42,7 +41,7 @@ def demo(
     from resnet_fast.cli.demo.report import write_report
     from resnet_fast.cli.demo.study import BenchSettings, study
     from resnet_fast.cli.demo.training import accuracy_of, calibrate, digits_network, train
-    from resnet_fast.cli.models import build
+    from resnet_fast.cli.options import build
     from resnet_fast.export import VerificationError
 
     try:

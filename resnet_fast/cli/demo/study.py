@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from resnet_fast import accelerate, explain
 from resnet_fast.bench import Measurement, measure
-from resnet_fast.cli.verify_file import as_json
+from resnet_fast.cli.verify import as_json
 from resnet_fast.export import ExportResult, export_onnx
 from resnet_fast.export.compare import error_limit
 from resnet_fast.export.runner import session
