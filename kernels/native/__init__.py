@@ -12,14 +12,12 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 
-from resnet_fast.kernels import onednn
-from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels import contract, onednn
+from resnet_fast.kernels.contract import Case, Pair
 from resnet_fast.kernels.native import library, planner
 from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.kernels.reference import inference as reference
-
-Pair = tuple[int, int]
 
 LARGEST = 2**28
 """Sizes beyond it are refused: they go to the kernels as 32-bit numbers, which add a few of them up."""
@@ -207,8 +205,7 @@ def conv_shape(
 ) -> Shape:
     """The kernels' description of a convolution, from the shapes of its image and weight."""
     (n, c, h, w), (k, _, r, s) = x, weight
-    p = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
-    q = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+    p, q = contract.output_size((h, w), (r, s), stride, padding, dilation)
     return Shape(dtype, n, h, w, c, p, q, k, r, s, *stride, *padding, *dilation, groups, relu, pool)
 
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from resnet_fast.kernels import native
-from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.contract import Affine, Case, Geometry, Pair
 from resnet_fast.kernels.native import library
 from resnet_fast.kernels.native.library import Shape
 from resnet_fast.kernels.reference import training as reference_training
-from resnet_fast.kernels.reference.training import Affine, Geometry, Pair
 
 ALGORITHMS = ("gemm", "winograd2", "winograd4")
 

@@ -16,60 +16,18 @@ z (Ioffe and Szegedy 2015, section 3): ``dbeta = total = sum(g)``, ``dgamma = rs
 ``c = a * total / M``. Nothing divides by gamma, which may be 0.
 """
 
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Case
-
-Pair = tuple[int, int]
-
-
-class Geometry(NamedTuple):
-    """What a convolution is given beside its tensors."""
-
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
-
-
-class Affine(NamedTuple):
-    """``x * scale + shift``, both ``[C]``."""
-
-    scale: Tensor
-    shift: Tensor
-
-
-class Gate(NamedTuple):
-    """The ReLU that a convolution's input came through, for the gradient to go back through.
-
-    ``affine`` and ``mean`` are those of the batch norm before it, whose input the convolution's input then is (raw);
-    both are None where the convolution's input is the ReLU's result.
-    """
-
-    affine: Optional[Affine] = None
-    mean: Optional[Tensor] = None
-
-
-class Gradient(NamedTuple):
-    """A gradient ``g [N, C, H, W]``, and what batch norm's backward pass needs of it: see above."""
-
-    g: Tensor
-    total: Optional[Tensor] = None
-    product: Optional[Tensor] = None
+from resnet_fast.kernels.contract import Affine, Case, Gate, Geometry, Gradient, Pair, wide
 
 
 def supports(case: Case) -> Optional[str]:
     """None: the definition covers every case."""
     return None
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype of vectors and statistics beside ``x``."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from resnet_fast.kernels import streams
+from resnet_fast.kernels.contract import Pair
 from resnet_fast.kernels.folding import fold
 
-Pair = tuple[int, int]
 Call = Callable[[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes x, the residual, scale and shift, as a prepared call does (prepared.py)."""
 

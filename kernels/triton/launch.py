@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 
 from resnet_fast.kernels import streams
+from resnet_fast.kernels.contract import Pair, output_size
 from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import cost, cudnn, descriptor, pack, planner, prepared, tiles
 from resnet_fast.kernels.triton.classifier import head_kernel
@@ -25,7 +26,6 @@ from resnet_fast.kernels.triton.problem import conv_problem
 from resnet_fast.kernels.triton.support import interpreted
 from resnet_fast.kernels.triton.tail import tail_kernel
 
-Pair = tuple[int, int]
 Affine = tuple[torch.Tensor, torch.Tensor]  # scale and shift
 
 _INT32_ELEMENTS = 2**31  # from here on, offsets are computed in 64 bits
@@ -218,8 +218,7 @@ def plan_conv(
     """
     n, c, h, w = x.shape
     k, _, r, s = weight.shape
-    p = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
-    q = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+    p, q = output_size((h, w), (r, s), stride, padding, dilation)
     y = allocate(x, (n, k, p, q))
     if residual is not None:
         residual = nhwc(residual)

@@ -16,10 +16,9 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from resnet_fast.kernels.choices import Choices, own_version
+from resnet_fast.kernels.contract import Pair, output_size
 from resnet_fast.kernels.triton import cudnn, tiles
 from resnet_fast.kernels.triton.problem import conv_problem
-
-Pair = tuple[int, int]
 
 _TILES = 6  # of our own, at most, that are measured for a problem
 
@@ -53,13 +52,7 @@ class Problem(NamedTuple):
 
     def output(self) -> Pair:
         """Height and width of the result."""
-        height, width = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, padding, dilation, kernel, stride in zip(
-                (self.h, self.w), self.padding, self.dilation, self.kernel, self.stride
-            )
-        )
-        return height, width
+        return output_size((self.h, self.w), self.kernel, self.stride, self.padding, self.dilation)
 
     def key(self) -> str:
         """``float16 b128 56x56x64 64 3x3 s1x1 p1x1 d1x1 g1 +relu``; batches up to the same power of two share one."""

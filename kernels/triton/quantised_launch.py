@@ -5,8 +5,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from resnet_fast.kernels.contract import Pair, output_size
 from resnet_fast.kernels.reference import quantised as reference_quantised
-from resnet_fast.kernels.reference.quantised import RANGE, Pair
+from resnet_fast.kernels.reference.quantised import RANGE
 from resnet_fast.kernels.triton import launch, pack, tiles
 from resnet_fast.kernels.triton.conv_quantised import conv_quantised_kernel
 from resnet_fast.kernels.triton.launch import Plan
@@ -71,8 +72,7 @@ def plan_conv_quantised(
     """``target`` is the architecture to choose the tile for, unless one is given."""
     n, c, h, w = x.shape
     k, _, r, s = weight.shape
-    p = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
-    q = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
+    p, q = output_size((h, w), (r, s), stride, padding, dilation)
     x, y = launch.nhwc(x), launch.allocate(x, (n, k, p, q), out_dtype)
     residual = None if residual is None else launch.nhwc(residual)
     merge = pack.merged(groups, c // groups)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fast.kernels.contract import Affine, Gate, Geometry, Gradient, Pair
 from resnet_fast.kernels.reference import training as reference
-from resnet_fast.kernels.reference.training import Affine, Gate, Geometry, Gradient, Pair
 from resnet_fast.kernels.triton import launch, pack, tiles
 from resnet_fast.kernels.triton.dgrad import dgrad_kernel
 from resnet_fast.kernels.triton.gate import sum_rows_kernel

@@ -10,8 +10,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from resnet_fast.kernels.contract import Affine, Geometry, Pair
 from resnet_fast.kernels.reference import training as reference_training
-from resnet_fast.kernels.reference.training import Affine, Geometry, Pair
 from resnet_fast.kernels.triton import launch, tiles
 from resnet_fast.kernels.triton.gram import covariance_kernel, gram_kernel
 from resnet_fast.kernels.triton.launch import Plan

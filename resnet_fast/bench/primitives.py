@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from resnet_fast.bench.moves import Ledger, Place, pixels_needed
-from resnet_fast.kernels.contract import Case
-from resnet_fast.kernels.reference.training import Affine, Gate, Geometry, Gradient, Pair, wide
+from resnet_fast.kernels.contract import Affine, Case, Gate, Geometry, Gradient, Pair, wide
 from resnet_fast.ops.block_passes import Chain
 from resnet_fast.ops.inference import conv_output, pooled
 

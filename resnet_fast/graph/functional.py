@@ -14,9 +14,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from resnet_fast.graph.conditions import SYNCHRONISED, head_refusals, is_stem_conv
 from resnet_fast.graph.sync_batch_norm import CpuSyncBatchNorm
-from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.contract import Case, Geometry
 from resnet_fast.kernels.packing import PackCache
-from resnet_fast.kernels.reference.training import Geometry
 from resnet_fast.ops import inference as ops
 from resnet_fast.ops.residual_block import flat_geometry
 

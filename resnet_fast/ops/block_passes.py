@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Case
-from resnet_fast.kernels.reference.training import Affine, Gate, Geometry, Gradient, wide
+from resnet_fast.kernels.contract import Affine, Case, Gate, Geometry, Gradient, wide
 from resnet_fast.ops.inference import conv_output
 
 EXPANSION = 2

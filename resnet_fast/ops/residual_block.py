@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fast.kernels.contract import Geometry, wide
 from resnet_fast.kernels.reference import training as reference_training
-from resnet_fast.kernels.reference.training import Geometry, wide
 from resnet_fast.ops import block_passes as chains
 from resnet_fast.ops import inference as ops
 from resnet_fast.ops.block_passes import Chain, Layer, Wanted

@@ -12,7 +12,7 @@ from resnet_fast.bench.moves import Move, Place, Value
 from resnet_fast.bench.roofline import Assumptions, Roofline, peak_of, predict
 from resnet_fast.bench.traffic import blocks, compare
 from resnet_fast.cli import main
-from resnet_fast.kernels.reference.training import Affine, Gate, Geometry
+from resnet_fast.kernels.contract import Affine, Gate, Geometry
 from resnet_fast.kernels.triton import training_backward, training_forward
 from resnet_fast.kernels.triton.gpus import GPUS
 from resnet_fast.models.named import build

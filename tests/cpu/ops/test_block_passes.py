@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resnet_fast.kernels.contract import Geometry
 from resnet_fast.kernels.reference import training as reference_training
-from resnet_fast.kernels.reference.training import Geometry
 from resnet_fast.ops import block_passes, residual_block
 from resnet_fast.ops.block_passes import Layer as ChainLayer
 from tests.cpu.ops.residual_blocks import FROZEN, SHAPES, Block, Layer, Shape, assert_as_precise, freeze, results
