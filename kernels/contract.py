@@ -1,6 +1,6 @@
 """What all implementations share: the tensors and numbers that an op is given, and the case of a call."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, overload
 
 import torch
 from torch import Tensor
@@ -62,6 +62,15 @@ class Gradient(NamedTuple):
 def wide(x: Tensor) -> torch.dtype:
     """The dtype of vectors and statistics beside ``x``."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@overload
+def nhwc(x: Tensor) -> Tensor: ...
+@overload
+def nhwc(x: Optional[Tensor]) -> Optional[Tensor]: ...
+def nhwc(x: Optional[Tensor]) -> Optional[Tensor]:
+    """The image in ``torch.channels_last``, itself if it lies so; None for None."""
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
 def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:

@@ -7,7 +7,7 @@ from typing import Any, Optional, TypeVar
 
 from torch import nn
 
-from resnet_fast import network
+from resnet_fast import network, ops
 from resnet_fast.accelerated import accelerated_class
 from resnet_fast.graph.bottleneck_pairs import Row as BlockRow
 from resnet_fast.graph.conditions import DROPS_OUT, Path, child_at, head_refusals
@@ -17,7 +17,6 @@ from resnet_fast.graph.programs import drop_program, program_of, rebuild
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.triton import planner
-from resnet_fast.ops import inference as ops
 
 M = TypeVar("M", bound=nn.Module)
 

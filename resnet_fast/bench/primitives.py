@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from resnet_fast.bench.moves import Ledger, Place, pixels_needed
 from resnet_fast.kernels.contract import Affine, Case, Gate, Geometry, Gradient, Pair, wide
-from resnet_fast.ops.block_passes import Chain
-from resnet_fast.ops.inference import conv_output, pooled
+from resnet_fast.ops.block import Block
+from resnet_fast.ops.checks import conv_output, pooled
 
 
 def _uncounted(primitive: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,7 +28,7 @@ def _uncounted(primitive: Callable[..., Any]) -> Callable[..., Any]:
 class Primitives:
     """Enters each in the ledger, and makes results of the right shapes: images without data, vectors of zeros."""
 
-    def __init__(self, ledger: Ledger, chain: Chain) -> None:
+    def __init__(self, ledger: Ledger, chain: Block) -> None:
         self._ledger = ledger
         self._block = ledger.at.block
         self._layer = ledger.at.layer  # of the primitive before
@@ -86,7 +86,7 @@ class Primitives:
     @_uncounted
     def tail_pool(self, y: Tensor, affine: Affine) -> Tensor:
         n, c, h, w = y.shape
-        out = y.new_empty(n, c, pooled(h), pooled(w))
+        out = y.new_empty(pooled((n, c, h, w)))
         self._add("tail_pool", self._maker(y), [(y, None)], [affine], [out])
         return out
 
@@ -205,7 +205,7 @@ class Primitives:
 
 
 def _convolved(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    return x.new_empty(conv_output(x.shape, weight.shape, *geometry[:3]))
+    return x.new_empty(conv_output(x.shape, weight.shape, geometry))
 
 
 def _vector(image: Tensor) -> Tensor:

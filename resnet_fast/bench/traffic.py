@@ -3,7 +3,7 @@
 The model runs without data (on the ``meta`` device). Every operation reads each of its operands once and writes each of
 its results once, whatever its kernel keeps in caches and workspaces; a convolution reads the pixels that it needs, and
 batch norm by batch statistics reads its operands twice: for the sums, and to apply them. A chain counts as the
-primitives that ``ops/block_passes.py`` asks for and what it computes between them, so the count follows that code.
+primitives that ``ops/block.py`` asks for and what it computes between them, so the count follows that code.
 Other fused ops need no mention here: they have operands like any.
 """
 
@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 from resnet_fast import accelerate
 from resnet_fast.bench.moves import Ledger, Move, Place, pixels_needed
 from resnet_fast.bench.primitives import Primitives
-from resnet_fast.ops import block_passes as chains
-from resnet_fast.ops import residual_block
-from resnet_fast.ops.inference import conv_output
+from resnet_fast.kernels.contract import Geometry
+from resnet_fast.ops import block_backward, block_forward, residual_block
+from resnet_fast.ops.checks import conv_output
 
 _aten, _ours = torch.ops.aten, torch.ops.resnet_fast
 _STRIDES = {_aten.convolution.default: 3, _ours.conv_bn_act.default: 5}
@@ -182,7 +182,7 @@ class _Counter(TorchDispatchMode):
         if func.namespace != "resnet_fast":
             return 0
         if func is _ours.stem.default:
-            convolved = conv_output(args[0].shape, args[1].shape, (2, 2), (3, 3), (1, 1))
+            convolved = conv_output(args[0].shape, args[1].shape, Geometry((2, 2), (3, 3)))
             return 2 * torch.Size(convolved).numel() * args[1][0].numel()
         # Its weights, each with the result that it gives.
         matrices = [tensor for tensor in given if tensor.dim() > 1 and self.ledger.contents(tensor).owner]
@@ -214,22 +214,22 @@ class _Counter(TorchDispatchMode):
 
     def _chain(self, place: Place, args: Any, made: list[Tensor]) -> None:
         x, residual, weights, scales, shifts, *plain = args
-        chain = residual_block.chain_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
+        chain = residual_block.block_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
         self.ledger.at = place
         with self._seen():
-            result = chains.forward(chain, _nhwc(x), _nhwc(residual), Primitives(self.ledger, chain).pick)
+            result = block_forward.forward(chain, _nhwc(x), _nhwc(residual), Primitives(self.ledger, chain).pick)
         self._same(made, [result.out, *result.statistics, *result.saved])
 
     def _chain_backward(self, place: Place, args: Any, made: list[Tensor]) -> None:
         grad, x, residual, out, weights, scales, shifts, *plain, saved, flags = args
-        chain = residual_block.chain_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
+        chain = residual_block.block_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
         wanted = residual_block._wanted(flags)
         vectors = iter(self._real([tensor for tensor in saved if tensor.dim() != 4]))
         saved = [tensor if tensor.dim() == 4 else next(vectors) for tensor in saved]
         self.ledger.at = place
         with self._seen():
             pick = Primitives(self.ledger, chain).pick
-            found = chains.backward(chain, _nhwc(grad), _nhwc(x), _nhwc(residual), out, saved, wanted, pick)
+            found = block_backward.backward(chain, _nhwc(grad), _nhwc(x), _nhwc(residual), out, saved, wanted, pick)
             for gradient in found.weights:
                 if gradient is not None:
                     self.ledger.contents(gradient).parameter = True

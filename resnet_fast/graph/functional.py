@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from resnet_fast import ops
 from resnet_fast.graph.conditions import SYNCHRONISED, head_refusals, is_stem_conv
 from resnet_fast.graph.sync_batch_norm import CpuSyncBatchNorm
 from resnet_fast.kernels.contract import Case, Geometry
 from resnet_fast.kernels.packing import PackCache
-from resnet_fast.ops import inference as ops
+from resnet_fast.ops.checks import conv_output
 from resnet_fast.ops.residual_block import flat_geometry
 
 BatchNorm = Union[nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm, FrozenBatchNorm2d]
@@ -120,7 +121,7 @@ def residual_block(
 ) -> Tensor:
     """Convolutions in a row, each with its batch norm and a ReLU; the last one's ReLU comes after a shortcut is added.
 
-    One op with a backward pass of its own, which keeps less than the modules would: see ``ops/block_passes.py``. Each
+    One op with a backward pass of its own, which keeps less than the modules would: see ``ops/block.py``. Each
     batch norm normalises by what it is set to, batch statistics or running ones, and updates the latter as its own
     forward does.
 
@@ -326,7 +327,7 @@ def _fits(residual: Tensor, x: Tensor, convs: Sequence[nn.Conv2d]) -> bool:
     """Whether the op can add the residual itself: the output's shape, and the dtype that the output will have."""
     shape: Any = x.shape
     for conv in convs:
-        shape = ops.conv_output(shape, conv.weight.shape, *geometry_of(conv)[:3])
+        shape = conv_output(shape, conv.weight.shape, geometry_of(conv))
     return residual.dtype == _dtype_of_result(x) and list(residual.shape) == list(shape)
 
 

@@ -230,7 +230,7 @@ def matches(module: nn.Module, graph: fx.Graph, training: bool = False) -> list[
 
 
 def chains(module: nn.Module, graph: fx.Graph, found: list[Match]) -> list[Match]:
-    """The matches in training mode: convolutions put together to the chains of ``ops/block_passes.py``, with their
+    """The matches in training mode: convolutions put together to the chains of ``ops/block.py``, with their
     shortcuts."""
     matcher = Matcher(module)
     order = {node: i for i, node in enumerate(graph.nodes)}

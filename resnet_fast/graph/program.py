@@ -11,7 +11,7 @@ enough for every call, whether that still holds: children of the exact expected 
 running statistics in use. If it does not, the module's own forward runs.
 
 In training mode, what is found is put together to whole residual blocks (``patterns.chains``): see
-``ops/block_passes.py``.
+``ops/block.py``.
 """
 
 import linecache

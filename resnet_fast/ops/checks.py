@@ -10,7 +10,8 @@ from resnet_fast.kernels.contract import Geometry, output_size
 
 def geometry_of(stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
     """The geometry that an op was given: lists of two numbers, or of one for both directions."""
-    return Geometry(*((pair[0], pair[-1]) for pair in (stride, padding, dilation)), groups)  # type: ignore[arg-type]
+    stride, padding, dilation = ((pair[0], pair[-1]) for pair in (stride, padding, dilation))
+    return Geometry(stride, padding, dilation, groups)
 
 
 def check_images(x: Any) -> None:

@@ -77,5 +77,6 @@ def chained(case: Case) -> bool:
 
 def conv_case(op: str, x: Any, weight: Any, geometry: Geometry) -> Case:
     """A convolution's case: ``x`` and ``weight`` may be anything with shape, dtype and device."""
-    channels, kernel = (x.shape[1], weight.shape[0]), (weight.shape[2], weight.shape[3])
-    return Case(op, x.device.type, x.dtype, *channels, kernel, *geometry)
+    kernel = weight.shape[2], weight.shape[3]
+    stride, padding, dilation, groups = geometry
+    return Case(op, x.device.type, x.dtype, x.shape[1], weight.shape[0], kernel, stride, padding, dilation, groups)

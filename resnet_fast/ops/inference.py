@@ -17,7 +17,6 @@ from resnet_fast.ops.checks import (
     check_device,
     check_images,
     check_parameter,
-    conv_output,
     empty_channels_last,
     geometry_of,
     pooled,
@@ -42,8 +41,8 @@ def _conv_bn_act(*operands: Any) -> Tensor:
 
 
 def _conv_bn_act_fake(*operands: Any) -> Tensor:
-    *tensors, stride, padding, dilation, groups, _ = operands
-    return empty_channels_last(tensors[0], check_conv(*tensors, geometry_of(stride, padding, dilation, groups)))
+    x, weight, scale, shift, residual, *numbers, _ = operands
+    return empty_channels_last(x, check_conv(x, weight, scale, shift, residual, geometry_of(*numbers)))
 
 
 def _conv_bn_act_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:

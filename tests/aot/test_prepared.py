@@ -7,12 +7,12 @@ import weakref
 import pytest
 import torch
 
+from resnet_fast import ops
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import cudnn, descriptor, launch, measuring, planner, prepared, tiles
 from resnet_fast.kernels.triton.problem import conv_problem
 from resnet_fast.kernels.triton.tiles import Tile
-from resnet_fast.ops import inference as ops
 from tests import fake_gpu
 from tests.fake_gpu import on_gpu
 
@@ -34,7 +34,7 @@ class Conv:
         return (*tensors, (1, 1), self.padding, *_FLAGS[1:])
 
     def call(self) -> torch.Tensor:
-        return ops._conv_bn_act(*self.arguments())
+        return ops.inference._conv_bn_act(*self.arguments())
 
     def started(self, gpu: fake_gpu.Driver) -> fake_gpu.Started:
         """Of one call, which gives a result of the right shape and layout."""
@@ -312,7 +312,7 @@ def test_calls_are_found_by_all_that_decides_a_launch(gpu):
     conv.residual = image(64, 10)
     assert not was_prepared(conv.started(gpu))
     gpu.started = []
-    ops._conv_bn_act(*conv.arguments()[:-1], False)
+    ops.inference._conv_bn_act(*conv.arguments()[:-1], False)
     assert not was_prepared(gpu.started[0])
     conv.x, conv.residual = on_gpu(conv.x.bfloat16()), None
     assert not was_prepared(conv.started(gpu))

@@ -17,7 +17,6 @@ from resnet_fast.graph import functional
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import chain_launch, launch, tiles
-from resnet_fast.ops import inference as ops
 from tests.cpu.small_models import randomise_norms
 from tests.interpreter.cases import each_dtype, nhwc
 from tests.interpreter.checking import (
@@ -197,7 +196,7 @@ def test_the_op_asks_whether_it_pays(launched, monkeypatch):
     inputs = CHAINS["round"].inputs(torch.float32)
     one = torch.ops.resnet_fast.conv_chain(*inputs)
     assert len(launched) == 1
-    monkeypatch.setattr(ops.triton, "chain_pays", lambda case, rows: rows > 128)  # it has 2 * 8 * 8
+    monkeypatch.setattr(kernels, "chain_pays", lambda case, rows: rows > 128)  # it has 2 * 8 * 8
     two = torch.ops.resnet_fast.conv_chain(*inputs)
     assert len(launched) == 1
     for chained, apart in zip(one, two):

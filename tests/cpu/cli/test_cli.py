@@ -14,12 +14,12 @@ import torchvision
 from safetensors.torch import save_file
 
 import resnet_fast
+from resnet_fast import ops
 from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.cli import main
 from resnet_fast.cli.console import write_json
 from resnet_fast.kernels.native import choices, library, planner
 from resnet_fast.models.named import build, read_checkpoint
-from resnet_fast.ops import inference as ops
 from resnet_fast.utils.optional import EXTRAS
 from resnet_fast.verify import WINOGRAD, check_layers
 

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
-from resnet_fast import network
+from resnet_fast import network, ops
 from resnet_fast.bench.machine import describe
 from resnet_fast.cli import main
 from resnet_fast.cli.demo.data import digits, photographs
@@ -17,7 +17,6 @@ from resnet_fast.cli.demo.report import _sentence, write_report
 from resnet_fast.cli.demo.study import BenchSettings, study
 from resnet_fast.cli.demo.training import History, accuracy_of, calibrate, digits_network
 from resnet_fast.models.named import build
-from resnet_fast.ops import inference as ops
 
 REDUCED = ["--model", "resnet18", "--size", "64", "--providers", "ours,eager", "--rounds", "1", "--seconds", "0"]
 

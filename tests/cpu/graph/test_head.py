@@ -11,11 +11,10 @@ import torchvision
 from torch import Tensor, nn
 
 import resnet_fast
-from resnet_fast import network
+from resnet_fast import network, ops
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import library
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.ops import inference as ops
 from tests.cpu.ops.cases import HALF, SERVED, assert_close, cpu_implementations, dtype_name, nhwc
 from tests.cpu.small_models import accelerated, fused_calls, images, randomise_norms, relative_error, small_resnet
 

@@ -1,4 +1,4 @@
-"""The arithmetic of ``ops/block_passes.py``: which layers expand, what is kept, and statistics from nearly dependent
+"""The arithmetic of ``ops/block.py``: which layers expand, what is kept, and statistics from nearly dependent
 features."""
 
 import copy
@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fast.kernels.contract import Geometry
 from resnet_fast.kernels.reference import training as reference_training
-from resnet_fast.ops import block_passes, residual_block
-from resnet_fast.ops.block_passes import Layer as ChainLayer
+from resnet_fast.ops import block_norm, residual_block
+from resnet_fast.ops.block import Block as Described
+from resnet_fast.ops.block import Layer as BlockLayer
+from resnet_fast.ops.block import expands, saved_shapes
 from tests.cpu.ops.residual_blocks import FROZEN, SHAPES, Block, Layer, Shape, assert_as_precise, freeze, results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,10 +45,10 @@ def recorded(block: Block, *images: Tensor) -> tuple[tuple, tuple]:
 # --- which layers expand, and what is kept ----------------------------------------------------------------------------
 
 
-def _layer(k: int, c: int, kernel: int = 1, groups: int = 1, padding: int = 0, batch: bool = True) -> ChainLayer:
+def _layer(k: int, c: int, kernel: int = 1, groups: int = 1, padding: int = 0, batch: bool = True) -> BlockLayer:
     weight = torch.empty(k, c // groups, kernel, kernel)
     geometry = Geometry(padding=(padding, padding), groups=groups)
-    return ChainLayer(weight, torch.ones(k), torch.zeros(k), 1e-5, geometry, batch)
+    return BlockLayer(weight, torch.ones(k), torch.zeros(k), 1e-5, geometry, batch)
 
 
 EXPANDS = {
@@ -64,9 +66,9 @@ EXPANDS = {
 
 @pytest.mark.parametrize(("layer", "x", "expected"), EXPANDS.values(), ids=EXPANDS)
 def test_expands(layer, x, expected):
-    one = block_passes.Chain((layer,), False, False, True, False, "")
-    assert block_passes.expands(one, layer, x) is expected
-    assert not block_passes.expands(one._replace(pool=True), layer, x), "a pool reads the raw result"
+    one = Described((layer,), False, False, True, False, "")
+    assert expands(one, layer, x) is expected
+    assert not expands(one._replace(pool=True), layer, x), "a pool reads the raw result"
 
 
 @pytest.mark.parametrize("frozen", FROZEN)
@@ -77,8 +79,8 @@ def test_saved_shapes(name, frozen):
     with Recorder() as recorder:
         block.fused(*images)
     for (x, residual, weights, scales, shifts, *plain), (_, statistics, saved) in recorder.calls:
-        made = residual_block.chain_of(weights, scales, shifts, *plain)
-        shapes = block_passes.saved_shapes(made, x.shape, None if residual is None else residual.shape)
+        made = residual_block.block_of(weights, scales, shifts, *plain)
+        shapes = saved_shapes(made, x.shape, None if residual is None else residual.shape)
         assert [list(shape or []) for shape in shapes] == [list(tensor.shape) for tensor in saved]
         assert [tensor.dtype is torch.bool for tensor in saved] == [shape is None for shape in shapes]
         assert len(statistics) == sum(layer.batch_statistics for layer in made.layers)
@@ -90,7 +92,7 @@ def test_statistics_of_an_expand_layer_are_those_of_its_result():
     layer = _layer(11, 5)._replace(weight=weight)
     for stride in ((1, 1), (2, 3)):
         y = torch.nn.functional.conv2d(x, weight, stride=stride)
-        mean, variance, cancels = block_passes._from_gram(layer, x, *reference_training.gram(x, None, stride))
+        mean, variance, cancels = block_norm.from_gram(layer, x, *reference_training.gram(x, None, stride))
         torch.testing.assert_close(mean, y.mean((0, 2, 3)))
         torch.testing.assert_close(variance, y.var((0, 2, 3), correction=0))
         assert not cancels
@@ -143,7 +145,7 @@ def test_common_mode(ratio, shape):
 @pytest.mark.parametrize("ratio", [10.0, 100.0])
 def test_common_mode_needs_the_safety(ratio, monkeypatch):
     """The same check, without: it must be able to fail."""
-    monkeypatch.setattr(block_passes, "MOST_CANCELLATION", float("inf"))
+    monkeypatch.setattr(block_norm, "MOST_CANCELLATION", float("inf"))
     block, x = _common(ratio)
     assert _flags(block, x) == [False]
     with pytest.raises(AssertionError, match="is off by"):
