@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from resnet_fast import network
-from resnet_fast.graph.program import PROGRAM, Fused, stock_wanted
-from resnet_fast.graph.programs import program_of, rebuild
+from resnet_fast.graph.conditions import Fused, stock_wanted
+from resnet_fast.graph.program import STATE
+from resnet_fast.graph.state import rebuild, state_of
 
 
 def fused(cls: Any) -> Any:
@@ -27,16 +28,16 @@ def fused(cls: Any) -> Any:
         plan = network.plan_for(self, args, kwargs)
         if plan is not None:
             return plan.run(*args, *kwargs.values())
-        program = program_of(self)
-        if self.training and program is not None:
-            program = program.in_training
-        if program is not None and program.takes(args, kwargs) and not program.refusal(self):
-            return program.function(self, *args, **kwargs)
+        state = state_of(self)
+        if state is not None:
+            program = state.training if self.training else state.eval
+            if program.takes(args, kwargs) and not program.refusal(self):
+                return program.function(self, *args, **kwargs)
         return stock.forward(self, *args, **kwargs)
 
     def getstate(self: nn.Module) -> Any:
         state = super(cls, self).__getstate__()
-        return {k: v for k, v in state.items() if k != PROGRAM} if isinstance(state, dict) else state
+        return {k: v for k, v in state.items() if k != STATE} if isinstance(state, dict) else state
 
     def setstate(self: nn.Module, state: Any) -> None:
         super(cls, self).__setstate__(state)
@@ -45,7 +46,7 @@ def fused(cls: Any) -> Any:
     def prepare_scriptable(self: nn.Module) -> nn.Module:
         """What ``torch.jit.script`` compiles: the stock class, over the same parameters."""
         plain = stock.__new__(stock)
-        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != PROGRAM})
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != STATE})
         plain._modules = dict(self._modules)
         return plain
 

@@ -13,7 +13,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from resnet_fast.graph.conditions import is_sequential
 from resnet_fast.graph.patterns import is_addition
-from resnet_fast.graph.program import Fused
 from resnet_fast.graph.tracing import Untraceable, called, trace
 
 _PASSED_IN_EVAL_MODE = ("DropPath", "DropBlock2d", "StochasticDepth")  # of timm and torchvision, by name
@@ -72,7 +71,7 @@ class _Finder:
 
     def _traced(self, module: nn.Module) -> Optional[fx.Graph]:
         try:
-            return trace(module, "stock_forward" if isinstance(module, Fused) else "forward", False)[1]
+            return trace(module, False)[1]
         except Untraceable as error:
             if not _owns_convolutions(module):
                 return None

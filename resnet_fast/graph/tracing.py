@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict
 
-from resnet_fast.graph.conditions import Path, is_sequential
+from resnet_fast.graph.conditions import Fused, Path, is_sequential
 
 
 class _Proxy(fx.Proxy):
@@ -109,8 +109,8 @@ class Untraceable(Exception):
     pass
 
 
-def trace(module: nn.Module, forward: str, training: bool) -> tuple[Tracer, fx.Graph]:
-    """The graph of a module's method ``forward``, all flags ``training``. The module is left as it was, flags and
+def trace(module: nn.Module, training: bool) -> tuple[Tracer, fx.Graph]:
+    """The graph of a module's own forward, all flags ``training``. The module is left as it was, flags and
     attributes included.
 
     Raises:
@@ -122,7 +122,7 @@ def trace(module: nn.Module, forward: str, training: bool) -> tuple[Tracer, fx.G
         m.__dict__["training"] = training
     try:
         with _everything_on():
-            tracer = Tracer(forward)
+            tracer = Tracer("stock_forward" if isinstance(module, Fused) else "forward")
             graph = tracer.trace(module)
     except Exception as error:
         first_line = (str(error) or repr(error)).splitlines()[0]

@@ -18,10 +18,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from resnet_fast.graph import conditions, functional
-from resnet_fast.graph.bottleneck_pairs import Row
-from resnet_fast.graph.conditions import Path
-from resnet_fast.graph.program import Fused, Program, build, channels_last, hidden_state, laid_out_like
-from resnet_fast.graph.programs import program_of
+from resnet_fast.graph.bottleneck_pairs import Bottlenecks
+from resnet_fast.graph.conditions import Fused, Path
+from resnet_fast.graph.layout import channels_last, laid_out_like
+from resnet_fast.graph.program import Program, build, hidden_state
+from resnet_fast.graph.state import state_of
 from resnet_fast.kernels import native
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import library, planner
@@ -129,7 +130,7 @@ class Lowering:
             return self._module(child, (*self._at, *path), args, kwargs)
         if getattr(node.target, "__module__", "") == "_operator" and not any(isinstance(arg, Image) for arg in args):
             return node.target(*args, **kwargs)  # type: ignore[operator]  # sizes
-        if isinstance(node.target, Row):
+        if isinstance(node.target, Bottlenecks):
             x, *blocks = args
             for block in blocks:
                 x = self._module(block.module, block.path, (x,), {})
@@ -164,8 +165,9 @@ class Lowering:
     def _program(self, module: nn.Module) -> Program:
         """The graph to follow into, its conditions checked."""
         if isinstance(module, Fused):
-            program = program_of(module)
-            assert program is not None
+            state = state_of(module)
+            assert state is not None
+            program = state.eval
             reason = program.refusal(module)
         else:
             known = type(module).__module__.split(".")[0] in _KNOWN_PACKAGES
@@ -173,8 +175,8 @@ class Lowering:
                 raise NotPlanned(f"{self._name()} is a {type(module).__name__}")
             if hidden_state(module):
                 raise NotPlanned(f"{self._name()} has an attribute {hidden_state(module)}")
-            stock, program = self.plain.get(self._at, (None, None))
-            if stock is not type(module) or program is None or program.stale(module):
+            known_class, program = self.plain.get(self._at) or (None, Program())
+            if known_class is not type(module) or program.stale(module):
                 program = build(module)
                 self.plain[self._at] = type(module), program
             reason = "training mode" if module.training else program.parts_refusal(module)

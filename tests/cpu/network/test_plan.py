@@ -20,7 +20,8 @@ from torchvision.models import resnet
 
 import resnet_fast
 from resnet_fast import network
-from resnet_fast.graph.programs import PROGRAM, program_of
+from resnet_fast.graph.program import STATE
+from resnet_fast.graph.state import state_of
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.native import library, planner
 from resnet_fast.network import memory, schedule
@@ -538,7 +539,7 @@ def test_a_replica_with_parameters_of_its_own():
 
 def test_restore_drops_the_plan(runs):
     fast = resnet_fast.restore(planned(small_resnet()))
-    assert PROGRAM not in fast.__dict__
+    assert STATE not in fast.__dict__
     assert not one_program(fast, runs)
 
 
@@ -977,7 +978,7 @@ def test_the_rule_for_splits(name, monkeypatch):
 def _steps(model, batch, size):
     lowering = Lowering(1, {})
     given = Image((batch, 3, size, size), Storage(batch * 3 * size * size), False)
-    result = lowering.graph(model, program_of(model), (given,))
+    result = lowering.graph(model, state_of(model).eval, (given,))
     return schedule.needed(lowering.steps, [result.storage])
 
 
