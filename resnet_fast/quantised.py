@@ -20,7 +20,7 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.graph import functional
+from resnet_fast.graph import batch_norm, functional
 from resnet_fast.kernels.contract import Case, nhwc
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.kernels.reference import quantised as reference_quantised
@@ -98,7 +98,7 @@ def conv_bn_act(
     x: Tensor,
     x_scale: float,
     conv: nn.Conv2d,
-    bn: functional.BatchNorm,
+    bn: batch_norm.BatchNorm,
     residual: Optional[Tensor] = None,
     residual_scale: float = 1.0,
     out_scale: float = 1.0,
@@ -129,7 +129,7 @@ def conv_bn_act(
     """
     _check_quantised("x", x)
     weight, weight_scale = _packs.get((conv.weight,), x.dtype, lambda: quantise_weight(conv.weight, x.dtype))
-    bn_scale, shift = functional.fold_batch_norm(bn, conv.bias)
+    bn_scale, shift = batch_norm.fold_batch_norm(bn, conv.bias)
     scale, shift = _packs.get(
         (weight_scale, bn_scale, shift),
         x_scale,

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast.accelerate import check_module
-from resnet_fast.finetune.residuals import residuals
+from resnet_fast.graph.residual_blocks import residuals
 from resnet_fast.kernels.reference.quantised import RANGE
 
 M = TypeVar("M", bound=nn.Module)

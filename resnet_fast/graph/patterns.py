@@ -22,16 +22,10 @@ from resnet_fast.graph.conditions import (
     is_stem_conv,
     stem_pool_refusal,
 )
-from resnet_fast.graph.tracing import called, writes
+from resnet_fast.graph.residual_blocks import depths, main_path
+from resnet_fast.graph.tracing import ADDITIONS, called, is_addition, writes
 
 _RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
-_ADDITIONS = {
-    operator.add: operator.add,
-    operator.iadd: operator.iadd,
-    torch.add: operator.add,
-    "add": operator.add,
-    "add_": operator.iadd,
-}
 _FLATTENING: list[tuple[tuple, dict]] = [
     *((given, {}) for given in ((1,), (1, -1), (1, 3))),
     *(((), {"start_dim": 1, **end}) for end in ({}, {"end_dim": -1}, {"end_dim": 3})),
@@ -61,8 +55,9 @@ class Match:
 
 
 class Matcher:
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         self.module = module
+        self.depths = depths(module, graph)
         self.taken: set[fx.Node] = set()  # nodes of matches found so far
 
     def child(self, node: fx.Node) -> Optional[nn.Module]:
@@ -82,6 +77,24 @@ class Matcher:
             parts[path_of(user)] = "identity"
             passed.append(user)
             node = user
+
+    def is_main_path(self, end: fx.Node, other: fx.Node) -> bool:
+        """Whether a convolution's result, and not the other operand of its addition, is the block's main path."""
+        operands = (end, other)
+        ends = main_path(operands, lambda node: node is end or self.ends_in_convolution(node), self.depths.__getitem__)
+        return end is not other and ends == operands
+
+    def ends_in_convolution(self, node: fx.Node) -> bool:
+        """Whether ``conv`` would find a convolution and its batch norm before ``node``, and nothing else reads it."""
+        norm = self.child(node)
+        while norm is not None and not exact(nn.Identity)(norm) and len(node.users) == 1:
+            node = node.all_input_nodes[0]
+            norm = self.child(node)
+        conv_node = node.args[0] if type(norm) in NORMS and len(node.users) == 1 else None
+        if not isinstance(conv_node, fx.Node) or len(conv_node.users) != 1:
+            return False
+        conv = self.child(conv_node)
+        return conv is not None and not conv_refusal(conv)
 
     def is_relu(self, node: Optional[fx.Node]) -> bool:
         if node is None:
@@ -159,11 +172,11 @@ class Matcher:
         if follower is not None and is_addition(follower):
             chain = passed[-1] if passed else bn_node
             first, second = follower.args
-            add = _ADDITIONS[follower.target]
+            add = ADDITIONS[follower.target]
             residual = second if first is chain else first
             # x += conv(...) writes to x, which others may see: only the convolution's own result may be overwritten.
             own = first is chain or add is operator.add
-            if own and isinstance(residual, fx.Node) and residual is not chain:
+            if own and isinstance(residual, fx.Node) and self.is_main_path(chain, residual):
                 nodes += [*passed, follower]
                 parts |= tail_parts
                 names.append("add")
@@ -195,11 +208,6 @@ class Matcher:
         return Match(op, nodes, parts, functional.conv_bn_act, inputs, kwargs)
 
 
-def is_addition(node: fx.Node) -> bool:
-    plain = len(node.args) == 2 and not node.kwargs
-    return plain and node.op in ("call_function", "call_method") and node.target in _ADDITIONS
-
-
 def path_of(node: fx.Node) -> Path:
     return tuple(str(node.target).split("."))
 
@@ -211,7 +219,7 @@ def harmless(node: fx.Node, child: Optional[nn.Module]) -> bool:
 
 
 def matches(module: nn.Module, graph: fx.Graph, training: bool = False) -> list[Match]:
-    matcher = Matcher(module)
+    matcher = Matcher(module, graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     nodes = list(graph.nodes)
     found: list[Match] = []

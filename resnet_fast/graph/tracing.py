@@ -26,6 +26,13 @@ def _in_place(operation: Callable) -> Callable:
 
 
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+ADDITIONS = {
+    operator.add: operator.add,
+    operator.iadd: operator.iadd,
+    torch.add: operator.add,
+    "add": operator.add,
+    "add_": operator.iadd,
+}
 for _operation in IN_PLACE:
     setattr(_Proxy, f"__{_operation.__name__}__", _in_place(_operation))
 
@@ -165,3 +172,8 @@ def writes(node: fx.Node, child: Optional[nn.Module]) -> bool:
     name = getattr(node.target, "__name__", "")
     in_place = node.kwargs.get("inplace", False) or name.endswith("_") or node.target in (*IN_PLACE, operator.setitem)
     return node.op == "call_function" and bool(in_place)
+
+
+def is_addition(node: fx.Node) -> bool:
+    plain = len(node.args) == 2 and not node.kwargs
+    return plain and node.op in ("call_function", "call_method") and node.target in ADDITIONS

@@ -12,7 +12,7 @@ from resnet_fast.graph.patterns import FusedOp, Match, Matcher, harmless, path_o
 
 def blocks(module: nn.Module, graph: fx.Graph, found: list[Match]) -> list[Match]:
     """The matches in training mode: convolutions put together to blocks (``ops/block.py``), with their shortcuts."""
-    matcher = Matcher(module)
+    matcher = Matcher(module, graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     convs = [match for match in found if match.op.conv]
     by_first = {match.nodes[0]: match for match in convs}

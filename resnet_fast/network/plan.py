@@ -23,9 +23,10 @@ from resnet_fast.graph.state import state_of
 from resnet_fast.kernels import native
 from resnet_fast.kernels.native import library, planner
 from resnet_fast.network import schedule
-from resnet_fast.network.lowering import Image, Lowering, NotPlanned, Storage, of_images
+from resnet_fast.network.lowering import Lowering
 from resnet_fast.network.memory import Need, give_back, take
 from resnet_fast.network.schedule import Part, Places
+from resnet_fast.network.steps import Image, NotPlanned, Storage, of_images
 
 _PLANS_KEPT = 4  # per module: detectors see many shapes
 
@@ -43,7 +44,7 @@ class Plan:
             raise NotPlanned(f"no images beyond {native.LARGEST}")
         self._nhwc = _channels_last(x)
         given = Image(tuple(x.shape), Storage(x.numel()), self._nhwc)
-        lowering = Lowering(threads, plans.plain)
+        lowering = Lowering(threads, plain=plans.plain)
         result = lowering.graph(module, program, (given,))
         leaves, self._structure = tree_flatten(result)
         if not leaves or not all(isinstance(leaf, Image) for leaf in leaves):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from resnet_fast.kernels.native import library
 from resnet_fast.network import memory
-from resnet_fast.network.lowering import Image, Step, Storage
+from resnet_fast.network.steps import Image, Step, Storage
 
 _LARGEST_CACHE = 32 << 20  # virtual machines see that of the whole socket, which they share with others
 _USUAL_CACHE = 8 << 20

@@ -143,7 +143,7 @@ def _measured(place: Place, batch: int, dtype: torch.dtype, device: str) -> dict
 
 
 def _competitors(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> dict[str, Callable[[], Work]]:
-    from resnet_fast.graph import functional
+    from resnet_fast.graph import batch_norm, functional
     from resnet_fast.kernels.triton import cudnn
 
     conv, bn = layer.conv, layer.bn
@@ -153,7 +153,7 @@ def _competitors(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> dict[st
 
     def fused() -> Work:
         geometry = functional.geometry_of(conv)
-        scale, shift = functional.fold_batch_norm(bn, conv.bias)
+        scale, shift = batch_norm.fold_batch_norm(bn, conv.bias)
         unused: Any = None  # what follows a convolution that is not fused
         call = cudnn.prepare(cudnn.FUSED, x.dtype, conv.weight, scale, shift, geometry, True, unused)
         if call is None:
@@ -179,11 +179,11 @@ def _compiled(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> Work:
 
 def _exact(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> Tensor:
     """Of the first image, in float64."""
-    from resnet_fast.graph import functional
+    from resnet_fast.graph import batch_norm, functional
     from resnet_fast.kernels.reference import inference as reference
 
     conv, first = layer.conv, x[:1].double()
-    scale, shift = (v.double() for v in functional.fold_batch_norm(layer.bn, conv.bias))
+    scale, shift = (v.double() for v in batch_norm.fold_batch_norm(layer.bn, conv.bias))
     added = None if residual is None else residual[:1].double()
     stride, padding, dilation, groups = functional.geometry_of(conv)
     return reference.conv_bn_act(

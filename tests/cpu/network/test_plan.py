@@ -25,7 +25,8 @@ from resnet_fast.graph.state import state_of
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.native import library, planner
 from resnet_fast.network import memory, schedule
-from resnet_fast.network.lowering import Image, Lowering, Storage
+from resnet_fast.network.lowering import Lowering
+from resnet_fast.network.steps import Image, Storage
 from tests.cpu.small_models import SEED, images, randomise_norms, relative_error, small_resnet
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
@@ -976,7 +977,7 @@ def test_the_rule_for_splits(name, monkeypatch):
 
 
 def _steps(model, batch, size):
-    lowering = Lowering(1, {})
+    lowering = Lowering(1)
     given = Image((batch, 3, size, size), Storage(batch * 3 * size * size), False)
     result = lowering.graph(model, state_of(model).eval, (given,))
     return schedule.needed(lowering.steps, [result.storage])

@@ -1,19 +1,65 @@
-"""Where a model adds to a convolution's result, and what: the shortcuts of its residual blocks.
+"""Where a network adds to a convolution's result, and what: the shortcuts of its residual blocks.
 
-Found in the traced forwards of the blocks, so a shortcut is recognised by what is computed, whatever classes and
-children are called. ``qat.py`` quantises it there.
+Which operand of an addition is the block's main path, and which its shortcut, is decided here for all: for fusion
+(``patterns.py``), for quantisation in training (``finetune/qat.py``), and for 8 bits in an exported file
+(``export/quantise/layers.py``).
+
+``residuals`` finds the shortcuts of a model in the traced forwards of its modules, so that they are recognised by what
+is computed, whatever classes and children are called.
 """
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 from torch import fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from resnet_fast.graph.conditions import is_sequential
-from resnet_fast.graph.patterns import is_addition
-from resnet_fast.graph.tracing import Untraceable, called, trace
+from resnet_fast.graph.tracing import Untraceable, called, is_addition, trace
+
+N = TypeVar("N")
+
+
+def convolutions_before(
+    nodes: Iterable[N], inputs: Callable[[N], Iterable[N]], own: Callable[[N], int]
+) -> dict[N, int]:
+    """How many convolutions are on the longest way to each node, itself included.
+
+    Args:
+        nodes: of a graph, in order.
+        inputs: the nodes that a node reads.
+        own: how many convolutions a node is.
+    """
+    counts: dict[N, int] = {}
+    for node in nodes:
+        counts[node] = own(node) + max((counts.get(given, 0) for given in inputs(node)), default=0)
+    return counts
+
+
+def main_path(
+    operands: Sequence[N], ends_in_convolution: Callable[[N], bool], depth: Callable[[N], int]
+) -> Optional[tuple[N, N]]:
+    """Of an addition's two operands, the end of a residual block's main path, and its shortcut; None: neither is one.
+
+    The main path ends in a convolution's result that nothing else reads. With a convolution on the shortcut too, it is
+    the one with more of them (``depth``). TensorRT computes the addition within that convolution, and so do we.
+    """
+    first, second = operands
+    ends = [pair for pair in ((first, second), (second, first)) if ends_in_convolution(pair[0])]
+    return max(ends, key=lambda pair: depth(pair[0])) if ends else None
+
+
+def depths(module: nn.Module, graph: fx.Graph) -> dict[fx.Node, int]:
+    """``convolutions_before`` every node of a module's graph."""
+
+    def own(node: fx.Node) -> int:
+        child = called(module, node)
+        return 0 if child is None else sum(isinstance(part, nn.Conv2d) for part in child.modules())
+
+    return convolutions_before(graph.nodes, lambda node: node.all_input_nodes, own)
+
 
 _PASSED_IN_EVAL_MODE = ("DropPath", "DropBlock2d", "StochasticDepth")  # of timm and torchvision, by name
 
@@ -86,13 +132,12 @@ class _Finder:
         operands = [node for node in addition.args if isinstance(node, fx.Node)]
         if len(operands) != 2 or operands[0] is operands[1]:
             return None
-        convs = [self._conv_behind(module, node) for node in operands]
-        if convs == [None, None]:
+        convs = {node: self._conv_behind(module, node) for node in operands}
+        ends = main_path(operands, lambda node: convs[node] is not None, depths(module, addition.graph).__getitem__)
+        if ends is None:
             return None
-        # With a convolution in the shortcut too, the block's main path is the one with more of them.
-        depths = [_depth(module, node) if conv is not None else -1 for node, conv in zip(operands, convs)]
-        main = 0 if depths[0] >= depths[1] else 1
-        conv, added = convs[main], operands[1 - main]
+        main, added = ends
+        conv = convs[main]
         assert conv is not None
         is_input = added.op == "placeholder"
         owner = module if is_input else called(module, added)
@@ -144,16 +189,6 @@ class _Finder:
             else:
                 raise ValueError(f"{where}, and {user.name!r} reads it too, expected none but convolutions")
         return found
-
-
-def _depth(module: nn.Module, node: fx.Node) -> int:
-    """How many convolutions are on the longest way to ``node``."""
-    depths: dict[fx.Node, int] = {}
-    for one in node.graph.nodes:
-        child = called(module, one)
-        own = 0 if child is None else sum(isinstance(part, nn.Conv2d) for part in child.modules())
-        depths[one] = own + max((depths[given] for given in one.all_input_nodes), default=0)
-    return depths[node]
 
 
 def _is_identity(child: nn.Module) -> bool:
