@@ -13,7 +13,7 @@ from resnet_fast.finetune import Settings, open_data, train
 from resnet_fast.finetune.checkpoint import BEST
 from resnet_fast.finetune.distributed import Processes
 from resnet_fast.finetune.transforms import for_evaluation
-from resnet_fast.named import build
+from resnet_fast.models.named import build
 
 MODEL = "resnet18"
 

@@ -12,11 +12,11 @@ from markupsafe import Markup  # jinja2 brings it
 from torch import Tensor
 
 import resnet_fast
+from resnet_fast.cli.console import write_json
 from resnet_fast.cli.demo.digits import LearntDigits
 from resnet_fast.cli.demo.photographs import Photographs
 from resnet_fast.cli.demo.study import Study
-from resnet_fast.cli.output import write_json
-from resnet_fast.export.files import replacing
+from resnet_fast.utils.files import replacing
 
 _COLOURS = {"ink": "#1f2933", "ours": "#0b7285", "peer": "#adb5bd", "line": "#e4e7eb", "limit": "#e8590c"}
 """Of the chart. The page puts its own of the same names in their place, so that it follows dark mode."""
