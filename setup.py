@@ -77,7 +77,8 @@ class BuildKernels(build_ext):
         host = _instructions(compiler, ["-march=native"])
         if wanted == "all" or host is None:
             return variants
-        best = [name for name, flags in variants.items() if _instructions(compiler, flags) <= host][-1]
+        used = {name: _instructions(compiler, flags) for name, flags in variants.items()}
+        best = [name for name, instructions in used.items() if instructions is not None and instructions <= host][-1]
         return {name: variants[name] for name in ("portable", best)}
 
     def _compile(self, target: Path, variant: Path, dispatch: Path) -> None:
