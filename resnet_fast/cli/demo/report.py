@@ -7,9 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Optional
 
-import numpy as np
 from markupsafe import Markup  # jinja2 brings it
 from torch import Tensor
+from torchvision.io import encode_png
 
 import resnet_fast
 from resnet_fast.cli.console import write_json
@@ -174,8 +174,4 @@ def _guesses(digits: LearntDigits, predictions: list[int], shown: int = 24) -> l
 
 def _png(picture: Tensor) -> str:
     """``[3, H, W]``, uint8, as the address of an image."""
-    from matplotlib.image import imsave
-
-    buffer = io.BytesIO()
-    imsave(buffer, np.ascontiguousarray(picture.permute(1, 2, 0).numpy()), format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(encode_png(picture).numpy()).decode()

@@ -44,13 +44,6 @@ class Study:
     bench_batch: int
     measurements: list[Measurement] = field(default_factory=list)
 
-    def summary(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Columns and rows of a table of the checks."""
-        rows: list[tuple[str, ...]] = [
-            (each.name, each.found, each.expected, "ok" if each.passed else "FAILED") for each in self.checks
-        ]
-        return ("check", "found", "expected", ""), rows
-
     def as_dict(self) -> dict[str, Any]:
         return {
             "title": self.title,
