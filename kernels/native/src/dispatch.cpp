@@ -112,7 +112,9 @@ void rf_select_variant(int index) { selected = index; }
 int rf_selected_variant(void) { return selected; }
 
 int rf_supports(const rf_shape* shape, int algorithm) { return variants[selected].variant->supports(shape, algorithm); }
-int64_t rf_products(const rf_shape* shape, int algorithm) { return variants[selected].variant->products(shape, algorithm); }
+int64_t rf_products(const rf_shape* shape, int algorithm) {
+  return variants[selected].variant->products(shape, algorithm);
+}
 int64_t rf_packed_bytes(const rf_shape* shape, int algorithm) {
   return variants[selected].variant->packed_bytes(shape, algorithm);
 }
