@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from markupsafe import Markup  # jinja2 brings it
+from PIL import Image
 from torch import Tensor
-from torchvision.io import encode_png
 
 import resnet_fast
 from resnet_fast.cli.console import write_json
@@ -174,4 +174,6 @@ def _guesses(digits: LearntDigits, predictions: list[int], shown: int = 24) -> l
 
 def _png(picture: Tensor) -> str:
     """``[3, H, W]``, uint8, as the address of an image."""
-    return "data:image/png;base64," + base64.b64encode(encode_png(picture).numpy()).decode()
+    buffer = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
