@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from resnet_fast.bench.machine import available_cores, describe, load
 from resnet_fast.bench.runner import _Worker
 from resnet_fast.cli.console import console, table
-from resnet_fast.cli.demo.data import photographs
+from resnet_fast.cli.demo.photographs import photographs
 from resnet_fast.export import export_onnx
 from resnet_fast.models.named import build
 
