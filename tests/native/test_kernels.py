@@ -76,7 +76,7 @@ def _convs(draw) -> Conv:
         kernel = pair(1, 8)
     least = [max(1, d * (r - 1) + 1 - 2 * p) for r, d, p in zip(kernel, dilation, padding)]
     h, w = (draw(st.integers(low, low + 13)) for low in least)
-    # With seven images or more, Winograd's algorithm has tiles of their own for the edges.
+    # Of few images, Winograd's algorithm has tiles of every kind in a block; of many, blocks of one kind.
     n = draw(st.sampled_from([1, 2, 3, 8] if c * k < 400 else [1, 2, 3]))
     return Conv(n, c, h, w, k, kernel, stride, padding, dilation, groups)
 
@@ -105,6 +105,20 @@ def test_the_same_bits_whatever_the_threads(threads, variant):
                 for _ in range(3):
                     again = convolve(data, algorithm, False, True, Poisoned(), pool, threads)
                     assert torch.equal(first, again), (name, algorithm)
+
+
+@pytest.mark.parametrize("name", TRICKY)
+def test_the_same_bits_wherever_an_image_lies(name, variant):
+    """In batches of any size, at any place in them: programs cut batches, and a result must not tell how."""
+    data = make(TRICKY[name]._replace(n=9), torch.float32)
+    for pool in (False, True):
+        for algorithm in algorithms_for(data.conv, pool):
+            together = convolve(data, algorithm, not pool, True, Poisoned(), pool)
+            for first, end in ((0, 1), (3, 4), (2, 4), (1, 6), (0, 8)):
+                x, residual, conv = data.x[first:end], data.residual[first:end], data.conv._replace(n=end - first)
+                some = data._replace(conv=conv, x=x, residual=residual)
+                alone = convolve(some, algorithm, not pool, True, Poisoned(), pool)
+                assert torch.equal(alone, together[first:end]), (algorithm, first, end)
 
 
 def test_several_python_threads(variant):

@@ -9,6 +9,8 @@ namespace RF_VARIANT {
 // WEIGHTS transformed weights. `input` and `output` work on anything that adds and multiplies.
 template <int OUT_, int STRIDE_, int TAPS_> struct FilterSize {
   static constexpr int OUT = OUT_, STRIDE = STRIDE_, TAPS = TAPS_;
+  static constexpr bool EDGES = OUT == 4 && STRIDE > 0 && TAPS == 3;  // has an Edge for what its tiles leave over
+  static constexpr int point_of(int point) { return point; }
   static constexpr int first_input(int output) { return output * STRIDE; }
 };
 template <int OUT, int STRIDE> struct Filter;
@@ -145,13 +147,13 @@ template <int PAIRS> struct Filter<PAIRS, -2> : FilterSize<2 * PAIRS, -2, 3> {
 };
 
 // What is left at the right and at the lower edge when an image is cut into tiles of four: one or two outputs, or three,
-// from some of the points of Filter<4, STRIDE>, and so with its weights. The factors make up for the points that its
-// weights were divided by the distance to, and that are not here.
+// from some of the points of Filter<4, STRIDE>, which `point_of` numbers, and so with its weights. The factors make up for
+// the points that its weights were divided by the distance to, and that are not here.
 template <int OUT, int STRIDE> struct Edge;
 
 template <> struct Edge<2, 1> : FilterSize<2, 1, 3> {  // 0, 1, -1 and infinity
-  static constexpr int IN = 4, POINTS = 4, WEIGHTS = 6;
-  static constexpr int weight_of(int point) { return point < 3 ? point : 5; }
+  static constexpr int IN = 4, POINTS = 4;
+  static constexpr int point_of(int point) { return point < 3 ? point : 5; }
   template <class T> static inline void input(const T (&d)[4], T (&v)[4]) {
     v[0] = 4.0f * (d[0] - d[2]);
     v[1] = -3.0f * (d[1] + d[2]);
@@ -165,8 +167,8 @@ template <> struct Edge<2, 1> : FilterSize<2, 1, 3> {  // 0, 1, -1 and infinity
 };
 
 template <> struct Edge<3, 1> : FilterSize<3, 1, 3> {  // 0, 1, -1, 2 and infinity
-  static constexpr int IN = 5, POINTS = 5, WEIGHTS = 6;
-  static constexpr int weight_of(int point) { return point < 4 ? point : 5; }
+  static constexpr int IN = 5, POINTS = 5;
+  static constexpr int point_of(int point) { return point < 4 ? point : 5; }
   template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
     const T a = d[3] - d[1];
     v[0] = 4.0f * (d[0] - d[2]) + 2.0f * a;
@@ -184,8 +186,8 @@ template <> struct Edge<3, 1> : FilterSize<3, 1, 3> {  // 0, 1, -1, 2 and infini
 };
 
 template <> struct Edge<2, 2> : FilterSize<2, 2, 3> {  // two taps: 0, 1 and infinity
-  static constexpr int IN = 5, POINTS = 5, WEIGHTS = 6;
-  static constexpr int weight_of(int point) { return point < 2 ? point : point == 2 ? 4 : 5; }
+  static constexpr int IN = 5, POINTS = 5;
+  static constexpr int point_of(int point) { return point < 2 ? point : point + 2; }
   template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
     v[0] = 2.0f * (d[0] - d[2]);
     v[1] = -2.0f * d[2];
@@ -199,8 +201,8 @@ template <> struct Edge<2, 2> : FilterSize<2, 2, 3> {  // two taps: 0, 1 and inf
 };
 
 template <> struct Edge<3, 2> : FilterSize<3, 2, 3> {  // two taps: 0, 1, -1 and infinity
-  static constexpr int IN = 7, POINTS = 7, WEIGHTS = 6;
-  static constexpr int weight_of(int point) { return point < 3 ? point : smaller(point + 1, 5); }
+  static constexpr int IN = 7, POINTS = 7;
+  static constexpr int point_of(int point) { return point < 3 ? point : point + 1; }
   template <class T> static inline void input(const T (&d)[7], T (&v)[7]) {
     v[0] = 2.0f * (d[0] - d[4]);
     v[1] = 0.0f - d[2] - d[4];

@@ -101,7 +101,7 @@ struct WinogradStem {
       float* y = task.y + (row * s.q - task.y_row) * s.k;
       WinogradTask band({half, image, task.packed, task.shift, residual, y, 0, {}, {}});
       band.pixel = PIXEL;
-      Winograd<FourTaps, FourTaps>::conv(band, {0, 1});
+      Winograd<FourTaps>::conv(band, {0, 1});
       row += count;
     }
   }
