@@ -63,6 +63,8 @@ static inline vec multiply_add(vec sum, vec x, vec w) {
 #endif
 }
 
+static inline vec multiply_add(vec sum, float x, vec w) { return multiply_add(sum, splat(x), w); }
+
 // What the kernels multiply, and what images hold. A "unit" is 32 bits wide: what a lane of a vector takes at a time.
 struct Float32 {
   using Element = float;

@@ -162,6 +162,8 @@ template <class F> struct Winograd {
     }
   };
 
+  // The transforms are functions of their own: all of them in one, GCC would no longer inline the filters into them.
+
   // The number of a tile's point, among those of a whole tile.
   template <class FP, class FQ> static constexpr int point_of(int i, int j) {
     return FP::point_of(i) * F::POINTS + FQ::point_of(j);
@@ -170,7 +172,8 @@ template <class F> struct Winograd {
   // Input transform of one tile into its row of the panels; `v` at that row, `line_step` floats from a line of channels
   // to the next, `point_step` from point to point.
   template <class FP, class FQ>
-  static void transform_input(const Task& task, const Place& at, float* v, int64_t line_step, int64_t point_step) {
+  static __attribute__((noinline)) void transform_input(const Task& task, const Place& at, float* v, int64_t line_step,
+                                                        int64_t point_step) {
     const rf_shape& s = task.shape;
     const float* image = task.x + at.image * s.h * s.w * task.pixel;
     const int y0 = FP::first_input(at.p) - s.pad_h, x0 = FQ::first_input(at.q) - s.pad_w;
@@ -215,7 +218,8 @@ template <class F> struct Winograd {
 
   // Output transform of one tile for one vector of channels, from `m`, `point_step` floats from point to point.
   template <class FP, class FQ>
-  static void transform_output(const Task& task, const Place& at, const float* m, int64_t point_step, int channel) {
+  static __attribute__((noinline)) void transform_output(const Task& task, const Place& at, const float* m,
+                                                         int64_t point_step, int channel) {
     const rf_shape& s = task.shape;
     const int channels = smaller(VL, s.k - channel);
     vec half[FP::OUT][FQ::POINTS];
