@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from resnet_fast.bench.machine import available_cores, describe, load
 from resnet_fast.bench.runner import _Worker
+from resnet_fast.cli.console import console, table
 from resnet_fast.cli.demo.data import photographs
-from resnet_fast.cli.output import console, table
 from resnet_fast.export import export_onnx
-from resnet_fast.named import build
+from resnet_fast.models.named import build
 
 _FILES = ("fp32", "static", "uint8", "ours")
 _PATIENCE = 300  # seconds for an answer

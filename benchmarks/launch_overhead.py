@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from resnet_fast import ops
 from resnet_fast.bench.machine import describe, load
 from resnet_fast.kernels.triton import planner, prepared
+from resnet_fast.ops import inference as ops
 from tests import fake_gpu
 from tests.fake_gpu import on_gpu
 

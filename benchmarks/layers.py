@@ -29,12 +29,12 @@ from resnet_fast.bench.machine import available_cores, describe, load
 from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.bench.worker import timed_round
 from resnet_fast.bench.workload import ONNX
-from resnet_fast.cli.output import console, table, write_json
-from resnet_fast.export.files import replacing
+from resnet_fast.cli.console import console, table, write_json
 from resnet_fast.kernels import native
 from resnet_fast.kernels.native import library
-from resnet_fast.named import UnknownNameError, build
-from resnet_fast.network import Plan, last_plan
+from resnet_fast.models.named import UnknownNameError, build
+from resnet_fast.network.plan import Plan, last_plan
+from resnet_fast.utils.files import replacing
 
 OURS, PEER = "plan", "onnxruntime"
 

@@ -17,8 +17,8 @@ import torch
 from resnet_fast.bench import Bench, prepare
 from resnet_fast.bench.machine import available_cores, describe, load
 from resnet_fast.bench.norms import randomise_batch_norm
-from resnet_fast.cli.output import console, table, write_json
-from resnet_fast.named import build
+from resnet_fast.cli.console import console, table, write_json
+from resnet_fast.models.named import build
 from resnet_fast.serving import Server, write_repository
 from resnet_fast.serving.load import Target, load_test
 

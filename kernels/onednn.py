@@ -10,10 +10,10 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 
-from resnet_fast.kernels import reference
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.folding import fold
 from resnet_fast.kernels.packing import PackCache
+from resnet_fast.kernels.reference import inference as reference
 
 Pair = tuple[int, int]
 

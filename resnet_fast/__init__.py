@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from resnet_fast.accelerate import accelerate, explain, restore
-from resnet_fast.blocks import BasicBlock, Bottleneck
-from resnet_fast.graphs import graphed
-from resnet_fast.resnet import (
+from resnet_fast.cuda_graph import graphed
+from resnet_fast.models.blocks import BasicBlock, Bottleneck
+from resnet_fast.models.resnet import (
     ResNet,
     ResNet18_Weights,
     ResNet34_Weights,
@@ -66,7 +66,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from resnet_fast.export import export_onnx
-    from resnet_fast.onnx_model import OnnxModel
+    from resnet_fast.export.onnx_model import OnnxModel
 
 
 def __getattr__(name: str) -> Any:
@@ -75,7 +75,7 @@ def __getattr__(name: str) -> Any:
 
         return export_onnx
     if name == "OnnxModel":
-        from resnet_fast.onnx_model import OnnxModel
+        from resnet_fast.export.onnx_model import OnnxModel
 
         return OnnxModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

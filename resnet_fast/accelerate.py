@@ -7,16 +7,17 @@ from typing import Any, Optional, TypeVar
 
 from torch import nn
 
-from resnet_fast import network, ops
-from resnet_fast.fused import accelerated_class
-from resnet_fast.fusion import Fused, Program, build
+from resnet_fast import network
+from resnet_fast.accelerated import accelerated_class
+from resnet_fast.graph.bottleneck_pairs import Row as BlockRow
+from resnet_fast.graph.conditions import DROPS_OUT, Path, child_at, head_refusals
+from resnet_fast.graph.patterns import Step
+from resnet_fast.graph.program import Fused, Program, build
+from resnet_fast.graph.programs import drop_program, program_of, rebuild
 from resnet_fast.kernels import packing
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.triton import planner
-from resnet_fast.matching import Step
-from resnet_fast.programs import drop_program, program_of, rebuild
-from resnet_fast.refusals import DROPS_OUT, Path, child_at, head_refusals
-from resnet_fast.rows import Row as BlockRow
+from resnet_fast.ops import inference as ops
 
 M = TypeVar("M", bound=nn.Module)
 

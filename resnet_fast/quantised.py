@@ -2,7 +2,7 @@
 
 Quantisation is symmetric: a tensor ``q`` and its scale stand for the real numbers ``q * scale``. An image has one
 scale, from the largest magnitude that was seen there (``scale_from_amax``); a weight has one for every output channel.
-``kernels/reference_quantised.py`` has the formulas, and where they come from.
+``kernels/reference/quantised.py`` has the formulas, and where they come from.
 
 A residual block, after its tensors' largest magnitudes have been observed (a first layer of 3 channels stays in half
 precision, see ``kernels/triton/conv_quantised.py``):
@@ -20,11 +20,12 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from resnet_fast import functional, ops
-from resnet_fast.kernels import reference_quantised
-from resnet_fast.kernels.case import Case
+from resnet_fast.graph import functional
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.packing import PackCache
-from resnet_fast.kernels.reference_quantised import MOST_PRODUCTS, RANGE, REAL
+from resnet_fast.kernels.reference import quantised as reference_quantised
+from resnet_fast.kernels.reference.quantised import MOST_PRODUCTS, RANGE, REAL
+from resnet_fast.ops import inference as ops
 
 _packs = PackCache()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast.accelerate import check_module
-from resnet_fast.fusion import Fused
+from resnet_fast.graph.program import Fused
 from resnet_fast.kernels.native import choices, library, planner
 from resnet_fast.kernels.triton import planner as gpu_planner
 

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 
-from resnet_fast.kernels import onednn, reference
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels import onednn
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import library, planner
 from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
 from resnet_fast.kernels.packing import PackCache
+from resnet_fast.kernels.reference import inference as reference
 
 Pair = tuple[int, int]
 

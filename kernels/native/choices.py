@@ -8,8 +8,8 @@ from typing import Optional
 import torch
 
 from resnet_fast.kernels.choices import Choices, own_version
-from resnet_fast.kernels.cpuinfo import first_processor
 from resnet_fast.kernels.native import library
+from resnet_fast.utils.cpuinfo import first_processor
 
 _choices = Choices("cpu-choices.json")
 

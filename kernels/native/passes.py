@@ -12,10 +12,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import library
 from resnet_fast.kernels.native.library import Pass
-from resnet_fast.kernels.reference_training import Affine, Gate, Gradient
+from resnet_fast.kernels.reference.training import Affine, Gate, Gradient
 
 LARGEST = 2**28
 """Sides and channels beyond it are refused: they go to the kernels as 32-bit numbers."""

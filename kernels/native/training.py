@@ -17,13 +17,13 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import LARGEST, conv_shape, library, memory, passes, planner
 from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
 from resnet_fast.kernels.native.passes import bn_backward, tail, tail_backward, tail_pool, tail_pool_backward
 from resnet_fast.kernels.native.wgrad import gram, wgrad
 from resnet_fast.kernels.native.wgrad import refusal as wgrad_refusal
-from resnet_fast.kernels.reference_training import Affine, Gate, Geometry, Gradient, Pair
+from resnet_fast.kernels.reference.training import Affine, Gate, Geometry, Gradient, Pair
 
 _FORWARD = ("conv_statistics", "conv_affine")
 _BACKWARD = ("dgrad", "dgrad_expand")

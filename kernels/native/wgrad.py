@@ -8,11 +8,12 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels import native, reference_training
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels import native
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import library
 from resnet_fast.kernels.native.library import Shape
-from resnet_fast.kernels.reference_training import Affine, Geometry, Pair
+from resnet_fast.kernels.reference import training as reference_training
+from resnet_fast.kernels.reference.training import Affine, Geometry, Pair
 
 ALGORITHMS = ("gemm", "winograd2", "winograd4")
 

@@ -4,7 +4,7 @@ from typing import Optional
 
 import torch
 
-from resnet_fast.kernels import reference
+from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import launch, pack, tiles
 from resnet_fast.kernels.triton.chain import chain_kernel
 from resnet_fast.kernels.triton.launch import Plan

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
-from resnet_fast.kernels import reference, streams
+from resnet_fast.kernels import streams
+from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import cost, cudnn, descriptor, pack, planner, prepared, tiles
 from resnet_fast.kernels.triton.classifier import head_kernel
 from resnet_fast.kernels.triton.conv import conv_kernel

@@ -13,7 +13,7 @@ from typing import Any, Optional, Protocol
 
 import torch
 
-from resnet_fast.kernels import reference
+from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import launch, planner
 from resnet_fast.kernels.triton.planner import Candidate, Problem
 

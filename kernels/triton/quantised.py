@@ -1,4 +1,4 @@
-"""The ops on 8-bit numbers (``reference_quantised.py``) as Triton kernels.
+"""The ops on 8-bit numbers (``reference/quantised.py``) as Triton kernels.
 
     quantised_launch.py    from tensors to launches
     conv_quantised.py, requantise.py, quantise.py    the kernels
@@ -10,8 +10,8 @@ from typing import Any, Optional
 
 import torch
 
-from resnet_fast.kernels.case import Case
-from resnet_fast.kernels.reference_quantised import RANGE
+from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.reference.quantised import RANGE
 from resnet_fast.kernels.triton import pack, support
 
 _OPS = ("conv_quantised", "quantise", "dequantise")

@@ -1,12 +1,12 @@
-"""The ops on 8-bit numbers (``reference_quantised.py``), from tensors to kernel launches, as in launch.py."""
+"""The ops on 8-bit numbers (``reference/quantised.py``), from tensors to kernel launches, as in launch.py."""
 
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels import reference_quantised
-from resnet_fast.kernels.reference_quantised import RANGE, Pair
+from resnet_fast.kernels.reference import quantised as reference_quantised
+from resnet_fast.kernels.reference.quantised import RANGE, Pair
 from resnet_fast.kernels.triton import launch, pack, tiles
 from resnet_fast.kernels.triton.conv_quantised import conv_quantised_kernel
 from resnet_fast.kernels.triton.launch import Plan

@@ -7,7 +7,7 @@ from typing import Optional
 
 import torch
 
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.triton import tiles
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

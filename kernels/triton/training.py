@@ -1,4 +1,4 @@
-"""Training's primitives (``reference_training.py``) as Triton kernels.
+"""Training's primitives (``reference/training.py``) as Triton kernels.
 
     training_forward.py, training_backward.py    from tensors to launches
     prologue.py, statistics.py, gram.py, tail.py    what the forward pass adds to conv.py, gemm.py and pool.py
@@ -9,7 +9,7 @@ Importing this module imports neither Triton nor a kernel; the first call of a p
 
 from typing import Any, Optional
 
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.triton import support
 
 _FORWARD = ("conv_statistics", "gram", "conv_affine", "tail", "tail_pool")

@@ -1,4 +1,4 @@
-"""From tensors to kernel launches: the backward primitives of ``reference_training.py``.
+"""From tensors to kernel launches: the backward primitives of ``reference/training.py``.
 
 As in ``launch.py``, a ``plan_*`` function decides everything and starts nothing. Here it may take several launches,
 ``Steps``: the kernel, and the sum of what its programs left in a workspace.
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels import reference_training as reference
-from resnet_fast.kernels.reference_training import Affine, Gate, Geometry, Gradient, Pair
+from resnet_fast.kernels.reference import training as reference
+from resnet_fast.kernels.reference.training import Affine, Gate, Geometry, Gradient, Pair
 from resnet_fast.kernels.triton import launch, pack, tiles
 from resnet_fast.kernels.triton.dgrad import dgrad_kernel
 from resnet_fast.kernels.triton.gate import sum_rows_kernel

@@ -1,4 +1,4 @@
-"""The forward primitives of training (``reference_training.py``), from tensors to kernel launches.
+"""The forward primitives of training (``reference/training.py``), from tensors to kernel launches.
 
 As in launch.py, a ``plan_*`` function starts nothing. Where one launch needs what another made, it returns them in
 their order; the last one's output are the statistics.
@@ -10,8 +10,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels import reference_training
-from resnet_fast.kernels.reference_training import Affine, Geometry, Pair
+from resnet_fast.kernels.reference import training as reference_training
+from resnet_fast.kernels.reference.training import Affine, Geometry, Pair
 from resnet_fast.kernels.triton import launch, tiles
 from resnet_fast.kernels.triton.gram import covariance_kernel, gram_kernel
 from resnet_fast.kernels.triton.launch import Plan

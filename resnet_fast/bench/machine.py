@@ -5,8 +5,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Optional
 
-from resnet_fast.bench import apart
-from resnet_fast.kernels.cpuinfo import first_processor
+from resnet_fast.bench import peer_environment
+from resnet_fast.utils.cpuinfo import first_processor
 
 PACKAGES = (
     "resnet-fast",
@@ -53,7 +53,7 @@ def describe() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "packages": {
             **{name: _version(name) for name in PACKAGES},
-            **{name: apart.version(name) for name in apart.PACKAGES},
+            **{name: peer_environment.version(name) for name in peer_environment.PACKAGES},
         },
     }
 

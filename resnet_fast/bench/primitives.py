@@ -1,4 +1,4 @@
-"""The primitives of ``reference_training.py`` as a count sees them: their operands' sizes, and their arithmetic."""
+"""The primitives of ``reference/training.py`` as a count sees them: their operands' sizes, and their arithmetic."""
 
 import functools
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from resnet_fast.bench.moves import Ledger, Place, pixels_needed
-from resnet_fast.chain import Chain
-from resnet_fast.kernels.case import Case
-from resnet_fast.kernels.reference_training import Affine, Gate, Geometry, Gradient, Pair, wide
-from resnet_fast.ops import conv_output, pooled
+from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.reference.training import Affine, Gate, Geometry, Gradient, Pair, wide
+from resnet_fast.ops.block_passes import Chain
+from resnet_fast.ops.inference import conv_output, pooled
 
 
 def _uncounted(primitive: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from typing import Any, Optional
 import numpy as np
 from torch import Tensor, nn
 
-from resnet_fast.bench import apart
+from resnet_fast.bench import peer_environment
 from resnet_fast.bench.providers import provider
 from resnet_fast.bench.workload import (
     DEFAULT,
@@ -29,7 +29,7 @@ from resnet_fast.bench.workload import (
     prepare,
     prepare_training,
 )
-from resnet_fast.export.optional import EXTRAS
+from resnet_fast.utils.optional import EXTRAS
 
 OURS = "ours"
 ACCURATE = 1e-4
@@ -97,7 +97,7 @@ def unavailable(name: str, device: str = "cpu") -> Optional[str]:
     if device not in module.DEVICES:
         return f"runs on {' and '.join(module.DEVICES)}, not on {device}"
     if module.APART:
-        return apart.missing(module.NEEDS) or module.unavailable()
+        return peer_environment.missing(module.NEEDS) or module.unavailable()
     if module.NEEDS is not None and importlib.util.find_spec(module.NEEDS) is None:
         extra = EXTRAS.get(module.NEEDS)
         return f"{module.NEEDS} is not installed" + (f": pip install 'resnet-fast[{extra}]'" if extra else "")
@@ -288,7 +288,7 @@ class _Worker:
         self._log = folder / f"{name}.log"
         python, environment = sys.executable, dict(os.environ)
         if provider(name).APART:
-            python, environment = apart.python(), apart.environment(folder)
+            python, environment = peer_environment.python(), peer_environment.environment(folder)
         environment["OMP_NUM_THREADS"] = str(threads)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

@@ -3,8 +3,8 @@
 The model runs without data (on the ``meta`` device). Every operation reads each of its operands once and writes each of
 its results once, whatever its kernel keeps in caches and workspaces; a convolution reads the pixels that it needs, and
 batch norm by batch statistics reads its operands twice: for the sums, and to apply them. A chain counts as the
-primitives that ``chain.py`` asks for and what it computes between them, so the count follows that code. Other fused ops
-need no mention here: they have operands like any.
+primitives that ``ops/block_passes.py`` asks for and what it computes between them, so the count follows that code.
+Other fused ops need no mention here: they have operands like any.
 """
 
 import copy
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from resnet_fast import accelerate, training
-from resnet_fast import chain as chains
+from resnet_fast import accelerate
 from resnet_fast.bench.moves import Ledger, Move, Place, pixels_needed
 from resnet_fast.bench.primitives import Primitives
-from resnet_fast.ops import conv_output
+from resnet_fast.ops import block_passes as chains
+from resnet_fast.ops import residual_block
+from resnet_fast.ops.inference import conv_output
 
 _aten, _ours = torch.ops.aten, torch.ops.resnet_fast
 _STRIDES = {_aten.convolution.default: 3, _ours.conv_bn_act.default: 5}
@@ -213,7 +214,7 @@ class _Counter(TorchDispatchMode):
 
     def _chain(self, place: Place, args: Any, made: list[Tensor]) -> None:
         x, residual, weights, scales, shifts, *plain = args
-        chain = training.chain_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
+        chain = residual_block.chain_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
         self.ledger.at = place
         with self._seen():
             result = chains.forward(chain, _nhwc(x), _nhwc(residual), Primitives(self.ledger, chain).pick)
@@ -221,8 +222,8 @@ class _Counter(TorchDispatchMode):
 
     def _chain_backward(self, place: Place, args: Any, made: list[Tensor]) -> None:
         grad, x, residual, out, weights, scales, shifts, *plain, saved, flags = args
-        chain = training.chain_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
-        wanted = training._wanted(flags)
+        chain = residual_block.chain_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
+        wanted = residual_block._wanted(flags)
         vectors = iter(self._real([tensor for tensor in saved if tensor.dim() != 4]))
         saved = [tensor if tensor.dim() == 4 else next(vectors) for tensor in saved]
         self.ledger.at = place

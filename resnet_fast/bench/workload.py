@@ -56,7 +56,7 @@ def prepare_training(
         images: ``[N, C, H, W]``, float32.
         labels: ``[N]``, int64.
     """
-    from resnet_fast.bench.step import Step
+    from resnet_fast.bench.training_step import Step
 
     _write(folder, model, images, setting)
     np.save(folder / LABELS, labels.numpy())

@@ -91,8 +91,8 @@ def run(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 def _exit_code(error: Exception) -> int:
-    from resnet_fast.devices import MissingDeviceError
     from resnet_fast.export import MissingPackageError, VerificationError
+    from resnet_fast.utils.devices import MissingDeviceError
 
     if isinstance(error, (MissingPackageError, MissingDeviceError)):
         return MISSING

@@ -3,7 +3,7 @@
 from typing import Any, Optional
 
 from resnet_fast.cli import options
-from resnet_fast.cli.output import console, table, write_json
+from resnet_fast.cli.console import console, table, write_json
 
 
 def doctor(json: options.Json = None, debug: options.Debug = False) -> None:
@@ -33,20 +33,20 @@ def doctor(json: options.Json = None, debug: options.Debug = False) -> None:
 
 
 def _package(name: str, version: Optional[str]) -> str:
-    from resnet_fast.bench import apart
-    from resnet_fast.export.optional import EXTRAS
+    from resnet_fast.bench import peer_environment
+    from resnet_fast.utils.optional import EXTRAS
 
     module = {"scikit-learn": "sklearn", "scikit-image": "skimage"}.get(name, name)
     if version is not None:
         return version
-    if name in apart.PACKAGES:
-        return (apart.missing(name) or "").removeprefix(f"{name} is ")
+    if name in peer_environment.PACKAGES:
+        return (peer_environment.missing(name) or "").removeprefix(f"{name} is ")
     return f"not installed: pip install 'resnet-fast[{EXTRAS[module]}]'" if module in EXTRAS else "not installed"
 
 
 def _devices() -> dict[str, Optional[str]]:
     """Device types that the kernels are written for: None where there is one, else the reason why not."""
-    from resnet_fast.devices import gpu_missing
+    from resnet_fast.utils.devices import gpu_missing
 
     return {"cpu": None, "cuda": gpu_missing()}
 
@@ -71,8 +71,8 @@ def _compiled(native: dict[str, Any]) -> str:
 def _services(devices: list[str]) -> list[dict[str, Any]]:
     import torch
 
-    from resnet_fast import ops
-    from resnet_fast.kernels.case import Case
+    from resnet_fast.kernels.contract import Case
+    from resnet_fast.ops import inference as ops
 
     geometries: list[tuple[str, str, tuple]] = [
         ("conv 1x1", "conv_bn_act", (256, 64)),

@@ -1,7 +1,7 @@
 """``resnet-fast explain``: what is fused in a model, what serves it, and why the rest is not."""
 
 from resnet_fast.cli import options
-from resnet_fast.cli.output import console, table, write_json
+from resnet_fast.cli.console import console, table, write_json
 
 
 def explain(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional, get_args
 import typer
 
 from resnet_fast.cli import options, repository
-from resnet_fast.cli.output import console, write_json
+from resnet_fast.cli.console import console, write_json
 
 
 def export(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resnet_fast.cli import options
-from resnet_fast.cli.output import console, table, write_json
+from resnet_fast.cli.console import console, table, write_json
 from resnet_fast.finetune.arguments import SettingError, Settings
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _model(settings: Settings, data: "Data") -> "nn.Module":
     from resnet_fast.finetune.checkpoint import classes_in
     from resnet_fast.finetune.data import check_classes
     from resnet_fast.finetune.weights import head_fits, load_weights
-    from resnet_fast.named import read_checkpoint
+    from resnet_fast.models.named import read_checkpoint
 
     name, weights, classes = settings.model, settings.weights, len(data.classes)
     if settings.qat and weights is None:

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from resnet_fast.cli import options
-from resnet_fast.cli.output import console, table, write_json
+from resnet_fast.cli.console import console, table, write_json
 
 DEVICES = ("cuda", "cpu")
 
@@ -30,12 +30,12 @@ def gpu(
     TensorRT, in inference and training; single layers beside eager PyTorch, cuDNN and torch.compile. Writes
     OUT/gpu.html and OUT/gpu.json, and exits with 3 if a check fails.
     """
-    from resnet_fast.export.optional import require
+    from resnet_fast.utils.optional import require
 
     require("jinja2", "the GPU report")
     from resnet_fast.bench.gpu import run, write_report
-    from resnet_fast.devices import require_gpu
     from resnet_fast.export import VerificationError
+    from resnet_fast.utils.devices import require_gpu
 
     if device not in DEVICES:
         raise typer.BadParameter(f"{device!r}, expected one of {', '.join(DEVICES)}", param_hint="--device")

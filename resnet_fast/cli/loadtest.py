@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 import typer
 
 from resnet_fast.cli import options
-from resnet_fast.cli.output import console, table, write_json
+from resnet_fast.cli.console import console, table, write_json
 
 
 def loadtest(

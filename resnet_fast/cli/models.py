@@ -1,11 +1,11 @@
-"""named.py for commands: a name that nothing has is a mistake on the command line."""
+"""models/named.py for commands: a name that nothing has is a mistake on the command line."""
 
 import contextlib
 from collections.abc import Iterator
 
 import typer
 
-from resnet_fast import named
+from resnet_fast.models import named
 
 _PARAMETERS = {"name": "MODEL", "weights": "--weights"}
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from resnet_fast.cli.output import table
+from resnet_fast.cli.console import table
 from resnet_fast.export.quantise import Quantisation
 from resnet_fast.finetune.qat import load_ranges
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from resnet_fast.cli import options
-from resnet_fast.cli.output import console, table, write_json
+from resnet_fast.cli.console import console, table, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,10 +54,10 @@ def roofline(
 
     from resnet_fast.bench.roofline import Assumptions, predict
     from resnet_fast.cli.models import build
-    from resnet_fast.export.files import replacing
     from resnet_fast.export.metadata import channels_of
-    from resnet_fast.export.optional import require
     from resnet_fast.kernels.triton.gpus import GPUS
+    from resnet_fast.utils.files import replacing
+    from resnet_fast.utils.optional import require
 
     for option, value, known in (("--gpu", gpu, GPUS), ("--mode", mode, MODES), ("--dtype", dtype, DTYPES)):
         if value not in known:

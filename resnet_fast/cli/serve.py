@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from resnet_fast.cli import options
-from resnet_fast.cli.output import console
+from resnet_fast.cli.console import console
 
 
 def serve(

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from resnet_fast.cli import options
-from resnet_fast.cli.output import console, table, write_json
+from resnet_fast.cli.console import console, table, write_json
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -39,10 +39,10 @@ def tune(
     from resnet_fast.bench.machine import available_cores, describe
     from resnet_fast.bench.norms import randomise_batch_norm
     from resnet_fast.cli.models import build
-    from resnet_fast.devices import gpu_missing, require_gpu
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.kernels.native import choices
     from resnet_fast.kernels.triton import planner
+    from resnet_fast.utils.devices import gpu_missing, require_gpu
 
     if device == "cuda":
         require_gpu("--device cuda")

@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 import typer
 
 from resnet_fast.cli import options
-from resnet_fast.cli.output import console, table, write_json
+from resnet_fast.cli.console import console, table, write_json
 
 
 def verify(
@@ -63,9 +63,9 @@ def verify(
     from resnet_fast import accelerate, explain
     from resnet_fast.bench.norms import randomise_batch_norm
     from resnet_fast.cli.models import build
-    from resnet_fast.cli.numerics import Check, check_layers, check_model
+    from resnet_fast.export.compare import VerificationError
     from resnet_fast.export.metadata import channels_of
-    from resnet_fast.export.verification import VerificationError
+    from resnet_fast.verify import Check, check_layers, check_model
 
     _refuse("is for a FILE.onnx", model=model, images=images, tensorrt=tensorrt)
     if weights is not None and len(models) > 1:

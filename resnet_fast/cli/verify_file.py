@@ -6,8 +6,8 @@ from typing import Any, Optional
 
 from rich.markup import escape
 
+from resnet_fast.cli.console import console, write_json
 from resnet_fast.cli.models import build
-from resnet_fast.cli.output import console, write_json
 from resnet_fast.export import ExportResult, verify_onnx
 
 

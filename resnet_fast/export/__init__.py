@@ -20,10 +20,10 @@ files.py           files that appear whole or not at all
 optional.py        packages that may be missing
 """
 
-from resnet_fast.export.optional import MissingPackageError
+from resnet_fast.export.compare import VerificationError
 from resnet_fast.export.preprocessing import Preprocess
-from resnet_fast.export.report import ExportResult, verify_onnx
 from resnet_fast.export.to_onnx import export_onnx
-from resnet_fast.export.verification import VerificationError
+from resnet_fast.export.verify import ExportResult, verify_onnx
+from resnet_fast.utils.optional import MissingPackageError
 
 __all__ = ["ExportResult", "MissingPackageError", "Preprocess", "VerificationError", "export_onnx", "verify_onnx"]

@@ -17,7 +17,7 @@ from typing import Optional, Union
 
 import onnx
 
-from resnet_fast.export.optional import require
+from resnet_fast.utils.optional import require
 
 _PACKAGES = ("tensorrt_rtx_libs", "tensorrt_rtx_bindings")
 

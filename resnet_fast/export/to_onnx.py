@@ -12,10 +12,9 @@ import torch
 from torch import fx, nn
 
 from resnet_fast.export.borders import attach_input, attach_outputs
-from resnet_fast.export.files import replacing
-from resnet_fast.export.graph import tidy
+from resnet_fast.export.compare import VerificationError, compare
+from resnet_fast.export.graph_edits import tidy
 from resnet_fast.export.metadata import Metadata, gather
-from resnet_fast.export.optional import require
 from resnet_fast.export.precision import (
     INT8,
     IO,
@@ -31,10 +30,11 @@ from resnet_fast.export.precision import (
 )
 from resnet_fast.export.preprocessing import Preprocess, attach_preprocessing
 from resnet_fast.export.quantise import Images, Method, Progress, Target, quantise
-from resnet_fast.export.report import ExportResult, compared, engine_of, inspect
 from resnet_fast.export.samples import find_pictures
 from resnet_fast.export.stock import stock_copy
-from resnet_fast.export.verification import VerificationError, compare
+from resnet_fast.export.verify import ExportResult, compared, engine_of, inspect
+from resnet_fast.utils.files import replacing
+from resnet_fast.utils.optional import require
 
 
 def export_onnx(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from resnet_fast.export.files import replacing
+from resnet_fast.utils.files import replacing
 
 LAST, BEST = "last.pt", "best.pt"
 _KEYS = {"model", "optimizer", "schedule", "scaler", "epoch", "history", "best", "classes", "settings"}

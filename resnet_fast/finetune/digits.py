@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.export.optional import require
+from resnet_fast.utils.optional import require
 
 CLASSES = tuple(str(digit) for digit in range(10))
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fast.accelerate import accelerate
-from resnet_fast.export.optional import require
 from resnet_fast.finetune import checkpoint, qat, recipe, report, transforms
 from resnet_fast.finetune.arguments import SettingError, Settings
 from resnet_fast.finetune.data import Data, check_classes
@@ -27,6 +26,7 @@ from resnet_fast.finetune.distributed import Processes
 from resnet_fast.finetune.freezing import Frozen
 from resnet_fast.finetune.loading import Batch, Loader, seed_of
 from resnet_fast.finetune.sync_batch_norm import synchronise
+from resnet_fast.utils.optional import require
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from resnet_fast.accelerate import check_module
 from resnet_fast.finetune.residuals import residuals
-from resnet_fast.kernels.reference_quantised import RANGE
+from resnet_fast.kernels.reference.quantised import RANGE
 
 M = TypeVar("M", bound=nn.Module)
 

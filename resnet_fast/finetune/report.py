@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from resnet_fast.export.optional import require
 from resnet_fast.finetune.checkpoint import writing
+from resnet_fast.utils.optional import require
 
 _INK, _OURS, _PEER, _GRID = "#1f2933", "#0b7285", "#868e96", "#e9ecef"
 

@@ -11,10 +11,10 @@ from typing import Any, Optional
 from torch import fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from resnet_fast.fusion import Fused
-from resnet_fast.matching import is_addition
-from resnet_fast.refusals import is_sequential
-from resnet_fast.tracing import Untraceable, called, trace
+from resnet_fast.graph.conditions import is_sequential
+from resnet_fast.graph.patterns import is_addition
+from resnet_fast.graph.program import Fused
+from resnet_fast.graph.tracing import Untraceable, called, trace
 
 _PASSED_IN_EVAL_MODE = ("DropPath", "DropBlock2d", "StochasticDepth")  # of timm and torchvision, by name
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fast.finetune.arguments import SettingError
-from resnet_fast.sync_batch_norm import CpuSyncBatchNorm
+from resnet_fast.graph.sync_batch_norm import CpuSyncBatchNorm
 
 
 def synchronise(model: nn.Module, device: torch.device) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from resnet_fast.export.optional import require
+from resnet_fast.utils.optional import require
 
 PERCENTILES = (50, 90, 95, 99)
 

@@ -17,7 +17,7 @@ from torch import nn
 import resnet_fast
 from resnet_fast.export.metadata import gather
 from resnet_fast.export.to_onnx import ExportResult, export_onnx
-from resnet_fast.named import build
+from resnet_fast.models.named import build
 from resnet_fast.serving.config import (
     LABELS,
     MARK,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
 
-from resnet_fast.export.optional import MissingPackageError
+from resnet_fast.utils.optional import MissingPackageError
 
 VARIABLE = "RESNET_FAST_SERVER"
 """Names the virtual environment that ``make server`` made; ``.venv-server`` in the current folder if it is not set."""

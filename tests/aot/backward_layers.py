@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from resnet_fast.kernels.reference_training import Affine, Gate, Geometry
+from resnet_fast.kernels.reference.training import Affine, Gate, Geometry
 from resnet_fast.kernels.triton import training_backward as training
 from tests.aot.layers import DTYPES, Launch, Layer, float32_precision, image, model_layers
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from resnet_fast.kernels.reference_training import Affine, Gate, Geometry
+from resnet_fast.kernels.reference.training import Affine, Gate, Geometry
 from resnet_fast.kernels.triton import chain_launch, launch, quantised_launch, training_backward, training_forward
 from resnet_fast.kernels.triton.launch import Plan
 from resnet_fast.kernels.triton.tiles import Tile

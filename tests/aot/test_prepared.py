@@ -7,11 +7,12 @@ import weakref
 import pytest
 import torch
 
-from resnet_fast import ops
-from resnet_fast.kernels import packing, reference
+from resnet_fast.kernels import packing
+from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import cudnn, descriptor, launch, measuring, planner, prepared, tiles
 from resnet_fast.kernels.triton.problem import conv_problem
 from resnet_fast.kernels.triton.tiles import Tile
+from resnet_fast.ops import inference as ops
 from tests import fake_gpu
 from tests.fake_gpu import on_gpu
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from resnet_fast.kernels.reference_training import Gate, Geometry
+from resnet_fast.kernels.reference.training import Gate, Geometry
 from resnet_fast.kernels.triton import tiles, training_backward
 from tests.aot.layers import ARCHITECTURES, image
 from tests.aot.shipped import everything

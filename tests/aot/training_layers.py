@@ -8,7 +8,7 @@ from typing import Optional
 
 import torch
 
-from resnet_fast.kernels.reference_training import Affine, Geometry
+from resnet_fast.kernels.reference.training import Affine, Geometry
 from resnet_fast.kernels.triton import launch, training_forward
 from resnet_fast.kernels.triton.launch import Plan
 from tests.aot.layers import DTYPES, Launch, Layer, each, float32_precision, image, model_layers

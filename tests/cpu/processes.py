@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet
 
 import resnet_fast
-from tests.cpu.models import fused_calls, images, short_resnet
+from tests.cpu.small_models import fused_calls, images, short_resnet
 
 X = images(8, 3, 32, 32).double()
 LABELS = torch.arange(8) % 7

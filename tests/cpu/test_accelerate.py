@@ -11,7 +11,7 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast.kernels.native import library
-from tests.cpu.models import (
+from tests.cpu.small_models import (
     accelerated,
     errors_against_float64,
     fused_calls,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fast
-from resnet_fast import functional
-from tests.cpu.cases import stock_error
+from resnet_fast.graph import functional
+from tests.cpu.ops.cases import stock_error
 
 conv_bn_act = torch.ops.resnet_fast.conv_bn_act
 stem = torch.ops.resnet_fast.stem

@@ -21,7 +21,7 @@ from torchvision.models import resnet
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import resnet_fast
-from tests.cpu.models import accelerated, fused_calls, images, relative_error, small_resnet
+from tests.cpu.small_models import accelerated, fused_calls, images, relative_error, small_resnet
 
 X = images()
 LAYER_INPUT = images(2, 64, 16, 16)

@@ -238,7 +238,7 @@ def test_a_real_kernels_package_is_not_shadowed(tmp_path):
 import sys
 sys.path[:0] = [""]
 sys.path.append({str(tmp_path)!r})
-import kernels, resnet_fast.kernels.case
+import kernels, resnet_fast.kernels.contract
 print(kernels.whose)
 """
     assert _python(program) == "theirs"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torchvision.models import resnet
 
-from tests.cpu.models import relative_error, short_resnet
 from tests.cpu.processes import STEPS, freeze_norms, train
+from tests.cpu.small_models import relative_error, short_resnet
 
 TOLERANCE = 1e-9
 BLOCKS = [resnet.BasicBlock, resnet.Bottleneck]

@@ -23,7 +23,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import resnet_fast
-from tests.cpu.models import SEED, accelerated, fused_calls, images, randomise_norms, relative_error, short_resnet
+from tests.cpu.small_models import SEED, accelerated, fused_calls, images, randomise_norms, relative_error, short_resnet
 
 X = images(4, 3, 32, 32).double()
 LABELS = torch.tensor([0, 3, 6, 3, 1, 5, 2, 2])

@@ -15,7 +15,9 @@ from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fast
-from tests.cpu.models import (
+from tests.cpu.graph.test_program import network
+from tests.cpu.ops.residual_blocks import WINOGRAD, assert_as_precise, over_seeds, saved, usual
+from tests.cpu.small_models import (
     SEED,
     accelerated,
     built,
@@ -25,8 +27,6 @@ from tests.cpu.models import (
     relative_error,
     small_resnet,
 )
-from tests.cpu.residual_blocks import WINOGRAD, assert_as_precise, over_seeds, saved, usual
-from tests.cpu.test_fusion import network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional
 import pytest
 import torch
 
-from resnet_fast.kernels import reference
+from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import tiles
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

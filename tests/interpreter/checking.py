@@ -4,7 +4,7 @@ from typing import Optional
 
 import torch
 
-from resnet_fast.kernels import reference
+from resnet_fast.kernels.reference import inference as reference
 
 _FLOAT32 = torch.finfo(torch.float32).eps
 

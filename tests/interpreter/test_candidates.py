@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resnet_fast.kernels import reference
+from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import cudnn, launch, measuring, planner
 from tests.interpreter.cases import CONVS, DTYPES, each_dtype
 from tests.interpreter.checking import (

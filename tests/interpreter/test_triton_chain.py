@@ -13,11 +13,12 @@ from torchvision.models import resnet
 
 import resnet_fast
 import resnet_fast.kernels.triton as kernels
-from resnet_fast import functional, ops
-from resnet_fast.kernels import reference
-from resnet_fast.kernels.case import Case
+from resnet_fast.graph import functional
+from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import chain_launch, launch, tiles
-from tests.cpu.models import randomise_norms
+from resnet_fast.ops import inference as ops
+from tests.cpu.small_models import randomise_norms
 from tests.interpreter.cases import each_dtype, nhwc
 from tests.interpreter.checking import (
     assert_as_good_as_pytorch,

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from resnet_fast.kernels import reference
+from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import descriptor, launch
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.interpreter.cases import DTYPES, SMALL, TILES, Conv, each_dtype

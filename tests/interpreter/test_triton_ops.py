@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import resnet_fast.kernels.triton as kernels
-from resnet_fast.kernels import reference
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import launch, pack, tiles
 from tests.interpreter.cases import CONVS, DTYPES, SMALL, TILES, Conv, each_dtype, nhwc
 from tests.interpreter.checking import (

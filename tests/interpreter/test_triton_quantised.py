@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from resnet_fast import quantised as api
-from resnet_fast.kernels import reference_quantised as reference
-from resnet_fast.kernels.case import Case
-from resnet_fast.kernels.reference_quantised import RANGE, REAL
+from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.reference import quantised as reference
+from resnet_fast.kernels.reference.quantised import RANGE, REAL
 from resnet_fast.kernels.triton import launch, pack, quantised, tiles
 from tests.interpreter.cases import CONVS, SMALL, Conv, nhwc
 from tests.interpreter.checking import assert_within, rounding

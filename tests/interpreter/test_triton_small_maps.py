@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from triton.runtime.interpreter import InterpreterBuilder
 
 import resnet_fast.kernels.triton as kernels
-import resnet_fast.ops  # noqa: F401  registers torch.ops.resnet_fast
-from resnet_fast.kernels import reference
-from resnet_fast.kernels.reference_training import Affine, Geometry
+import resnet_fast.ops.inference  # noqa: F401  registers torch.ops.resnet_fast
+from resnet_fast.kernels.reference import inference as reference
+from resnet_fast.kernels.reference.training import Affine, Geometry
 from resnet_fast.kernels.triton import cost, launch, tiles, training
 from tests.interpreter.cases import CONVS, SMALL, TILES, Conv, each_dtype, nhwc
 from tests.interpreter.checking import (

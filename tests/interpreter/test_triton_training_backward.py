@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels import reference_training as reference
-from resnet_fast.kernels.reference_training import Affine, Gate, Geometry, Gradient
+from resnet_fast.kernels.reference import training as reference
+from resnet_fast.kernels.reference.training import Affine, Gate, Geometry, Gradient
 from resnet_fast.kernels.triton import launch, tiles
 from resnet_fast.kernels.triton import training_backward as kernels
 from tests.interpreter.cases import each_dtype, nhwc

@@ -6,9 +6,9 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from resnet_fast.kernels import reference_training as reference
-from resnet_fast.kernels.case import Case
-from resnet_fast.kernels.reference_training import Affine, Geometry
+from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.reference import training as reference
+from resnet_fast.kernels.reference.training import Affine, Geometry
 from resnet_fast.kernels.triton import launch, support, tiles, training
 from tests.interpreter.cases import CONVS, SMALL, TILES, Conv, each_dtype, nhwc
 from tests.interpreter.checking import (

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels import native, reference_training
+from resnet_fast.kernels import native
 from resnet_fast.kernels.native import library, wgrad
-from resnet_fast.kernels.reference_training import Affine, Geometry, activate
-from tests.cpu.cases import WEIRD, WINOGRAD_TILES, Conv, make, nhwc
+from resnet_fast.kernels.reference import training as reference_training
+from resnet_fast.kernels.reference.training import Affine, Geometry, activate
+from tests.cpu.ops.cases import WEIRD, WINOGRAD_TILES, Conv, make, nhwc
 from tests.native.harness import TRICKY, Guarded, Place, placed
 
 EPS = torch.finfo(torch.float32).eps

@@ -4,7 +4,7 @@ import torch
 
 from resnet_fast.kernels.native import library, passes
 from resnet_fast.kernels.native.library import Shape
-from tests.cpu.cases import Conv, make
+from tests.cpu.ops.cases import Conv, make
 from tests.native.harness import TRICKY, Expected, Guarded, algorithms_for, convolve, placed, resnet_convs, run
 from tests.native.pass_cases import SHAPES, Memory, everything
 from tests.native.pass_cases import make as make_passes

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from resnet_fast.kernels import native
 from resnet_fast.kernels.native import library
 from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
-from tests.cpu.cases import WINOGRAD_TILES, Conv, Data, assert_close, exact_conv, tolerance, unfused
+from tests.cpu.ops.cases import WINOGRAD_TILES, Conv, Data, assert_close, exact_conv, tolerance, unfused
 
 _BORDER = 1 << 12  # bytes
 _POISON = 0xFF  # in every byte: NaN as float32 and as float64

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast.kernels.native import passes
-from resnet_fast.kernels.reference_training import Affine, Gate
+from resnet_fast.kernels.reference.training import Affine, Gate
 from tests.native.harness import Place, placed
 
 SHAPES = {

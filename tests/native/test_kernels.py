@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from resnet_fast.kernels import native
 from resnet_fast.kernels.native import library
 from resnet_fast.kernels.native.library import ALGORITHMS, Shape
-from tests.cpu.cases import Conv, make
+from tests.cpu.ops.cases import Conv, make
 from tests.native.harness import TRICKY, Expected, Poisoned, algorithms_for, convolve, placed, resnet_convs, run
 
 COMBINATIONS = list(itertools.product((False, True), (False, True)))  # residual, relu

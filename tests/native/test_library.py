@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from resnet_fast.kernels import native, onednn
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import library, planner
-from tests.cpu.cases import WINOGRAD_TILES, Conv, exact_conv, make, tolerance
+from tests.cpu.ops.cases import WINOGRAD_TILES, Conv, exact_conv, make, tolerance
 
 
 def _python(program: str, input: str = "", **environment: str) -> subprocess.CompletedProcess:
@@ -46,7 +46,7 @@ def test_unknown_instruction_set():
 
 def test_importing_loads_nothing():
     """The library is opened at the first call that may use it."""
-    done = _python("import resnet_fast.ops, sys; print(resnet_fast.ops.native.library._library)")
+    done = _python("import resnet_fast.ops.inference, sys; print(resnet_fast.ops.inference.native.library._library)")
     assert done.stdout.strip() == "None", done.stderr
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from resnet_fast.kernels import native
-from resnet_fast.kernels import reference_training as reference
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import library, planner, training
-from resnet_fast.kernels.reference_training import Affine, Gate, Geometry
-from tests.cpu.cases import WEIRD, Conv, Poison, assert_channels_last, network_convs, nhwc
+from resnet_fast.kernels.reference import training as reference
+from resnet_fast.kernels.reference.training import Affine, Gate, Geometry
+from tests.cpu.ops.cases import WEIRD, Conv, Poison, assert_channels_last, network_convs, nhwc
 from tests.native.harness import TRICKY, Poisoned, algorithms_for, shape_of
 
 EPS = torch.finfo(torch.float32).eps

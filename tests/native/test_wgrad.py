@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from resnet_fast.kernels import reference_training
-from resnet_fast.kernels.case import Case
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import wgrad
-from resnet_fast.kernels.reference_training import Affine, Geometry
-from tests.cpu.cases import Conv, assert_channels_last, nhwc
+from resnet_fast.kernels.reference import training as reference_training
+from resnet_fast.kernels.reference.training import Affine, Geometry
+from tests.cpu.ops.cases import Conv, assert_channels_last, nhwc
 from tests.native.gradients import SHAPES, Wgrad, check_gram, double, prologue_of, run_gram
 from tests.native.harness import Poisoned, resnet_convs
 

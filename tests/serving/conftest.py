@@ -2,8 +2,8 @@
 
 import pytest
 
-from resnet_fast.export.optional import MissingPackageError
 from resnet_fast.serving.server import installation, python_library
+from resnet_fast.utils.optional import MissingPackageError
 from tests.serving import served
 
 

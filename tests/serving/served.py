@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from resnet_fast.bench.norms import randomise_batch_norm
-from resnet_fast.cli.numerics import WINOGRAD
 from resnet_fast.export import export_onnx
-from resnet_fast.export.verification import error_limit
-from resnet_fast.named import build
+from resnet_fast.export.compare import error_limit
+from resnet_fast.models.named import build
 from resnet_fast.serving import Server, write_repository
+from resnet_fast.verify import WINOGRAD
 
 SIZE, CLASSES, MAX_BATCH = 64, 10, 8
 LABELS = [f"class {index}" for index in range(CLASSES)]

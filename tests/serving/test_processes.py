@@ -16,10 +16,10 @@ import pytest
 import torch
 from tritonclient.utils import InferenceServerException
 
-from resnet_fast.cli.numerics import WINOGRAD
 from resnet_fast.finetune.digits import digits
-from resnet_fast.named import build
+from resnet_fast.models.named import build
 from resnet_fast.serving.server import VARIABLE, Server
+from resnet_fast.verify import WINOGRAD
 from tests.serving import served
 from tests.serving.served import NET, PLAIN, PROTOCOLS, ask, assert_right
 

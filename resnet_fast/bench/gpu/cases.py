@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from resnet_fast import accelerate, ops
-from resnet_fast.kernels import reference
+from resnet_fast import accelerate
+from resnet_fast.kernels.reference import inference as reference
+from resnet_fast.ops import inference as ops
 
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 

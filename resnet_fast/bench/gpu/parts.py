@@ -55,7 +55,7 @@ def layers(device: str, quick: bool) -> Results:
     """Every convolution of a model, with each of the planner's candidates; what is fastest is kept for later calls."""
     from resnet_fast import accelerate, tune
     from resnet_fast.bench.norms import randomise_batch_norm
-    from resnet_fast.named import build
+    from resnet_fast.models.named import build
 
     layout: Any = {"memory_format": torch.channels_last}
     half = ("float16", "bfloat16") if device == "cuda" else ("float32",)
@@ -77,7 +77,7 @@ def peers(device: str, quick: bool) -> Results:
     """Every distinct convolution of ResNet-50 beside eager PyTorch, cuDNN and torch.compile: see peers.py."""
     from resnet_fast.bench.gpu.peers import compare
     from resnet_fast.bench.norms import randomise_batch_norm
-    from resnet_fast.named import build
+    from resnet_fast.models.named import build
 
     model = build("resnet18" if quick else "resnet50")
     randomise_batch_norm(model, 0)
@@ -120,7 +120,7 @@ def _compared(case: Case, name: str, device: str) -> dict[str, Any]:
 def _eight_bits(name: str, dtype: torch.dtype, residual: bool, device: str) -> dict[str, Any]:
     """A 3x3 convolution of 8-bit numbers, with a result in float32: sums are exact of int8 products, nearly of fp8."""
     from resnet_fast import quantised
-    from resnet_fast.kernels import reference_quantised
+    from resnet_fast.kernels.reference import quantised as reference_quantised
 
     generator = torch.Generator().manual_seed(0)
     x = quantised.quantise(torch.randn(2, 64, 14, 14, generator=generator), 0.02, dtype)

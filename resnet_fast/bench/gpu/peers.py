@@ -143,7 +143,7 @@ def _measured(place: Place, batch: int, dtype: torch.dtype, device: str) -> dict
 
 
 def _competitors(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> dict[str, Callable[[], Work]]:
-    from resnet_fast import functional
+    from resnet_fast.graph import functional
     from resnet_fast.kernels.triton import cudnn
 
     conv, bn = layer.conv, layer.bn
@@ -179,8 +179,8 @@ def _compiled(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> Work:
 
 def _exact(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> Tensor:
     """Of the first image, in float64."""
-    from resnet_fast import functional
-    from resnet_fast.kernels import reference
+    from resnet_fast.graph import functional
+    from resnet_fast.kernels.reference import inference as reference
 
     conv, first = layer.conv, x[:1].double()
     scale, shift = (v.double() for v in functional.fold_batch_norm(layer.bn, conv.bias))

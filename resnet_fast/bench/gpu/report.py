@@ -7,14 +7,14 @@ from typing import Any
 
 from resnet_fast.bench.gpu.suite import Suite
 from resnet_fast.bench.machine import describe
-from resnet_fast.export.files import replacing
-from resnet_fast.export.optional import require
+from resnet_fast.utils.files import replacing
+from resnet_fast.utils.optional import require
 
 
 def write_report(suite: Suite, folder: Path) -> dict[str, Any]:
     """Write ``gpu.json`` and ``gpu.html`` to ``folder``, each whole or not at all, and return what the first holds."""
     jinja2 = require("jinja2", "the GPU report")
-    from resnet_fast.cli.output import write_json
+    from resnet_fast.cli.console import write_json
 
     content = {
         "passed": suite.passed,

@@ -190,7 +190,7 @@ def _measured(
     bench: Bench, workload: Workload, device: str, limit: float, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     from resnet_fast.bench.norms import randomise_batch_norm, settle_relus
-    from resnet_fast.named import build
+    from resnet_fast.models.named import build
 
     name, batch, dtype, size, training = workload
     generator = torch.Generator().manual_seed(0)

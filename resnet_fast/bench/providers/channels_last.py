@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import numpy as np
 
 if TYPE_CHECKING:
-    from resnet_fast.bench.step import Step
+    from resnet_fast.bench.training_step import Step
 
 TITLE = "PyTorch eager, channels_last"
 NEEDS = None
@@ -31,6 +31,6 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
 
 
 def train(folder: Path, threads: int) -> "Step":
-    from resnet_fast.bench.step import load_step
+    from resnet_fast.bench.training_step import load_step
 
     return load_step(folder, threads)

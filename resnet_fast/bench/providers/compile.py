@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import numpy as np
 
 if TYPE_CHECKING:
-    from resnet_fast.bench.step import Step
+    from resnet_fast.bench.training_step import Step
 
 TITLE = "torch.compile"
 NEEDS = None
@@ -44,7 +44,7 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
 
 
 def train(folder: Path, threads: int) -> "Step":
-    from resnet_fast.bench.step import load_step
+    from resnet_fast.bench.training_step import load_step
     from resnet_fast.bench.workload import load_setting
 
     mode = _mode(load_setting(folder).device)

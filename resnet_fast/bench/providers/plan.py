@@ -24,7 +24,7 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
 
     from resnet_fast import accelerate
     from resnet_fast.bench.workload import eager, load_images, load_model
-    from resnet_fast.network import Plan, last_plan
+    from resnet_fast.network.plan import Plan, last_plan
 
     torch.set_num_threads(threads)
     model = accelerate(load_model(folder))

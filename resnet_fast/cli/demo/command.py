@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from resnet_fast.cli import options
-from resnet_fast.cli.output import console, table, write_json
+from resnet_fast.cli.console import console, table, write_json
 
 
 def demo(
@@ -27,7 +27,7 @@ def demo(
     Takes a few minutes and downloads nothing. Writes OUT/report.html and OUT/report.json, and exits with 3 if a
     check fails.
     """
-    from resnet_fast.export.optional import require
+    from resnet_fast.utils.optional import require
 
     for module in ("onnxruntime", "sklearn", "skimage", "matplotlib", "jinja2"):
         require(module, "the demo")

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup  # jinja2 brings it
 
+from resnet_fast.cli.console import write_json
 from resnet_fast.cli.demo.data import Digits, Photographs
 from resnet_fast.cli.demo.study import Study
-from resnet_fast.cli.output import write_json
-from resnet_fast.export.files import replacing
+from resnet_fast.utils.files import replacing
 
 _INK, _OURS, _PEER, _GRID = "#1f2933", "#0b7285", "#adb5bd", "#e9ecef"
 

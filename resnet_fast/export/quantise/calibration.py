@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fast.export.quantise.histogram import Histogram
 from resnet_fast.export.quantise.images import Source
-from resnet_fast.export.running import open_session
+from resnet_fast.export.runner import open_session
 
 Progress = Callable[[str, int, Optional[int]], None]
 """Called with what is being done, how much of it is done, and how much there is, if known."""

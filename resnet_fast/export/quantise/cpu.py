@@ -21,8 +21,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from resnet_fast.export.optional import require
-from resnet_fast.kernels.cpuinfo import first_processor
+from resnet_fast.utils.cpuinfo import first_processor
+from resnet_fast.utils.optional import require
 
 Range = tuple[float, float]
 

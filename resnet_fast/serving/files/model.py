@@ -71,7 +71,7 @@ class TritonPythonModel:
 def _torch(folder: Path, parameters: dict[str, str], output: torch.dtype, device: torch.device) -> Any:
     """The accelerated PyTorch model: from images to a tuple of logits ``[batch, classes]`` on the CPU."""
     from resnet_fast import accelerate
-    from resnet_fast.named import build
+    from resnet_fast.models.named import build
 
     model = build(parameters["model"], weights=str(folder / "weights.pt"), num_classes=int(parameters["classes"]))
     dtype = getattr(torch, parameters["dtype"])

@@ -1,0 +1,257 @@
+"""The definition of the primitives that training is made of, in plain PyTorch.
+
+``resnet_fast/ops/block_passes.py`` composes them into the forward and backward pass of a residual block. An
+implementation (``triton.training``, ``native.training``) has the functions below, or those of them that its
+``supports(case)`` covers (``case.op`` is the function's name), and is checked against these in float64.
+
+Images are ``[N, C, H, W]`` in ``torch.channels_last``. What an image is followed by is not computed until it is read:
+a convolution writes its **raw** result ``y``, and whoever reads it applies batch norm and ReLU on the way, as its
+*prologue*: ``a = relu(y * scale + shift)``, in float32, rounded to the dtype of ``y``. Padding is zero after that.
+Vectors of channels, statistics and gradients of weights are float32 (float64 for float64 images), sums of products at
+least float32. ``weight`` has the dtype of ``x`` or is wider; it is rounded to the dtype of ``x``.
+
+Batch norm's backward pass, for ``z = (y - mean) * rstd * gamma + beta`` over M values a channel and a gradient ``g`` of
+z (Ioffe and Szegedy 2015, section 3): ``dbeta = total = sum(g)``, ``dgamma = rstd * product`` with ``product = sum(g *
+(y - mean))``, and ``dy = a * g - b * (y - mean) - c`` with ``a = gamma * rstd``, ``b = a * rstd^2 * product / M``,
+``c = a * total / M``. Nothing divides by gamma, which may be 0.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fast.kernels.contract import Case
+
+Pair = tuple[int, int]
+
+
+class Geometry(NamedTuple):
+    """What a convolution is given beside its tensors."""
+
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+
+class Affine(NamedTuple):
+    """``x * scale + shift``, both ``[C]``."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+class Gate(NamedTuple):
+    """The ReLU that a convolution's input came through, for the gradient to go back through.
+
+    ``affine`` and ``mean`` are those of the batch norm before it, whose input the convolution's input then is (raw);
+    both are None where the convolution's input is the ReLU's result.
+    """
+
+    affine: Optional[Affine] = None
+    mean: Optional[Tensor] = None
+
+
+class Gradient(NamedTuple):
+    """A gradient ``g [N, C, H, W]``, and what batch norm's backward pass needs of it: see above."""
+
+    g: Tensor
+    total: Optional[Tensor] = None
+    product: Optional[Tensor] = None
+
+
+def supports(case: Case) -> Optional[str]:
+    """None: the definition covers every case."""
+    return None
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of vectors and statistics beside ``x``."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+def conv_statistics(
+    x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A convolution of ``prologue(x)``, and the statistics of its result as it is stored (rounded).
+
+    Returns:
+        ``y [N, K, P, Q]`` in the dtype of ``x``, ``mean [K]``, ``variance [K]`` (biased: divided by ``N * P * Q``).
+    """
+    y = _conv(activate(x, prologue), weight, geometry)
+    values = y.to(wide(y))
+    mean = values.mean((0, 2, 3))
+    return y, mean, (values - _channels(mean)).square().mean((0, 2, 3))
+
+
+def gram(x: Tensor, prologue: Optional[Affine], stride: Pair) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the channels of ``a = prologue(x)``, over every ``stride``-th pixel.
+
+    They give the statistics of any 1x1 convolution of ``a`` with that stride: ``mean(w a) = w mean(a)`` and ``var(w a)
+    = w cov(a) w^T``.
+
+    Returns:
+        ``mean [C]`` and ``covariance [C, C]`` (biased, symmetric).
+    """
+    a = activate(x, prologue)[:, :, :: stride[0], :: stride[1]]
+    rows = a.permute(0, 2, 3, 1).reshape(-1, a.shape[1]).to(wide(x))
+    mean = rows.mean(0)
+    centred = rows - mean
+    return mean, centred.T @ centred / rows.shape[0]
+
+
+def conv_affine(
+    x: Tensor,
+    prologue: Optional[Affine],
+    weight: Tensor,
+    affine: Affine,
+    residual: Optional[Tensor],
+    geometry: Geometry,
+    relu: bool,
+) -> Tensor:
+    """``relu(conv(prologue(x)) * scale + shift + residual)``: ``[N, K, P, Q]``, rounded once, at the end."""
+    y = F.conv2d(activate(x, prologue), weight.to(x.dtype), None, *geometry)
+    return tail(y, affine, residual, None, relu)
+
+
+def tail(
+    y: Tensor, affine: Affine, residual: Optional[Tensor], residual_affine: Optional[Affine], relu: bool
+) -> Tensor:
+    """``relu(y * scale + shift + residual)``, the residual through ``residual_affine`` first if that is given."""
+    z = _apply(y, affine)
+    if residual is not None:
+        z = z + (residual if residual_affine is None else _apply(residual, residual_affine))
+    return _nhwc((F.relu(z) if relu else z).to(y.dtype))
+
+
+def tail_pool(y: Tensor, affine: Affine) -> Tensor:
+    """``max_pool2d(relu(y * scale + shift), 3, 2, 1)``: the stem's tail. NaN wins."""
+    return _nhwc(F.max_pool2d(activate(y, affine), 3, 2, 1))
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+
+def tail_backward(
+    grad: Tensor,
+    out: Optional[Tensor],
+    y: Optional[Tensor],
+    mean: Optional[Tensor],
+    residual: Optional[Tensor],
+    residual_mean: Optional[Tensor],
+) -> tuple[Gradient, Optional[Tensor]]:
+    """Back through the ReLU of ``tail``: ``g = grad`` where ``out > 0``, else 0 (everywhere if ``out`` is None).
+
+    Returns:
+        ``Gradient`` with ``total``, and ``product`` against ``y`` if that is given; and the product against
+        ``residual``, if that is given (a raw one).
+    """
+    g = _nhwc(grad) if out is None else torch.ops.aten.threshold_backward(_nhwc(grad), out, 0)
+    values = g.to(wide(g))
+    gradient = Gradient(g, values.sum((0, 2, 3)), None if y is None else _product(values, y, mean))
+    return gradient, None if residual is None else _product(values, residual, residual_mean)
+
+
+def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[Tensor]) -> Gradient:
+    """Back through ``tail_pool``: of equal values in a window, the first in reading order gets the gradient.
+
+    ``product`` is None if ``mean`` is.
+    """
+    a = activate(y, affine)
+    _, indices = torch.ops.aten.max_pool2d_with_indices(a, [3, 3], [2, 2], [1, 1])
+    g = torch.ops.aten.max_pool2d_with_indices_backward(_nhwc(grad), a, [3, 3], [2, 2], [1, 1], [1, 1], False, indices)
+    return _gated(g, y, Gate(affine, mean))
+
+
+def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool) -> Tensor:
+    """``a * g - b * (y - mean) - c``, which may be written over ``g`` and be it if ``overwrite``."""
+    centred = y.to(wide(y)) - _channels(mean)
+    return (_channels(a) * g - _channels(b) * centred - _channels(c)).to(g.dtype)
+
+
+def dgrad(
+    dy: Tensor, weight: Tensor, geometry: Geometry, x: Tensor, gate: Optional[Gate], residual: Optional[Tensor]
+) -> Gradient:
+    """The gradient of a convolution's input ``x``, plus ``residual``, through ``gate``.
+
+    Without a gate neither ``total`` nor ``product`` is computed; with one whose mean is None, only ``total``.
+    """
+    dx, _, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight.to(dy.dtype), None, *geometry[:3], False, [0, 0], geometry.groups, [True, False, False]
+    )
+    return _gated(dx if residual is None else dx + residual, x, gate)
+
+
+def dgrad_expand(
+    g: Tensor,
+    weight: Tensor,
+    q: Tensor,
+    c: Tensor,
+    stride: Pair,
+    x: Tensor,
+    prologue: Optional[Affine],
+    gate: Optional[Gate],
+    residual: Optional[Tensor],
+) -> Gradient:
+    """``g weight - a q - c`` at every ``stride``-th pixel and 0 elsewhere, plus ``residual``, through ``gate``.
+
+    With ``a = prologue(x)``: the gradient of the input of a 1x1 convolution and the batch norm after it, from the
+    gradient of the batch norm's result and without the convolution's. ``weight [K, C]``, ``q [C, C]``, ``c [C]``.
+    """
+    a = activate(x, prologue)[:, :, :: stride[0], :: stride[1]]
+    rows = torch.einsum("nkpq,kc->ncpq", g.to(wide(x)), weight.to(wide(x)))
+    rows = rows - torch.einsum("ncpq,cd->ndpq", a.to(wide(x)), q) - _channels(c)
+    dx = torch.zeros_like(x, dtype=rows.dtype)
+    dx[:, :, :: stride[0], :: stride[1]] = rows
+    return _gated((dx if residual is None else dx + residual).to(x.dtype), x, gate)
+
+
+def wgrad(dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient of ``weight [K, C/groups, R, S]`` (of which only the shape is read), in float32."""
+    a = activate(x, prologue)
+    _, dw, _ = torch.ops.aten.convolution_backward(
+        dy, a, weight.to(dy.dtype), None, *geometry[:3], False, [0, 0], geometry.groups, [False, True, False]
+    )
+    return dw.to(wide(x))
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def activate(x: Tensor, affine: Optional[Affine]) -> Tensor:
+    """What a prologue makes of ``x``: ``relu(x * scale + shift)`` in the dtype of ``x``; ``x`` itself without one."""
+    return x if affine is None else _nhwc(F.relu(_apply(x, affine)).to(x.dtype))
+
+
+def _apply(x: Tensor, affine: Affine) -> Tensor:
+    return x.to(affine.scale.dtype) * _channels(affine.scale) + _channels(affine.shift)
+
+
+def _gated(dx: Tensor, x: Tensor, gate: Optional[Gate]) -> Gradient:
+    if gate is None:
+        return Gradient(_nhwc(dx))
+    g = torch.ops.aten.threshold_backward(_nhwc(dx), activate(x, gate.affine), 0)
+    values = g.to(wide(g))
+    return Gradient(g, values.sum((0, 2, 3)), None if gate.mean is None else _product(values, x, gate.mean))
+
+
+def _product(g: Tensor, y: Tensor, mean: Optional[Tensor]) -> Tensor:
+    assert mean is not None
+    return (g * (y.to(g.dtype) - _channels(mean))).sum((0, 2, 3))
+
+
+def _conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    return _nhwc(F.conv2d(x, weight.to(x.dtype), None, *geometry))
+
+
+def _channels(vector: Tensor) -> Tensor:
+    return vector.view(1, -1, 1, 1)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,114 @@
+"""ONNX files in ONNX Runtime on the CPU; those in a type that it has no kernels for, as the same graph in float32."""
+
+import os
+from collections.abc import Sequence, Set
+from typing import Any, Optional, Union
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnx_ir.tape import Tape
+
+from resnet_fast.export.precision import Precision
+from resnet_fast.utils.optional import require
+
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+
+
+def session(path: Union[str, os.PathLike], threads: int = 0) -> Any:
+    """An ONNX Runtime session on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no file ``path``.
+        ValueError: ONNX Runtime cannot read it as a model.
+        MissingPackageError: ONNX Runtime is not installed.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"path is {str(path)!r}, expected an ONNX file")
+    return open_session(os.fspath(path), f"path is {str(path)!r}, which", threads)
+
+
+def open_session(source: Union[str, bytes], subject: str, threads: int = 0) -> Any:
+    """The same of a path or a file's content; ``subject`` is what the message begins with if it cannot be loaded."""
+    runtime = require("onnxruntime", "running an ONNX file")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exception classes have no common base but this
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{subject} ONNX Runtime {runtime.__version__} cannot load: {reason}") from error
+
+
+class Runner:
+    """A file made ready to run on the CPU.
+
+    ONNX Runtime has no bfloat16 convolution for a CPU. Such a file is run as the same graph in float32 with the result
+    of every node rounded to bfloat16, which is what hardware does that multiplies bfloat16 and adds in float32.
+
+    Attributes:
+        method: how it is run, for people.
+        outputs: names of what it gives.
+    """
+
+    def __init__(self, path: Union[str, os.PathLike], precision: Precision, *, exact: bool = False) -> None:
+        """``exact``: run the graph in float32 without any rounding, with the file's weights as they are."""
+        version = require("onnxruntime", "running an ONNX file").__version__
+        subject = f"path is {str(path)!r}, whose graph in float32"
+        if exact:
+            self.method = f"ONNX Runtime {version}, the graph in float32"
+            self._session = open_session(in_float32(path, {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}), subject)
+        elif precision.dtype is torch.bfloat16:
+            self.method = f"ONNX Runtime {version}, the graph in float32 with every result rounded to bfloat16"
+            self._session = open_session(in_float32(path, {ir.DataType.BFLOAT16}, rounding=True), subject)
+        else:
+            self.method = f"ONNX Runtime {version}"
+            self._session = session(path)
+        (self._input,) = self._session.get_inputs()
+        self.outputs: Sequence[str] = [value.name for value in self._session.get_outputs()]
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Its outputs by name; ``images`` are converted to the type that it takes."""
+        fed = np.ascontiguousarray(images, dtype=_NUMPY[self._input.type])
+        return dict(zip(self.outputs, self._session.run(None, {self._input.name: fed}), strict=True))
+
+
+def in_float32(path: Union[str, os.PathLike], low: Set[ir.DataType], *, rounding: bool = False) -> bytes:
+    """The file's graph with every tensor of a type in ``low`` in float32; if ``rounding``, with its old type's numbers.
+
+    Weights keep their values, as float32 has all those of float16 and bfloat16.
+    """
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True))
+    common.LiftConstantsToInitializersPass()(model)
+    graph, single = model.graph, ir.TensorType(ir.DataType.FLOAT)
+    for value in (*graph.inputs, *graph.initializers.values()):
+        if value.dtype in low:
+            if value.const_value is not None:
+                value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+            value.type = single
+    for node in list(graph):
+        if node.op_type == "Cast" and node.attributes.get_int("to") in low:
+            node.attributes.add(ir.AttrInt64("to", ir.DataType.FLOAT))
+        for value in node.outputs:
+            if value.dtype in low:
+                old, value.type = value.dtype, single
+                if rounding and old is not None:
+                    _round(graph, node, value, old)
+    return ir.to_proto(model).SerializeToString()
+
+
+def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, low: ir.DataType) -> None:
+    tape = Tape()
+    rounded: Optional[ir.Value] = value
+    for to in (low, ir.DataType.FLOAT):
+        rounded = tape.op("Cast", [rounded], {"to": to}, name=f"{node.name}_to_{to.name}")
+    assert rounded is not None
+    assert not value.is_graph_output(), "a file gives nothing in a type that is emulated"
+    first = tape.nodes[0]
+    for user, index in list(value.uses()):
+        if user is not first:
+            user.replace_input_with(index, rounded)
+    graph.insert_after(node, tape.nodes)

@@ -1,0 +1,128 @@
+"""What may be fused: asked of modules when a program is made, and again at every call."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from resnet_fast.graph.sync_batch_norm import CpuSyncBatchNorm
+
+Path = tuple[str, ...]
+
+SYNCHRONISED = (nn.SyncBatchNorm, CpuSyncBatchNorm)
+NORMS = (nn.BatchNorm2d, *SYNCHRONISED, FrozenBatchNorm2d)
+BATCH_STATISTICS = "normalises by batch statistics (training mode)"
+DROPS_OUT = "drops out (training mode)"
+
+
+def customised(module: nn.Module) -> str:
+    """How this instance differs from its class, or ''."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks"
+    return "has a forward of its own set on the instance" if "forward" in module.__dict__ else ""
+
+
+def conv_refusal(conv: nn.Module) -> str:
+    if type(conv) is not nn.Conv2d:
+        return f"is a {type(conv).__name__}, not nn.Conv2d"
+    if conv.padding_mode != "zeros":
+        return f"pads with {conv.padding_mode!r}, not zeros"
+    return f"has padding={conv.padding!r}, not numbers" if isinstance(conv.padding, str) else customised(conv)
+
+
+def _stem_conv_refusal(conv: nn.Module) -> str:
+    return conv_refusal(conv) or ("" if is_stem_conv(conv) else "is no longer 7x7, stride 2, padding 3")
+
+
+def norm_refusal(bn: nn.Module) -> str:
+    if type(bn) in (nn.BatchNorm2d, *SYNCHRONISED):
+        if bn.training:
+            return BATCH_STATISTICS
+        if bn.running_mean is None or bn.running_var is None:
+            return "normalises by batch statistics (it tracks no running ones)"
+    elif type(bn) is not FrozenBatchNorm2d:
+        return f"is a {type(bn).__name__}, not BatchNorm2d or FrozenBatchNorm2d"
+    return customised(bn)
+
+
+def training_norm_refusal(bn: nn.Module) -> str:
+    """Batch statistics or running ones: each call takes what the norm is set to."""
+    return customised(bn) if type(bn) in NORMS else f"is a {type(bn).__name__}, not BatchNorm2d or FrozenBatchNorm2d"
+
+
+def exact(*types: type) -> Callable[[nn.Module], str]:
+    def refusal(module: nn.Module) -> str:
+        return customised(module) if type(module) in types else f"is a {type(module).__name__}, not {types[0].__name__}"
+
+    return refusal
+
+
+def stem_pool_refusal(pool: nn.Module) -> str:
+    return exact(nn.MaxPool2d)(pool) or ("" if _is_stem_pool(pool) else "is no longer 3x3, stride 2, padding 1")
+
+
+def global_pool_refusal(pool: nn.Module) -> str:
+    return exact(nn.AdaptiveAvgPool2d)(pool) or ("" if pool.output_size in (1, (1, 1)) else "is no longer global")
+
+
+def flatten_refusal(layer: nn.Module) -> str:
+    """Of an image, to ``[N, C * H * W]``."""
+    flattens = isinstance(layer, nn.Flatten) and layer.start_dim == 1 and layer.end_dim in (-1, 3)
+    return exact(nn.Flatten)(layer) or ("" if flattens else "no longer flattens [N, C, H, W] to [N, C * H * W]")
+
+
+def head_refusals(layers: Sequence[nn.Module]) -> list[str]:
+    """Of each layer between a global pool and the logits: all but the last must be dropouts, which do nothing in eval
+    mode."""
+    *dropouts, linear = layers
+    return [*(_dropout_refusal(layer) for layer in dropouts), exact(nn.Linear)(linear)]
+
+
+def _dropout_refusal(layer: nn.Module) -> str:
+    return exact(nn.Dropout)(layer) or (DROPS_OUT if layer.training else "")
+
+
+def _sequential_refusal(module: nn.Module) -> str:
+    return customised(module) if is_sequential(module) else f"is a {type(module).__name__}, not a Sequential"
+
+
+REFUSALS: dict[str, Callable[[nn.Module], str]] = {
+    "conv": conv_refusal,
+    "stem conv": _stem_conv_refusal,
+    "norm": norm_refusal,
+    "training norm": training_norm_refusal,
+    "relu": exact(nn.ReLU),
+    "identity": exact(nn.Identity),
+    "stem pool": stem_pool_refusal,
+    "global pool": global_pool_refusal,
+    "flatten": flatten_refusal,
+    "sequential": _sequential_refusal,
+}
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def is_stem_conv(conv: Any) -> bool:
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return geometry == ((7, 7), (2, 2), (3, 3), (1, 1), 1)
+
+
+def _is_stem_pool(pool: Any) -> bool:
+    geometry = (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), _pair(pool.dilation))
+    plain = not pool.ceil_mode and not pool.return_indices
+    return plain and geometry == ((3, 3), (2, 2), (1, 1), (1, 1))
+
+
+def is_sequential(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def child_at(module: nn.Module, path: Path) -> Optional[nn.Module]:
+    for name in path:
+        module = module._modules.get(name)  # type: ignore[assignment]
+        if module is None:
+            return None
+    return module

@@ -1,0 +1,337 @@
+"""The fused ops applied to modules: ``conv_bn_act(x, conv, bn)`` instead of ``relu(bn(conv(x)))``.
+
+The modules' tensors are read at every call, so an optimiser step or ``load_state_dict`` is seen at once; what is
+derived from them is cached until they change. Results lie in ``torch.channels_last``. Every parameter gets gradients.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from resnet_fast.graph.conditions import SYNCHRONISED, head_refusals, is_stem_conv
+from resnet_fast.graph.sync_batch_norm import CpuSyncBatchNorm
+from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.packing import PackCache
+from resnet_fast.kernels.reference.training import Geometry
+from resnet_fast.ops import inference as ops
+from resnet_fast.ops.residual_block import flat_geometry
+
+BatchNorm = Union[nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm, FrozenBatchNorm2d]
+
+_folds = PackCache()
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv: nn.Conv2d,
+    bn: BatchNorm,
+    residual: Optional[Tensor] = None,
+    relu: bool = True,
+    inplace_add: bool = False,
+) -> Tensor:
+    """``relu(bn(conv(x)) + residual)`` in one op, ``bn`` normalising by its running statistics.
+
+    Args:
+        x: ``[N, C, H, W]``, float32, float16, bfloat16 or float64, the dtype of ``conv.weight`` unless autocast is on.
+        conv: with numeric padding and ``padding_mode="zeros"``.
+        bn: its ``training`` flag is not read.
+        residual: ``[N, K, P, Q]``, or any shape that broadcasts against it (then added in a step of its own).
+        relu: whether the ReLU is applied.
+        inplace_add: whether a residual of another shape or dtype is added by ``+=``, which keeps the convolution's.
+
+    Returns:
+        ``[N, K, P, Q]`` in channels_last.
+
+    Raises:
+        TypeError: ``x`` is no tensor.
+        ValueError: ``x`` is 3-dimensional, as batch norm does.
+        RuntimeError: another number of dimensions, wrong channels, dtype or device, as convolution does.
+    """
+    _check_input(x, conv)
+    scale, shift = fold_batch_norm(bn, conv.bias)
+    op = torch.ops.resnet_fast.conv_bn_act
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    if residual is None or _fits(residual, x, [conv]):
+        return op(x, conv.weight, scale, shift, residual, *geometry, relu)
+    y = op(x, conv.weight, scale, shift, None, *geometry, False)
+    y = y.add_(residual) if inplace_add else y + residual
+    return F.relu(y) if relu else y
+
+
+def conv_chain(
+    x: Tensor,
+    conv: nn.Conv2d,
+    bn: BatchNorm,
+    residual: Tensor,
+    next_conv: nn.Conv2d,
+    next_bn: BatchNorm,
+    inplace_add: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Where one bottleneck ends and the next begins: ``out = relu(bn(conv(x)) + residual)`` and
+    ``z = relu(next_bn(next_conv(out)))`` in one op, both norms normalising by their running statistics.
+
+    Args:
+        x: as for ``conv_bn_act``.
+        conv, next_conv: ``pointwise`` ones, or it is two ops.
+        residual, inplace_add: as for ``conv_bn_act``.
+
+    Returns:
+        ``out`` ``[N, K, H, W]`` and ``z`` ``[N, L, H, W]``, in channels_last.
+
+    Raises as ``conv_bn_act`` does.
+    """
+    _check_input(x, conv)
+    plain = pointwise(conv) and pointwise(next_conv) and next_conv.weight.dtype == conv.weight.dtype
+    if not plain or not _fits(residual, x, [conv]):
+        out = conv_bn_act(x, conv, bn, residual, inplace_add=inplace_add)
+        return out, conv_bn_act(out, next_conv, next_bn)
+    first = (conv.weight, *fold_batch_norm(bn, conv.bias))
+    second = (next_conv.weight, *fold_batch_norm(next_bn, next_conv.bias))
+    return torch.ops.resnet_fast.conv_chain(x, *first, residual, *second)
+
+
+def chained(x: Tensor, in_channels: int, out_channels: int) -> bool:
+    """Whether ``conv_chain``, from so many channels to so many, has a kernel for images like ``x``.
+
+    Those that are too small to gain from it do without all the same.
+    """
+    return ops.chained(Case("conv_chain", x.device.type, _dtype_of_result(x), in_channels, out_channels))
+
+
+def pointwise(conv: nn.Conv2d) -> bool:
+    """Whether it is 1x1, of stride 1, without padding and groups."""
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
+    return geometry == ((1, 1), (1, 1), (0, 0), 1)
+
+
+def residual_block(
+    x: Tensor,
+    convs: Sequence[nn.Conv2d],
+    norms: Sequence[BatchNorm],
+    residual: Optional[Tensor] = None,
+    identity: bool = False,
+    projection: bool = False,
+    relu: bool = True,
+    pool: bool = False,
+    inplace_add: bool = False,
+) -> Tensor:
+    """Convolutions in a row, each with its batch norm and a ReLU; the last one's ReLU comes after a shortcut is added.
+
+    One op with a backward pass of its own, which keeps less than the modules would: see ``ops/block_passes.py``. Each
+    batch norm normalises by what it is set to, batch statistics or running ones, and updates the latter as its own
+    forward does.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        convs, norms: of the same number, in order; with ``projection`` the last are the shortcut's.
+        residual: what is added, or with ``projection`` the shortcut's input; None: ``x``, if ``identity`` or
+            ``projection`` is set, else nothing.
+        identity: ``x`` is added.
+        relu: whether there is a ReLU after the last convolution.
+        pool: a 3x3 max-pool of stride 2 comes last.
+        inplace_add: see ``conv_bn_act``.
+
+    Returns:
+        ``[N, K, P, Q]`` in channels_last.
+
+    Raises:
+        ValueError: batch statistics of a single value a channel, as batch norm does.
+        And as ``conv_bn_act`` does.
+    """
+    _check_input(x, convs[0])
+    batch = [_uses_batch_statistics(norm) for norm in norms]
+    groups = {_process_group(norm) for norm, uses in zip(norms, batch) if uses}
+    last = len(convs) - 1 - projection
+    if len(groups) > 1:
+        raise NotImplementedError("batch norms of one block synchronise over different process groups")
+    shortcut = identity or projection or residual is not None
+    if pool and (shortcut or not relu or not batch[last]):
+        if last == 0 and not shortcut and relu and is_stem_conv(convs[0]):
+            return stem(x, convs[0], norms[0])
+        return F.max_pool2d(
+            residual_block(x, convs, norms, residual, identity, projection, relu, inplace_add=inplace_add), 3, 2, 1
+        )
+    if identity:
+        residual = x
+    if residual is not None and not projection and not _fits(residual, x, convs):
+        y = residual_block(x, convs, norms, relu=False)
+        y = y.add_(residual) if inplace_add else y + residual
+        return F.relu(y) if relu else y
+
+    vectors = [_vectors(conv, norm, uses) for conv, norm, uses in zip(convs, norms, batch)]
+    out, statistics, _ = torch.ops.resnet_fast.residual_block(
+        x,
+        None if identity else residual,
+        [conv.weight for conv in convs],
+        [scale for scale, _ in vectors],
+        [shift for _, shift in vectors],
+        [norm.eps for norm in norms],
+        [number for conv in convs for number in flat_geometry(geometry_of(conv))],
+        batch,
+        identity,
+        projection,
+        relu,
+        pool,
+        groups.pop() if groups else "",
+    )
+    normalised = [(conv, norm) for conv, norm, uses in zip(convs, norms, batch) if uses]
+    with torch.no_grad():
+        for (conv, norm), moments in zip(normalised, statistics):
+            _move_running_statistics(conv, norm, moments)
+    return out
+
+
+def _uses_batch_statistics(norm: BatchNorm) -> bool:
+    if isinstance(norm, FrozenBatchNorm2d):
+        return False
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def _process_group(norm: BatchNorm) -> str:
+    """Over which processes the norm takes its batch statistics, as SyncBatchNorm decides it; "": this one."""
+    if not isinstance(norm, SYNCHRONISED) or not norm.training:
+        return ""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return ""
+    group: Any = getattr(norm, "process_group", None) or torch.distributed.group.WORLD
+    return group.group_name if torch.distributed.get_world_size(group) > 1 else ""
+
+
+def _vectors(conv: nn.Conv2d, norm: BatchNorm, batch_statistics: bool) -> tuple[Tensor, Tensor]:
+    """What the op takes as scale and shift: gamma and beta, or the running statistics folded in."""
+    if not batch_statistics:
+        return fold_batch_norm(norm, conv.bias)
+    wide = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
+    size, device = conv.out_channels, conv.weight.device
+    gamma = torch.ones(size, dtype=wide, device=device) if norm.weight is None else norm.weight.to(wide)
+    beta = torch.zeros(size, dtype=wide, device=device) if norm.bias is None else norm.bias.to(wide)
+    # Batch statistics take a convolution's bias out again: its gradient is 0, which is not the same as none.
+    return gamma, beta if conv.bias is None else beta + 0.0 * conv.bias
+
+
+def _move_running_statistics(conv: nn.Conv2d, norm: Any, moments: Tensor) -> None:
+    """What ``_BatchNorm.forward`` does to its buffers, given ``[2, K]``: the batch's mean and unbiased variance."""
+    if not (norm.training and norm.track_running_stats):
+        return
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    mean, variance = moments.unbind(0)
+    if conv.bias is not None:
+        mean = mean + conv.bias
+    for running, current in ((norm.running_mean, mean), (norm.running_var, variance)):
+        if running is not None:
+            # As batch norm does: its own forward, run before and not yet differentiated, may have kept the tensor.
+            with torch.autograd._unsafe_preserve_version_counter(running):
+                running.lerp_(current.to(running.dtype), momentum)
+
+
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """Of a convolution with numeric padding."""
+    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+    return Geometry(stride, padding, dilation, conv.groups)  # type: ignore[arg-type]
+
+
+def stem(x: Tensor, conv: nn.Conv2d, bn: BatchNorm) -> Tensor:
+    """``max_pool2d(relu(bn(conv(x))), 3, 2, 1)`` for a 7x7 stride-2 ``conv``: ``[N, C, H, W] -> [N, K, H/4, W/4]``.
+
+    Raises as ``conv_bn_act`` does.
+    """
+    _check_input(x, conv)
+    return torch.ops.resnet_fast.stem(x, conv.weight, *fold_batch_norm(bn, conv.bias))
+
+
+def global_avg_pool(x: Tensor) -> Tensor:
+    """Mean over H and W: ``[N, C, H, W] -> [N, C, 1, 1]``."""
+    return torch.ops.resnet_fast.global_avg_pool(x)
+
+
+def head(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+    """What follows the last block of a classifier: global average pool, ``flatten(1)``, then ``layers`` one by one.
+
+    In one op, if the layers are an ``nn.Linear`` and before it no more than dropouts in eval mode, all without hooks;
+    that is asked at every call.
+
+    Args:
+        x: ``[N, C, H, W]``, of the dtype of the linear layer's weight unless autocast is on.
+        layers: the last is, or takes the place of, a linear layer ``C -> K``.
+
+    Returns:
+        ``[N, K]``.
+
+    Raises:
+        RuntimeError: as pool and layers do.
+    """
+    if any(head_refusals(layers)):
+        y = global_avg_pool(x).flatten(1)
+        for layer in layers:
+            y = layer(y)
+        return y
+    weight, bias = layers[-1].weight, layers[-1].bias
+    if x.dtype != weight.dtype and not _autocast_enabled(x.device.type):
+        raise RuntimeError(f"x is {x.dtype}, expected {weight.dtype}, the dtype of the weight (or autocast)")
+    return torch.ops.resnet_fast.head(x, weight, bias)
+
+
+def fold_batch_norm(bn: BatchNorm, conv_bias: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    """``scale`` and ``shift``, each ``[K]`` in float32 or wider, with ``bn(y + conv_bias) == y * scale + shift``.
+
+    ``scale = weight / sqrt(running_var + eps)`` and ``shift = bias + (conv_bias - running_mean) * scale`` (Ioffe and
+    Szegedy 2015, section 3.1).
+    """
+    counter = getattr(bn, "num_batches_tracked", None)  # its version rises when the running statistics are updated
+    tensors = (bn.running_var, bn.running_mean, bn.weight, bn.bias, conv_bias, counter)
+    sources = tuple(t for t in tensors if t is not None)
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
+    if differentiated or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return _fold(bn, conv_bias)
+    return _folds.get(sources, (bn.eps, conv_bias is None), lambda: _fold(bn, conv_bias))
+
+
+def _fold(bn: BatchNorm, conv_bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    assert bn.running_var is not None and bn.running_mean is not None
+    wide = torch.float64 if bn.running_var.dtype == torch.float64 else torch.float32
+    scale = torch.rsqrt(bn.running_var.to(wide) + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight
+    centre = bn.running_mean.to(wide)
+    if conv_bias is not None:
+        centre = centre - conv_bias
+    shift = -centre * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias
+    return scale, shift
+
+
+def _check_input(x: Tensor, conv: nn.Conv2d) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, expected a tensor [N, {conv.in_channels}, H, W]")
+    if x.dim() != 4:
+        error = ValueError if x.dim() == 3 else RuntimeError  # what batch norm and convolution raise
+        raise error(f"x has shape {list(x.shape)}, expected 4 dimensions: [N, {conv.in_channels}, H, W]")
+    if x.dtype != conv.weight.dtype and not _autocast_enabled(x.device.type):
+        raise RuntimeError(f"x is {x.dtype}, expected {conv.weight.dtype}, the dtype of conv.weight (or autocast)")
+
+
+def _autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _fits(residual: Tensor, x: Tensor, convs: Sequence[nn.Conv2d]) -> bool:
+    """Whether the op can add the residual itself: the output's shape, and the dtype that the output will have."""
+    shape: Any = x.shape
+    for conv in convs:
+        shape = ops.conv_output(shape, conv.weight.shape, *geometry_of(conv)[:3])
+    return residual.dtype == _dtype_of_result(x) and list(residual.shape) == list(shape)
+
+
+def _dtype_of_result(x: Tensor) -> torch.dtype:
+    if _autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

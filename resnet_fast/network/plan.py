@@ -1,0 +1,232 @@
+"""A whole accelerated module as one program of the native library: one call, whatever the number of layers.
+
+``plan_for`` gives the plan for a call, if it can be planned: one float32 image batch on the CPU, nothing to
+differentiate, trace or record, and layers that ``lowering`` knows. A plan holds for a shape of input and a number of
+threads, while the modules and their tensors stay as they are: a ``Guard`` is asked at every call.
+"""
+
+import ctypes
+import os
+import weakref
+from itertools import chain
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from resnet_fast.graph.guard import Guard
+from resnet_fast.graph.program import PROGRAM, Path, Program
+from resnet_fast.graph.programs import program_of
+from resnet_fast.kernels import native
+from resnet_fast.kernels.native import library, planner
+from resnet_fast.network import schedule
+from resnet_fast.network.lowering import Image, Lowering, NotPlanned, Storage, of_images
+from resnet_fast.network.memory import Need, give_back, take
+from resnet_fast.network.schedule import Part, Places
+
+_PLANS_KEPT = 4  # per module: detectors see many shapes
+
+# --- the plan ---
+
+
+class Plan:
+    """A program of native operations, and how to call it."""
+
+    def __init__(self, module: nn.Module, program: Program, plans: "Plans", x: Tensor, threads: int) -> None:
+        """Raises ``NotPlanned``."""
+        if planner.layer_by_layer():
+            raise NotPlanned("oneDNN is asked for")
+        if max(x.shape) > native.LARGEST:
+            raise NotPlanned(f"no images beyond {native.LARGEST}")
+        self._nhwc = _channels_last(x)
+        given = Image(tuple(x.shape), Storage(x.numel()), self._nhwc)
+        lowering = Lowering(threads, plans.plain)
+        result = lowering.graph(module, program, (given,))
+        leaves, self._structure = tree_flatten(result)
+        if not leaves or not all(isinstance(leaf, Image) for leaf in leaves):
+            raise NotPlanned("it returns more than tensors")
+        outputs = list(dict.fromkeys(map(lowering.read, leaves)))
+        storages = [image.storage for image in outputs]
+        if len(set(storages)) != len(storages) or given.storage in storages:
+            raise NotPlanned("it returns views, or its input")
+        self._leaves = [outputs.index(leaf) for leaf in leaves]
+        self._outputs = [
+            (image.shape, torch.channels_last if image.nhwc and len(image.shape) == 4 else torch.contiguous_format)
+            for image in outputs
+        ]
+        self._single = isinstance(result, Image)
+        self._threads, self._shape = threads, given.shape
+        self.steps = schedule.needed(lowering.steps, storages)
+        self.split = schedule.split(self.steps, given.shape[0], threads)
+        for i, step in enumerate(self.steps):
+            if step.weights is not None:
+                lowering.prepare(step, self.split.images if i < self.split.steps else given.shape[0])
+        places = schedule.Places(self.steps, self.split, given, storages)
+        self.need = Need(places.arena_bytes)
+        self.parts = schedule.order(self.steps, self.split, given.shape[0])
+        self._ops = _operations(self.parts, places)
+        self._pointers: Any = ctypes.c_void_p * (2 + len(outputs))
+
+    def run(self, x: Tensor) -> Any:
+        """``module(x)``, for an ``x`` of the shape and layout that the plan was made for. Results are new tensors."""
+        if not self._nhwc:
+            x = x.contiguous()
+        outputs = [
+            torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
+            for shape, layout in self._outputs
+        ]
+        memory = take(self.need)
+        pointers = self._pointers(memory.address, x.data_ptr(), *[output.data_ptr() for output in outputs])
+        library.run(self._ops, len(self._ops), pointers, self._threads)
+        give_back(memory, self.need)
+        if self._single:
+            return outputs[0]
+        return tree_unflatten([outputs[i] for i in self._leaves], self._structure)
+
+    def __str__(self) -> str:
+        shape, threads = list(self._shape), f"{self._threads} thread{'s' if self._threads > 1 else ''}"
+        text = f"one native program of {len(self.steps)} operations for {shape} on {threads}"
+        steps, images = self.split
+        return f"{text}, the first {steps} on {images} image{'s' if images > 1 else ''} at a time" if steps else text
+
+    @property
+    def algorithms(self) -> dict[Path, str]:
+        """By the path of the convolution."""
+        return {step.path: step.algorithm for step in self.steps if step.path}
+
+
+def _channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _operations(parts: list[Part], places: Places) -> "ctypes.Array[library.Op]":
+    ops = (library.Op * len(parts))()
+    for op, (step, first, images) in zip(ops, parts):
+        op.kind, op.shape = step.kind, of_images(step.shape, images)
+        op.x, op.y = places.at(step.x, first), places.at(step.y, first)
+        op.residual = library.NOWHERE if step.residual is None else places.at(step.residual, first)
+        if step.pack is not None:
+            op.algorithm = library.ALGORITHMS.index(step.algorithm)
+            op.packed = step.pack.weight.data_ptr()
+            op.shift = step.pack.shift.data_ptr()
+    return ops
+
+
+# --- plans by shape ---
+
+
+class Plans:
+    """A program's plans, and the reasons why there is none, by shape, layout, threads and version of the planner."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.of = weakref.ref(module)
+        self.plain: dict[Path, tuple[type, Program]] = {}
+        self.last: Union[Plan, str, None] = None  # what the last call got
+        self._kept: dict[tuple, tuple[Guard, Union[Plan, str]]] = {}
+
+    def find(self, module: nn.Module, key: tuple) -> Union[Plan, str, None]:
+        """What was made before, if it still holds. Then the program is not stale either."""
+        kept = self._kept.get(key)
+        if kept is None:
+            return None
+        if not kept[0].holds(module):
+            del kept  # with its packed weights, before there are new ones
+            self._kept.pop(key, None)
+            return None
+        self.last = kept[1]
+        return kept[1]
+
+    def make(self, module: nn.Module, program: Program, x: Tensor, threads: int, key: tuple) -> Union[Plan, str]:
+        for oldest in list(self._kept)[: len(self._kept) + 1 - _PLANS_KEPT]:
+            self._kept.pop(oldest, None)
+        if not _guardable(module):
+            refusal = "its tensors are not ordinary ones on the CPU"
+            self.last = refusal
+            return refusal
+        guard = Guard(module)
+        self.last = None
+        try:
+            plan: Union[Plan, str] = self._refusal(module, program, guard) or Plan(module, program, self, x, threads)
+        except (NotPlanned, RuntimeError) as reason:  # the layers themselves say best what is wrong with them
+            plan = str(reason)
+        self._kept[key] = guard, plan
+        self.last = plan
+        return plan
+
+    def _refusal(self, module: nn.Module, program: Program, guard: Guard) -> str:
+        # Hooks on children that are not called would do no harm, but telling them apart at every call would take long.
+        return program.refusal(module) or ("a child has hooks" if guard.hooked() else "")
+
+
+def _guardable(root: nn.Module) -> bool:
+    """Whether the tensors of a module are ordinary ones: on the CPU, dense, with a version."""
+    tensors = chain(root.parameters(), root.buffers())
+    return all(
+        type(t) in (Tensor, nn.Parameter)
+        and t.device.type == "cpu"
+        and t.layout is torch.strided
+        and not t.is_inference()
+        for t in tensors
+    )
+
+
+def plan_for(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional[Plan]:
+    """The plan for a call of ``module``, or None where its layers are to be called one by one.
+
+    The caller has asked ``fusion.stock_wanted``.
+    """
+    if len(args) + len(kwargs) != 1 or torch.compiler.is_compiling() or torch.is_grad_enabled() or module.training:
+        return None
+    x = args[0] if args else next(iter(kwargs.values()))
+    if not _plain_image(x) or _watched() or os.environ.get("RESNET_FAST_IMPLEMENTATION", "") not in ("", "native"):
+        return None
+    if library.unavailable() is not None:
+        return None
+    threads = torch.get_num_threads()
+    key = (x.shape, _channels_last(x), threads, planner.version)
+    program = module.__dict__.get(PROGRAM)
+    plan = program.plans.find(module, key) if program is not None and _own(program, module) else None
+    if plan is None:
+        program = program_of(module)
+    if program is None or not program.takes(args, kwargs):
+        return None
+    if plan is None:
+        if not _own(program, module):
+            program.plans = Plans(module)
+        plan = program.plans.make(module, program, x, threads, key)
+    return plan if isinstance(plan, Plan) else None
+
+
+def _own(program: Program, module: nn.Module) -> bool:
+    """Whether the program's plans are for this module: a shallow copy has the same program, and other children."""
+    return program.plans is not None and program.plans.of() is module
+
+
+def last_plan(module: nn.Module) -> Union[Plan, str, None]:
+    """What ``module``'s last call that could be planned ran as; a reason if it was not; None if there was none."""
+    program = module.__dict__.get(PROGRAM)
+    return program.plans.last if program is not None and _own(program, module) else None
+
+
+def _plain_image(x: Any) -> bool:
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.dtype is torch.float32
+        and x.dim() == 4
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+        and x.numel() > 0
+        and not x.is_neg()
+    )
+
+
+def _watched() -> bool:
+    """Whether somebody looks at, or changes, the operations that are called."""
+    return (
+        nn_module._has_any_global_hook()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+    )

@@ -1,0 +1,315 @@
+"""``torch.ops.resnet_fast.residual_block``: a chain of convolutions with batch norm, and its backward pass, as ops.
+
+Schema, fake kernels, autograd and autocast rules, and dispatch; ``ops/block_passes.py`` has the computation. Double
+backward goes through the same chain in ATen's differentiable ops.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fast.kernels.reference import training as reference_training
+from resnet_fast.kernels.reference.training import Geometry, wide
+from resnet_fast.ops import block_passes as chains
+from resnet_fast.ops import inference as ops
+from resnet_fast.ops.block_passes import Chain, Layer, Wanted
+
+Tensors = Sequence[Tensor]
+
+_PLAIN = (
+    "float[] eps, int[] geometry, bool[] batch_statistics, bool identity, bool projection, bool relu, bool pool, "
+    "str process_group"
+)
+_NUMBERS = 7  # of a geometry: stride, padding and dilation in both directions, groups
+
+
+def flat_geometry(geometry: Geometry) -> list[int]:
+    """As the ops take it."""
+    return [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
+
+
+def chain_of(
+    weights: Tensors, scales: Tensors, shifts: Tensors, eps: Any, geometry: Any, batch: Any, *rest: Any
+) -> Chain:
+    layers = []
+    for i, (weight, scale, shift) in enumerate(zip(weights, scales, shifts)):
+        sh, sw, ph, pw, dh, dw, groups = geometry[_NUMBERS * i : _NUMBERS * (i + 1)]
+        layers.append(Layer(weight, scale, shift, eps[i], Geometry((sh, sw), (ph, pw), (dh, dw), groups), batch[i]))
+    return Chain(tuple(layers), *rest)
+
+
+# --- what is checked --------------------------------------------------------------------------------------------------
+
+
+def _checked(chain: Chain, x: Tensor, residual: Optional[Tensor]) -> list[Any]:
+    """Shape of the result ``[N, K, P, Q]``.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit, as a convolution does.
+        ValueError: batch statistics of a single value a channel, as batch norm does.
+    """
+    shape = _checked_layers(chain, chain.main, x)
+    source = x if residual is None else residual
+    shortcut = shape
+    if chain.projection:
+        shortcut = _checked_layers(chain, chain.layers[-1:], source)
+    elif chain.identity or residual is not None:
+        shortcut = list(source.shape)
+    if shortcut != shape or source.dtype != x.dtype or source.device != x.device:
+        raise RuntimeError(
+            f"the shortcut is {source.dtype} of shape {shortcut} on {source.device}, expected {x.dtype} of {shape} "
+            f"on {x.device}"
+        )
+    if chain.pool:
+        shape = [*shape[:2], ops.pooled(shape[2]), ops.pooled(shape[3])]
+    return shape
+
+
+def _checked_layers(chain: Chain, layers: Sequence[Layer], x: Tensor) -> list[Any]:
+    image: Any = x
+    out: list[Any] = []
+    for layer in layers:
+        stride, padding, dilation, groups = layer.geometry
+        out = ops.conv_output(image.shape, layer.weight.shape, stride, padding, dilation)
+        ops.check_conv(image, layer.weight, layer.scale, layer.shift, None, groups, out)
+        if layer.batch_statistics and not chain.process_group and out[0] * out[2] * out[3] == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(out)}")
+        image = _Pending(out, x.dtype, x.device)
+    return out
+
+
+class _Pending(NamedTuple):
+    """An image that is yet to be made, for the checks."""
+
+    shape: list[Any]
+    dtype: torch.dtype
+    device: torch.device
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+ops.library.define(
+    "residual_block(Tensor x, Tensor? residual, Tensor[] weights, Tensor[] scales, Tensor[] shifts, "
+    f"{_PLAIN}) -> (Tensor, Tensor[], Tensor[])"
+)
+
+
+def _residual_block(
+    x: Tensor, residual: Optional[Tensor], weights: Tensors, scales: Tensors, shifts: Tensors, *plain: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    chain = chain_of(weights, scales, shifts, *plain)
+    _checked(chain, x, residual)
+    result = chains.forward(chain, _nhwc(x), None if residual is None else _nhwc(residual), _pick_for(x))
+    return result.out, result.statistics, result.saved
+
+
+def _pick_for(x: Tensor) -> chains.Pick:
+    """As ``ops`` picks implementations: of nothing, the definition makes nothing."""
+    if x.numel() == 0:
+        return lambda _: reference_training
+    return lambda case: ops.TRAINING[ops.implementation_for(case, ops.TRAINING)]
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _residual_block_fake(
+    x: Tensor, residual: Optional[Tensor], weights: Tensors, scales: Tensors, shifts: Tensors, *plain: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    chain = chain_of(weights, scales, shifts, *plain)
+    out = ops.empty_channels_last(x, _checked(chain, x, residual))
+    statistics = [_vector(x, 2, layer.weight.shape[0]) for layer in chain.layers if layer.batch_statistics]
+    shapes = chains.saved_shapes(chain, x.shape, None if residual is None else residual.shape)
+    return out, statistics, [_saved_like(x, shape) for shape in shapes]
+
+
+def _vector(x: Tensor, *shape: Any) -> Tensor:
+    return x.new_empty(shape, dtype=wide(x))
+
+
+def _saved_like(x: Tensor, shape: Optional[Sequence[Any]]) -> Tensor:
+    if shape is None:
+        return x.new_empty((), dtype=torch.bool)
+    return ops.empty_channels_last(x, list(shape)) if len(shape) == 4 else _vector(x, *shape)
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+ops.library.define(
+    "residual_block_backward(Tensor grad, Tensor x, Tensor? residual, Tensor? out, Tensor[] weights, Tensor[] scales, "
+    f"Tensor[] shifts, {_PLAIN}, Tensor[] saved, bool[] wanted) -> Tensor[]"
+)
+
+
+def _wanted(flags: Sequence[bool]) -> Wanted:
+    layers = (len(flags) - 2) // 2
+    return Wanted(flags[0], flags[1], tuple(flags[2 : 2 + layers]), tuple(flags[2 + layers :]))
+
+
+def _residual_block_backward(
+    grad: Tensor,
+    x: Tensor,
+    residual: Optional[Tensor],
+    out: Optional[Tensor],
+    weights: Tensors,
+    scales: Tensors,
+    shifts: Tensors,
+    *plain: Any,
+) -> list[Tensor]:
+    """Gradients for x, the residual, every weight, scale and shift; those not wanted are empty."""
+    *plain_chain, saved, flags = plain
+    chain = chain_of(weights, scales, shifts, *plain_chain)
+    wanted = _wanted(flags)
+    residual = None if residual is None else _nhwc(residual)
+    found = chains.backward(chain, _nhwc(grad), _nhwc(x), residual, out, saved, wanted, _pick_for(x))
+    empty = grad.new_empty(0)
+    # Without a ReLU the residual's gradient is the result's, which an op may not return as its own.
+    d_residual = grad.clone() if found.residual is not None and found.residual is grad else found.residual
+    images = [found.x if wanted.x else None, d_residual if wanted.residual else None]
+    tensors = [
+        _laid_out_as(tensor, gradient.to(tensor.dtype)) if want and gradient is not None else None
+        for gradients, wants, given in (
+            (found.weights, wanted.weights, weights),
+            (found.scales, wanted.vectors, scales),
+            (found.shifts, wanted.vectors, shifts),
+        )
+        for gradient, want, tensor in zip(gradients, wants, given)
+    ]
+    return [empty if gradient is None else gradient for gradient in (*images, *tensors)]
+
+
+def _laid_out_as(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with its tensor's strides: DDP warns of others, also where sizes of 1 make them immaterial."""
+    if gradient.stride() == tensor.stride():
+        return gradient
+    same = all(a == b for size, a, b in zip(tensor.shape, gradient.stride(), tensor.stride()) if size > 1)
+    return gradient.as_strided(tensor.shape, tensor.stride()) if same else torch.empty_like(tensor).copy_(gradient)
+
+
+def _residual_block_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    residual: Optional[Tensor],
+    out: Optional[Tensor],
+    weights: Tensors,
+    scales: Tensors,
+    shifts: Tensors,
+    *plain: Any,
+) -> list[Tensor]:
+    wanted = _wanted(plain[-1])
+    given = [x, residual, *weights, *scales, *shifts]
+    flags = [wanted.x, wanted.residual, *wanted.weights, *wanted.vectors, *wanted.vectors]
+    return [
+        grad.new_empty(0)
+        if tensor is None or not flag
+        else ops.empty_channels_last(tensor, list(tensor.shape))
+        if i < 2
+        else torch.empty_like(tensor)
+        for i, (tensor, flag) in enumerate(zip(given, flags))
+    ]
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
+    x, residual, weights, scales, shifts, *ctx.plain = inputs
+    out, statistics, saved = output
+    chain = chain_of(weights, scales, shifts, *ctx.plain)
+    ctx.layers = len(weights)
+    ctx.mark_non_differentiable(*statistics, *saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x, residual, out if chain.relu and not chain.pool else None, *weights, *scales, *shifts, *saved
+    )
+
+
+def _backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple:
+    x, residual, out, *tensors = ctx.saved_tensors
+    n = ctx.layers
+    weights, scales, shifts, saved = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]
+    need_x, need_residual, *need_lists = ctx.needs_input_grad[:5]
+    needs = [need_x, need_residual, *(bool(one) for needed in need_lists for one in needed)]
+    rest = (None,) * len(ctx.plain)
+    if grad is None:
+        return None, None, [None] * n, [None] * n, [None] * n, *rest
+    if torch.is_grad_enabled():
+        given = [x, residual, *weights, *scales, *shifts]
+        grads = _differentiable_gradients(
+            chain_of(weights, scales, shifts, *ctx.plain), grad, x, residual, given, needs
+        )
+    else:
+        need_weights, need_scales, need_shifts = needs[2 : 2 + n], needs[2 + n : 2 + 2 * n], needs[2 + 2 * n :]
+        wanted = [need_x, need_residual, *need_weights, *(a or b for a, b in zip(need_scales, need_shifts))]
+        op = torch.ops.resnet_fast.residual_block_backward
+        found = op(grad, x, residual, out, weights, scales, shifts, *ctx.plain, saved, wanted)
+        grads = [gradient if needed else None for gradient, needed in zip(found, needs)]
+    return grads[0], grads[1], grads[2 : 2 + n], grads[2 + n : 2 + 2 * n], grads[2 + 2 * n :], *rest
+
+
+def _differentiable_gradients(
+    chain: Chain,
+    grad: Tensor,
+    x: Tensor,
+    residual: Optional[Tensor],
+    given: Sequence[Optional[Tensor]],
+    needs: Sequence[bool],
+) -> list[Optional[Tensor]]:
+    """The same gradients, with gradients of their own: through the chain in ATen's ops, computed once more."""
+    if chain.process_group:
+        raise NotImplementedError("double backward through batch statistics of several processes (SyncBatchNorm)")
+    inputs = [tensor for tensor, needed in zip(given, needs) if needed and tensor is not None]
+    found = iter(torch.autograd.grad(_composed(chain, x, residual), inputs, grad, create_graph=True))
+    return [next(found) if needed and tensor is not None else None for tensor, needed in zip(given, needs)]
+
+
+def _composed(chain: Chain, x: Tensor, residual: Optional[Tensor]) -> Tensor:
+    """What ``residual_block`` computes, in ATen's ops."""
+    z = x
+    for layer in chain.main[:-1]:
+        z = F.relu(_convolved(z, layer))
+    z = _convolved(z, chain.main[-1])
+    if chain.projection:
+        z = z + _convolved(x if residual is None else residual, chain.layers[-1])
+    elif chain.identity:
+        z = z + x
+    elif residual is not None:
+        z = z + residual
+    if chain.relu:
+        z = F.relu(z)
+    return F.max_pool2d(z, 3, 2, 1) if chain.pool else z
+
+
+def _convolved(x: Tensor, layer: Layer) -> Tensor:
+    y = F.conv2d(x, layer.weight.to(x.dtype), None, *layer.geometry)
+    if layer.batch_statistics:
+        return F.batch_norm(y, None, None, layer.scale, layer.shift, True, 0.0, layer.eps)
+    return (y * layer.scale.view(1, -1, 1, 1) + layer.shift.view(1, -1, 1, 1)).to(x.dtype)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+def _autocast(key: torch._C.DispatchKey, device: str) -> Any:
+    def kernel(x: Tensor, residual: Optional[Tensor], weights: Tensors, *rest: Any) -> Any:
+        weights = [weight if weight.dtype == torch.float32 else ops.cast(weight, device) for weight in weights]
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            op = torch.ops.resnet_fast.residual_block
+            return op(ops.cast(x, device), ops.cast(residual, device), weights, *rest)
+
+    return kernel
+
+
+for _name, _kernel, _fake in (
+    ("residual_block", _residual_block, _residual_block_fake),
+    ("residual_block_backward", _residual_block_backward, _residual_block_backward_fake),
+):
+    ops.library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resnet_fast::{_name}", _fake, lib=ops.library)
+torch.library.register_autograd("resnet_fast::residual_block", _backward, setup_context=_setup, lib=ops.library)
+ops.library.impl("residual_block", _autocast(torch._C.DispatchKey.AutocastCPU, "cpu"), "AutocastCPU")
+ops.library.impl("residual_block", _autocast(torch._C.DispatchKey.AutocastCUDA, "cuda"), "AutocastCUDA")
