@@ -22,9 +22,9 @@ from resnet_fast.graph.bottleneck_pairs import Row
 from resnet_fast.graph.conditions import Path
 from resnet_fast.graph.program import Fused, Program, build, channels_last, hidden_state, laid_out_like
 from resnet_fast.graph.programs import program_of
-from resnet_fast.kernels import native
 from resnet_fast.kernels.contract import Case
-from resnet_fast.kernels.native import library, planner
+from resnet_fast.kernels.native import abi, library, planner
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.network import memory
 
@@ -77,7 +77,7 @@ class Step:
     """One operation of the native library, before memory is assigned."""
 
     kind: int
-    shape: library.Shape
+    shape: abi.Shape
     x: Storage
     y: Storage
     residual: Optional[Storage] = None
@@ -198,9 +198,7 @@ class Lowering:
         """Called by operations in place, whose result gets memory of its own all the same."""
         self._overwritten.add(image.storage)
 
-    def _emit(
-        self, kind: int, shape: library.Shape, x: Image, y_shape: tuple[int, ...], nhwc: bool, **rest: Any
-    ) -> Image:
+    def _emit(self, kind: int, shape: abi.Shape, x: Image, y_shape: tuple[int, ...], nhwc: bool, **rest: Any) -> Image:
         y = Image(y_shape, Storage(math.prod(y_shape)), nhwc)
         self.steps.append(Step(kind, shape, x.storage, y.storage, **rest))
         return y
@@ -214,8 +212,8 @@ class Lowering:
         if original is not None:
             return self.read(original)
         n, c, h, w = image.shape
-        kind = library.TO_NHWC if nhwc else library.TO_NCHW
-        copy = self._emit(kind, library.Shape(n=n, h=h, w=w, c=c), image, image.shape, nhwc)
+        kind = abi.TO_NHWC if nhwc else abi.TO_NCHW
+        copy = self._emit(kind, abi.Shape(n=n, h=h, w=w, c=c), image, image.shape, nhwc)
         self._converted[copy.storage] = image
         return copy
 
@@ -259,7 +257,7 @@ class Lowering:
     def _convolution(
         self,
         x: Image,
-        shape: library.Shape,
+        shape: abi.Shape,
         y_shape: tuple[int, ...],
         weight: Tensor,
         bias: Optional[Tensor],
@@ -281,7 +279,7 @@ class Lowering:
         if not library.supports(shape, "gemm"):
             raise NotPlanned(f"{'.'.join(path)}: the native kernels do not cover it")
         return self._emit(
-            library.CONV,
+            abi.CONV,
             shape,
             x,
             y_shape,
@@ -314,7 +312,7 @@ class Lowering:
             raise NotPlanned(f"{self._name()} gets an input of {len(x.shape)} dimensions, or of another size")
         n, c = x.shape
         k = layer.out_features
-        shape = library.Shape(library.FLOAT32, n, 1, 1, c, 1, 1, k, 1, 1, 1, 1, 0, 0, 1, 1, 1)
+        shape = abi.Shape(abi.FLOAT32, n, 1, 1, c, 1, 1, k, 1, 1, 1, 1, 0, 0, 1, 1, 1)
         return self._convolution(x, shape, (n, k), layer.weight, layer.bias, None, None, self._at)
 
     def pool(
@@ -333,13 +331,13 @@ class Lowering:
         if any(2 * pad > size for pad, size in zip(padding, kernel)):
             raise NotPlanned(f"{self._name()} pads by more than half its window")
         p, q = (_pool_extent(size, *sizes, ceil_mode) for size, sizes in zip((h, w), zip(kernel, stride, padding)))
-        shape = library.Shape(library.FLOAT32, n, h, w, c, p, q, c, *kernel, *stride, *padding, 1, 1, 1)
+        shape = abi.Shape(abi.FLOAT32, n, h, w, c, p, q, c, *kernel, *stride, *padding, 1, 1, 1)
         return self._emit(kind, shape, x, (n, c, p, q), True)
 
     def global_avg_pool(self, x: Any, keepdim: bool = True) -> Image:
         x = self.pixels(x)
         n, c, h, w = x.shape
-        y = self.pool(x, library.AVG_POOL, (h, w))
+        y = self.pool(x, abi.AVG_POOL, (h, w))
         return y if keepdim else Image((n, c), y.storage, True)
 
     def add(self, x: Any, residual: Any, relu: bool = False) -> Image:
@@ -350,9 +348,9 @@ class Lowering:
             if residual.shape != x.shape:
                 raise NotPlanned(f"{self._name()} adds images of different shapes")
         n = x.shape[0]
-        shape = library.Shape(n=n, h=1, w=1, c=x.storage.size // n, relu=relu)
+        shape = abi.Shape(n=n, h=1, w=1, c=x.storage.size // n, relu=relu)
         rest = None if residual is None else residual.storage
-        return self._emit(library.ADD, shape, x, x.shape, x.nhwc, residual=rest)
+        return self._emit(abi.ADD, shape, x, x.shape, x.nhwc, residual=rest)
 
     def flatten(self, x: Any, start_dim: int = 0, end_dim: int = -1) -> Image:
         x = self.read(x)
@@ -362,9 +360,9 @@ class Lowering:
         return Image((x.shape[0], math.prod(x.shape[1:])), x.storage, False)
 
 
-def of_images(shape: library.Shape, images: int) -> library.Shape:
+def of_images(shape: abi.Shape, images: int) -> abi.Shape:
     """The same operation on another number of images."""
-    copy = library.Shape.from_buffer_copy(shape)
+    copy = abi.Shape.from_buffer_copy(shape)
     copy.n = images
     return copy
 
@@ -475,7 +473,7 @@ def _max_pool(
 ) -> Image:
     if _pair(dilation) != (1, 1) or return_indices:
         raise NotPlanned(f"{low._name()} pools with dilation or indices")
-    return low.pool(x, library.MAX_POOL, kernel_size, stride, padding, ceil_mode)
+    return low.pool(x, abi.MAX_POOL, kernel_size, stride, padding, ceil_mode)
 
 
 def _avg_pool(
@@ -490,7 +488,7 @@ def _avg_pool(
 ) -> Image:
     if (count_include_pad and _pair(padding) != (0, 0)) or divisor_override is not None:
         raise NotPlanned(f"{low._name()} averages with padding or a divisor of its own")
-    return low.pool(x, library.AVG_POOL, kernel_size, stride, padding, ceil_mode)
+    return low.pool(x, abi.AVG_POOL, kernel_size, stride, padding, ceil_mode)
 
 
 def _adaptive_avg_pool(low: Lowering, x: Any, output_size: Any) -> Image:

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from resnet_fast.graph.guard import Guard
 from resnet_fast.graph.program import PROGRAM, Path, Program
 from resnet_fast.graph.programs import program_of
-from resnet_fast.kernels import native
-from resnet_fast.kernels.native import library, planner
+from resnet_fast.kernels.native import abi, library, planner
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.network import schedule
 from resnet_fast.network.lowering import Image, Lowering, NotPlanned, Storage, of_images
 from resnet_fast.network.memory import Need, give_back, take
@@ -101,14 +101,14 @@ def _channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _operations(parts: list[Part], places: Places) -> "ctypes.Array[library.Op]":
-    ops = (library.Op * len(parts))()
+def _operations(parts: list[Part], places: Places) -> "ctypes.Array[abi.Op]":
+    ops = (abi.Op * len(parts))()
     for op, (step, first, images) in zip(ops, parts):
         op.kind, op.shape = step.kind, of_images(step.shape, images)
         op.x, op.y = places.at(step.x, first), places.at(step.y, first)
-        op.residual = library.NOWHERE if step.residual is None else places.at(step.residual, first)
+        op.residual = abi.NOWHERE if step.residual is None else places.at(step.residual, first)
         if step.pack is not None:
-            op.algorithm = library.ALGORITHMS.index(step.algorithm)
+            op.algorithm = abi.ALGORITHMS.index(step.algorithm)
             op.packed = step.pack.weight.data_ptr()
             op.shift = step.pack.shift.data_ptr()
     return ops

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from resnet_fast.kernels import native, onednn
+from resnet_fast.kernels import onednn
 from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import library, planner
 from tests.cpu.ops.cases import WINOGRAD_TILES, Conv, exact_conv, make, tolerance
 
@@ -19,7 +20,7 @@ def _python(program: str, input: str = "", **environment: str) -> subprocess.Com
 
 BY_NAME = """
 import sys
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import abi, library
 for name in sys.stdin.read().splitlines():
     if os.fork() == 0:  # a process that has loaded nothing
         os.environ["RESNET_FAST_ISA"] = name
@@ -54,7 +55,7 @@ WITHOUT = """
 import sys, torch, resnet_fast
 from pathlib import Path
 from resnet_fast import ops
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import abi, library
 {change}
 case = ops.Case("conv_bn_act", "cpu", torch.float32, 3, 8, (7, 7), (2, 2), (3, 3))
 print(library.unavailable())
@@ -69,7 +70,7 @@ print(tuple(torch.ops.resnet_fast.stem(x, w, v, v).shape), tuple(torch.ops.resne
     [
         ("library.LIBRARY = Path('nowhere/_native.so')", "without a C++ compiler"),
         ("library.LIBRARY = Path(ops.__file__)", "cannot be loaded"),
-        ("library.ABI = 99", "expected 99"),
+        ("abi.ABI = 99", "expected 99"),
     ],
     ids=["missing", "not a library", "other interface"],
 )

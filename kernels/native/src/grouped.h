@@ -7,7 +7,7 @@
 #include "conv.h"
 #include "simd.h"
 #include "weights.h"
-#include "work.h"
+#include "work_sharing.h"
 
 namespace RF_VARIANT {
 

@@ -4,7 +4,7 @@
 // the other, and sums live in the first-level cache.
 #pragma once
 
-#include "sums.h"
+#include "channel_sums.h"
 
 namespace RF_VARIANT {
 

@@ -6,10 +6,10 @@
 #pragma once
 
 #include "conv.h"
-#include "tile.h"
+#include "register_tile.h"
 #include "weights.h"
 #include "winograd_filters.h"
-#include "work.h"
+#include "work_sharing.h"
 
 namespace RF_VARIANT {
 

@@ -22,7 +22,7 @@ import resnet_fast
 from resnet_fast import network
 from resnet_fast.graph.programs import PROGRAM, program_of
 from resnet_fast.kernels import packing
-from resnet_fast.kernels.native import library, planner
+from resnet_fast.kernels.native import abi, library, planner
 from resnet_fast.network import memory, schedule
 from resnet_fast.network.lowering import Image, Lowering, Storage
 from tests.cpu.small_models import SEED, images, randomise_norms, relative_error, small_resnet
@@ -811,7 +811,7 @@ def test_explain_says_what_ran():
     assert "one native program" in explanation.network
     assert "[2, 3, 64, 64]" in str(explanation)
     steps = [step for row in explanation.rows for step in row.steps if "conv" in step]
-    assert all(step.split(": native ")[1] in library.ALGORITHMS for step in steps)
+    assert all(step.split(": native ")[1] in abi.ALGORITHMS for step in steps)
     assert explanation.as_dict()["network"] == explanation.network
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from resnet_fast.kernels import native
 from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import planner
 from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.ops import inference as ops

@@ -6,7 +6,7 @@
 
 #include "abi.h"
 #include "pool.h"
-#include "work.h"
+#include "work_sharing.h"
 
 namespace RF_VARIANT {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "simd.h"
-#include "work.h"
+#include "work_sharing.h"
 
 namespace RF_VARIANT {
 
