@@ -79,6 +79,7 @@ template <class F> struct WinogradWeights {
   }
 };
 
+// A convolution whose input pixels may lie further apart than their channels are many.
 struct WinogradTask : ConvTask<Float32> {
   int64_t pixel;  // floats that an input pixel takes up, at least its channels
 
@@ -89,8 +90,8 @@ struct WinogradTask : ConvTask<Float32> {
 template <class F> struct Cut {
   int whole, left;  // tiles; outputs
 
-  explicit Cut(int length) : whole(F::EDGES ? length / F::OUT : int(ceil_div(length, F::OUT))),
-                             left(F::EDGES ? length % F::OUT : 0) {}
+  explicit Cut(int length)
+      : whole(F::EDGES ? length / F::OUT : int(ceil_div(length, F::OUT))), left(F::EDGES ? length % F::OUT : 0) {}
   int64_t tiles(bool edge) const { return edge ? left > 0 : whole; }
   // Calls use(filter) with the filter of a tile.
   template <class Use> auto with_filter(bool edge, Use use) const {
@@ -134,8 +135,8 @@ template <class F> struct Winograd {
   struct Task : WinogradTask {
     static constexpr bool KINDS[4][2] = {{false, true}, {false, false}, {true, false}, {true, true}};  // edge_p, edge_q
     Cut<F> high, wide;
-    int64_t lines;      // of VL input channels
-    int64_t starts[5];  // of each kind of tiles; the end
+    int64_t lines;       // of VL input channels
+    int64_t starts[5];   // of each kind of tiles; the end
     Range with[POINTS];  // the tiles that have a point
 
     explicit Task(const WinogradTask& task)
@@ -162,15 +163,14 @@ template <class F> struct Winograd {
     }
   };
 
-  // The transforms are functions of their own: all of them in one, GCC would no longer inline the filters into them.
-
   // The number of a tile's point, among those of a whole tile.
   template <class FP, class FQ> static constexpr int point_of(int i, int j) {
     return FP::point_of(i) * F::POINTS + FQ::point_of(j);
   }
 
   // Input transform of one tile into its row of the panels; `v` at that row, `line_step` floats from a line of channels
-  // to the next, `point_step` from point to point.
+  // to the next, `point_step` from point to point. A function for each pair of filters: with all of them in one, GCC
+  // would no longer inline the filters.
   template <class FP, class FQ>
   static __attribute__((noinline)) void transform_input(const Task& task, const Place& at, float* v, int64_t line_step,
                                                         int64_t point_step) {
@@ -275,12 +275,13 @@ template <class F> struct Winograd {
         for (after = point + 1; after < POINTS && rows(task, range, after).empty();) after++;
         if (with.empty()) continue;
         const bool more = width == NR && after < POINTS && weights_of(after) != weights_of(point);
-        const int64_t first_panel = panels.of(with.begin), last_panel = panels.of(with.end - 1);
-        for (int64_t i = first_panel; i <= last_panel; i++) {
+        const float* next = more ? weights(after) : nullptr;
+        const int64_t first_panel = panels.of(with.begin), end_panel = panels.of(with.end - 1) + 1;
+        for (int64_t i = first_panel; i < end_panel; i++) {
           const int64_t first = panels.begin(i), end = panels.begin(i + 1);
           const int64_t from = larger(first, with.begin), height = smaller(end, with.end) - from;
           const float* left = v + point * v_point + first * task.lines * VL + (from - first) * VL;
-          const Ahead ahead = Ahead::share(more ? weights(after) : nullptr, i - first_panel, last_panel - first_panel + 1);
+          const Ahead ahead = Ahead::share(next, i - first_panel, end_panel - first_panel);
           multiply(Tile<Float32>{panel(left, int(end - first), s.c), weights(point), m + point * m_point + from * width,
                                  width, nullptr, nullptr, false, width, ahead, nullptr},
                    int(height));
