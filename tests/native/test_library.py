@@ -54,10 +54,11 @@ def test_importing_loads_nothing():
 WITHOUT = """
 import sys, torch, resnet_fast
 from pathlib import Path
-from resnet_fast import ops
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import abi, library
+from resnet_fast.ops import inference as ops
 {change}
-case = ops.Case("conv_bn_act", "cpu", torch.float32, 3, 8, (7, 7), (2, 2), (3, 3))
+case = Case("conv_bn_act", "cpu", torch.float32, 3, 8, (7, 7), (2, 2), (3, 3))
 print(library.unavailable())
 print(ops.implementation_for(case))
 x, w, v = torch.randn(1, 3, 32, 32), torch.randn(8, 3, 7, 7), torch.ones(8)
