@@ -8,14 +8,14 @@ PEER_VENV := .venv-peers
 SERVER := .venv-server
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: demo test install lint test-cpu test-native test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving clean
+.PHONY: demo test install lint test-cpu test-native test-isa test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving clean
 
 # PEERS=1 also times the peers that it takes a longer installation to have: OpenVINO, ncnn and MNN.
 demo: $(if $(PEERS),bench-peers)
 	$(MAKE) --jobs=2 KIND=$(if $(wildcard $(VENV)/.installed-dev),dev,$(if $(PEERS),peers,demo)) $(LIBRARY)
 	$(if $(PEERS),RESNET_FAST_PEERS=$(PEER_VENV)) $(BIN)/resnet-fast demo
 
-test: lint test-cpu test-native test-interpreter test-aot-subset test-serving
+test: lint test-cpu test-native test-isa test-interpreter test-aot-subset test-serving
 
 install:
 	$(MAKE) --jobs=2 KIND=dev $(LIBRARY)
@@ -58,6 +58,14 @@ test-cpu: install
 # The C++ kernels one by one, also between pages without access and under sanitizers.
 test-native: install
 	$(BIN)/python -m pytest -n auto tests/native
+
+# Whole networks as CPUs of another instruction set run them. (test-native has each kernel on all of them.)
+ISAS = from resnet_fast.kernels.native import library; print(*[] if library.unavailable() else library.usable_variants())
+test-isa: install
+	for isa in $$($(BIN)/python -c '$(ISAS)'); do \
+		case $$isa in portable | avx2) RESNET_FAST_ISA=$$isa OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto \
+			tests/cpu/network/test_plan.py tests/cpu/kernels/test_native_ops.py || exit 1 ;; esac; \
+	done
 
 test-interpreter: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreter

@@ -30,8 +30,8 @@ from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.bench.worker import timed_round
 from resnet_fast.bench.workload import ONNX
 from resnet_fast.cli.console import console, table, write_json
-from resnet_fast.kernels import native
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import abi, library
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.models.named import UnknownNameError, build
 from resnet_fast.network.plan import Plan, last_plan
 from resnet_fast.utils.files import replacing
@@ -69,19 +69,19 @@ _OPSET, _IR = 18, 9
 class Layer:
     """A shape of convolution in a model."""
 
-    shape: library.Shape
+    shape: abi.Shape
     algorithm: str
     count: int  # in one call of the model
     seconds: float  # of one of them, in the model
 
 
-def flops(shape: library.Shape) -> int:
+def flops(shape: abi.Shape) -> int:
     """Operations of a direct convolution, a multiply-add counted as two."""
     s = shape
     return 2 * s.n * s.p * s.q * s.k * s.r * s.s * s.c // s.groups
 
 
-def moved_bytes(shape: library.Shape) -> int:
+def moved_bytes(shape: abi.Shape) -> int:
     """The least that has to be read and written, float32. A 1x1 window of stride 2 does not need every pixel."""
     s = shape
     rows = _needed(s.h, s.p, s.stride_h, s.r, s.dilation_h, s.pad_h)
@@ -95,7 +95,7 @@ def _needed(size: int, outputs: int, stride: int, window: int, dilation: int, pa
     return len(places & set(range(size)))
 
 
-def kind(shape: library.Shape) -> str:
+def kind(shape: abi.Shape) -> str:
     """One of ``KINDS``."""
     s = shape
     window, stride = (s.r, s.s), (s.stride_h, s.stride_w)
@@ -110,7 +110,7 @@ def kind(shape: library.Shape) -> str:
     return "other"
 
 
-def module(shape: library.Shape, seed: int) -> nn.Sequential:
+def module(shape: abi.Shape, seed: int) -> nn.Sequential:
     """The layer with random weights, as a block that ``accelerate`` fuses; its batch norm does no more than a bias."""
     s = shape
     torch.manual_seed(seed)
@@ -125,7 +125,7 @@ def module(shape: library.Shape, seed: int) -> nn.Sequential:
     return nn.Sequential(*layers).eval()
 
 
-def onnx_model(shape: library.Shape, layer: nn.Sequential) -> onnx.ModelProto:
+def onnx_model(shape: abi.Shape, layer: nn.Sequential) -> onnx.ModelProto:
     """``layer`` as an exporter writes it, its batch norm folded; a fully connected layer is a ``Gemm``."""
     s = shape
     weight: Any = layer[0].weight
@@ -203,13 +203,13 @@ def in_network(name: str, images: torch.Tensor, seed: int, seconds: float) -> li
 def _by_layer(timings: Iterable[library.Timing]) -> dict[tuple[bytes, str], list[library.Timing]]:
     result: dict[tuple[bytes, str], list[library.Timing]] = {}
     for timing in timings:
-        if timing.kind == library.CONV:
+        if timing.kind == abi.CONV:
             result.setdefault((bytes(timing.shape), timing.algorithm), []).append(timing)
     return result
 
 
 def alone(
-    bench: Bench, shape: library.Shape, *, rounds: int, seconds: float, seed: int, progress: Callable[[str], None]
+    bench: Bench, shape: abi.Shape, *, rounds: int, seconds: float, seed: int, progress: Callable[[str], None]
 ) -> list[Measurement]:
     """The layer under each provider of ``bench``."""
     with tempfile.TemporaryDirectory(prefix="resnet-fast-layers-") as name:

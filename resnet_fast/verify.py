@@ -12,8 +12,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from resnet_fast import explain, ops
 from resnet_fast.export.compare import error_limit
 from resnet_fast.graph import functional
-from resnet_fast.kernels import native
 from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import library, planner
 
 WINOGRAD = 5e-5

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from resnet_fast.kernels.contract import Affine, Case, Gate, Gradient, nhwc
-from resnet_fast.kernels.native import library
-from resnet_fast.kernels.native.library import Pass
+from resnet_fast.kernels.native import abi, library
+from resnet_fast.kernels.native.abi import Pass
 
 LARGEST = 2**28
 """Sides and channels beyond it are refused: they go to the kernels as 32-bit numbers."""
@@ -43,7 +43,7 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     """``mean [C]`` and ``variance [C]`` (biased) of the channels of ``y [N, C, H, W]``."""
     y = nhwc(y)
     mean, variance = _sums(y, 2)
-    _run(library.STATISTICS, y, {"x": y}, [mean, variance])
+    _run(abi.STATISTICS, y, {"x": y}, [mean, variance])
     return mean, variance
 
 
@@ -56,7 +56,7 @@ def tail(
     scale, shift = affine
     own_scale, own_shift = residual_affine or (None, None)
     vectors = {"scale": scale, "shift": shift, "residual_scale": own_scale, "residual_shift": own_shift}
-    _run(library.TAIL, y, {"x": y, "residual": residual, "result": result, **vectors}, relu=relu)
+    _run(abi.TAIL, y, {"x": y, "residual": residual, "result": result, **vectors}, relu=relu)
     return result
 
 
@@ -65,7 +65,7 @@ def tail_pool(y: Tensor, affine: Affine) -> Tensor:
     y = nhwc(y)
     n, c, h, w = y.shape
     result = _image(n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
-    _run(library.TAIL_POOL, y, {"x": y, "result": result, "scale": affine.scale, "shift": affine.shift})
+    _run(abi.TAIL_POOL, y, {"x": y, "result": result, "scale": affine.scale, "shift": affine.shift})
     return result
 
 
@@ -82,12 +82,12 @@ def gate(dx: Tensor, x: Tensor, gate: Optional[Gate], residual: Optional[Tensor]
     operands = {"x": dx, "residual": residual, "result": dx}
     if gate is None:
         if residual is not None:
-            _run(library.GATE, dx, operands)
+            _run(abi.GATE, dx, operands)
         return Gradient(dx)
     scale, shift = gate.affine or (None, None)
     sums = _sums(dx, 1 if gate.mean is None else 2)
     operands |= {"gate": x, "scale": scale, "shift": shift, "y": x, "mean": gate.mean}
-    _run(library.GATE, dx, operands, sums)
+    _run(abi.GATE, dx, operands, sums)
     return Gradient(dx, *sums)
 
 
@@ -109,7 +109,7 @@ def tail_backward(
     operands = {"x": grad, "y": first, "mean": first_mean, "residual_y": second, "residual_mean": second_mean}
     if out is not None:
         operands |= {"gate": nhwc(out), "result": result}
-    _run(library.GATE, grad, operands, sums)
+    _run(abi.GATE, grad, operands, sums)
     product = None if y is None else products.pop(0)
     return Gradient(result, total, product), None if residual is None else products.pop(0)
 
@@ -120,7 +120,7 @@ def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[T
     g = _image(*y.shape)
     sums = _sums(y, 1 if mean is None else 2)
     operands = {"x": grad, "y": y, "result": g, "scale": affine.scale, "shift": affine.shift, "mean": mean}
-    _run(library.TAIL_POOL_BACKWARD, y, operands, sums)
+    _run(abi.TAIL_POOL_BACKWARD, y, operands, sums)
     return Gradient(g, *sums)
 
 
@@ -128,7 +128,7 @@ def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Ten
     """See ``reference_training.bn_backward``."""
     g, y = nhwc(g), nhwc(y)
     result = g if overwrite else _image(*g.shape)
-    _run(library.BN_BACKWARD, g, {"x": g, "y": y, "result": result, "mean": mean, "scale": a, "slope": b, "shift": c})
+    _run(abi.BN_BACKWARD, g, {"x": g, "y": y, "result": result, "mean": mean, "scale": a, "slope": b, "shift": c})
     return result
 
 
@@ -149,5 +149,5 @@ def _run(
     """``image`` gives the sizes; operands by their names in ``rf_pass``. Vectors must be float32 and contiguous."""
     n, c, h, w = image.shape
     pointers = {name: operand.data_ptr() for name, operand in operands.items() if operand is not None}
-    where = (c_void_p * library.MOST_SUMS)(*(tensor.data_ptr() for tensor in sums))
+    where = (c_void_p * abi.MOST_SUMS)(*(tensor.data_ptr() for tensor in sums))
     library.run_pass(Pass(kind, n, h, w, c, relu, sums=where, **pointers), torch.get_num_threads())

@@ -8,10 +8,10 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels import native
 from resnet_fast.kernels.contract import Affine, Case, Geometry, Pair, nhwc
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import library
-from resnet_fast.kernels.native.library import Shape
+from resnet_fast.kernels.native.abi import Shape
 from resnet_fast.kernels.reference import training as reference_training
 
 ALGORITHMS = ("gemm", "winograd2", "winograd4")

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from resnet_fast.graph import conditions, functional
 from resnet_fast.graph.layout import channels_last, laid_out_like
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import abi
 from resnet_fast.network.operations import Steps, pair
 from resnet_fast.network.steps import Child, Image, NotPlanned
 
@@ -73,7 +73,7 @@ def _max_pool(
 ) -> Image:
     if pair(dilation) != (1, 1) or return_indices:
         raise NotPlanned(f"{low.name()} pools with dilation or indices")
-    return low.pool(x, library.MAX_POOL, kernel_size, stride, padding, ceil_mode)
+    return low.pool(x, abi.MAX_POOL, kernel_size, stride, padding, ceil_mode)
 
 
 def _avg_pool(
@@ -88,7 +88,7 @@ def _avg_pool(
 ) -> Image:
     if (count_include_pad and pair(padding) != (0, 0)) or divisor_override is not None:
         raise NotPlanned(f"{low.name()} averages with padding or a divisor of its own")
-    return low.pool(x, library.AVG_POOL, kernel_size, stride, padding, ceil_mode)
+    return low.pool(x, abi.AVG_POOL, kernel_size, stride, padding, ceil_mode)
 
 
 def _adaptive_avg_pool(low: Steps, x: Any, output_size: Any) -> Image:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from resnet_fast.graph import batch_norm
 from resnet_fast.graph.conditions import Path
-from resnet_fast.kernels import native
 from resnet_fast.kernels.contract import Case
-from resnet_fast.kernels.native import library, planner
+from resnet_fast.kernels.native import abi, library, planner
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.network import memory
 from resnet_fast.network.steps import Image, NotPlanned, Pack, Step, Storage, Weights, of_images, sources
@@ -46,9 +46,7 @@ class Steps:
         """Called by operations in place, whose result gets memory of its own all the same."""
         self._overwritten.add(image.storage)
 
-    def _emit(
-        self, kind: int, shape: library.Shape, x: Image, y_shape: tuple[int, ...], nhwc: bool, **rest: Any
-    ) -> Image:
+    def _emit(self, kind: int, shape: abi.Shape, x: Image, y_shape: tuple[int, ...], nhwc: bool, **rest: Any) -> Image:
         y = Image(y_shape, Storage(math.prod(y_shape)), nhwc)
         self.steps.append(Step(kind, shape, x.storage, y.storage, **rest))
         return y
@@ -62,8 +60,8 @@ class Steps:
         if original is not None:
             return self.read(original)
         n, c, h, w = image.shape
-        kind = library.TO_NHWC if nhwc else library.TO_NCHW
-        copy = self._emit(kind, library.Shape(n=n, h=h, w=w, c=c), image, image.shape, nhwc)
+        kind = abi.TO_NHWC if nhwc else abi.TO_NCHW
+        copy = self._emit(kind, abi.Shape(n=n, h=h, w=w, c=c), image, image.shape, nhwc)
         self._converted[copy.storage] = image
         return copy
 
@@ -107,7 +105,7 @@ class Steps:
     def _convolution(
         self,
         x: Image,
-        shape: library.Shape,
+        shape: abi.Shape,
         y_shape: tuple[int, ...],
         weight: Tensor,
         bias: Optional[Tensor],
@@ -129,7 +127,7 @@ class Steps:
         if not library.supports(shape, "gemm"):
             raise NotPlanned(f"{'.'.join(path)}: the native kernels do not cover it")
         return self._emit(
-            library.CONV,
+            abi.CONV,
             shape,
             x,
             y_shape,
@@ -162,7 +160,7 @@ class Steps:
             raise NotPlanned(f"{self.name()} gets an input of {len(x.shape)} dimensions, or of another size")
         n, c = x.shape
         k = layer.out_features
-        shape = library.Shape(library.FLOAT32, n, 1, 1, c, 1, 1, k, 1, 1, 1, 1, 0, 0, 1, 1, 1)
+        shape = abi.Shape(abi.FLOAT32, n, 1, 1, c, 1, 1, k, 1, 1, 1, 1, 0, 0, 1, 1, 1)
         return self._convolution(x, shape, (n, k), layer.weight, layer.bias, None, None, self.at)
 
     def pool(
@@ -181,13 +179,13 @@ class Steps:
         if any(2 * pad > size for pad, size in zip(padding, kernel)):
             raise NotPlanned(f"{self.name()} pads by more than half its window")
         p, q = (_pool_extent(size, *sizes, ceil_mode) for size, sizes in zip((h, w), zip(kernel, stride, padding)))
-        shape = library.Shape(library.FLOAT32, n, h, w, c, p, q, c, *kernel, *stride, *padding, 1, 1, 1)
+        shape = abi.Shape(abi.FLOAT32, n, h, w, c, p, q, c, *kernel, *stride, *padding, 1, 1, 1)
         return self._emit(kind, shape, x, (n, c, p, q), True)
 
     def global_avg_pool(self, x: Any, keepdim: bool = True) -> Image:
         x = self.pixels(x)
         n, c, h, w = x.shape
-        y = self.pool(x, library.AVG_POOL, (h, w))
+        y = self.pool(x, abi.AVG_POOL, (h, w))
         return y if keepdim else Image((n, c), y.storage, True)
 
     def add(self, x: Any, residual: Any, relu: bool = False) -> Image:
@@ -198,9 +196,9 @@ class Steps:
             if residual.shape != x.shape:
                 raise NotPlanned(f"{self.name()} adds images of different shapes")
         n = x.shape[0]
-        shape = library.Shape(n=n, h=1, w=1, c=x.storage.size // n, relu=relu)
+        shape = abi.Shape(n=n, h=1, w=1, c=x.storage.size // n, relu=relu)
         rest = None if residual is None else residual.storage
-        return self._emit(library.ADD, shape, x, x.shape, x.nhwc, residual=rest)
+        return self._emit(abi.ADD, shape, x, x.shape, x.nhwc, residual=rest)
 
     def flatten(self, x: Any, start_dim: int = 0, end_dim: int = -1) -> Image:
         x = self.read(x)

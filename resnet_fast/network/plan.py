@@ -20,8 +20,8 @@ from resnet_fast.graph.conditions import Path
 from resnet_fast.graph.guard import Guard
 from resnet_fast.graph.program import STATE, Program, State
 from resnet_fast.graph.state import state_of
-from resnet_fast.kernels import native
-from resnet_fast.kernels.native import library, planner
+from resnet_fast.kernels.native import abi, library, planner
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.network import schedule
 from resnet_fast.network.lowering import Lowering
 from resnet_fast.network.memory import Need, give_back, take
@@ -103,14 +103,14 @@ def _channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _operations(parts: list[Part], places: Places) -> "ctypes.Array[library.Op]":
-    ops = (library.Op * len(parts))()
+def _operations(parts: list[Part], places: Places) -> "ctypes.Array[abi.Op]":
+    ops = (abi.Op * len(parts))()
     for op, (step, first, images) in zip(ops, parts):
         op.kind, op.shape = step.kind, of_images(step.shape, images)
         op.x, op.y = places.at(step.x, first), places.at(step.y, first)
-        op.residual = library.NOWHERE if step.residual is None else places.at(step.residual, first)
+        op.residual = abi.NOWHERE if step.residual is None else places.at(step.residual, first)
         if step.pack is not None:
-            op.algorithm = library.ALGORITHMS.index(step.algorithm)
+            op.algorithm = abi.ALGORITHMS.index(step.algorithm)
             op.packed = step.pack.weight.data_ptr()
             op.shift = step.pack.shift.data_ptr()
     return ops

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from resnet_fast.graph import batch_norm
 from resnet_fast.graph.conditions import Path
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import abi
 
 
 class NotPlanned(Exception):
@@ -54,7 +54,7 @@ class Step:
     """One operation of the native library, before memory is assigned."""
 
     kind: int
-    shape: library.Shape
+    shape: abi.Shape
     x: Storage
     y: Storage
     residual: Optional[Storage] = None
@@ -73,9 +73,9 @@ class Child:
     path: Path
 
 
-def of_images(shape: library.Shape, images: int) -> library.Shape:
+def of_images(shape: abi.Shape, images: int) -> abi.Shape:
     """The same operation on another number of images."""
-    copy = library.Shape.from_buffer_copy(shape)
+    copy = abi.Shape.from_buffer_copy(shape)
     copy.n = images
     return copy
 

@@ -15,8 +15,9 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from resnet_fast.kernels import native, onednn, triton
+from resnet_fast.kernels import onednn, triton
 from resnet_fast.kernels.contract import Case, Geometry
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import training as native_training
 from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.reference import quantised as reference_quantised

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from resnet_fast import ops
-from resnet_fast.kernels import native
 from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import library
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))

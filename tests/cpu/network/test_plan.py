@@ -23,7 +23,7 @@ from resnet_fast import network
 from resnet_fast.graph.program import STATE
 from resnet_fast.graph.state import state_of
 from resnet_fast.kernels import packing
-from resnet_fast.kernels.native import library, planner
+from resnet_fast.kernels.native import abi, library, planner
 from resnet_fast.network import memory, schedule
 from resnet_fast.network.lowering import Lowering
 from resnet_fast.network.steps import Image, Storage
@@ -813,7 +813,7 @@ def test_explain_says_what_ran():
     assert "one native program" in explanation.network
     assert "[2, 3, 64, 64]" in str(explanation)
     steps = [step for row in explanation.rows for step in row.steps if "conv" in step]
-    assert all(step.split(": native ")[1] in library.ALGORITHMS for step in steps)
+    assert all(step.split(": native ")[1] in abi.ALGORITHMS for step in steps)
     assert explanation.as_dict()["network"] == explanation.network
 
 

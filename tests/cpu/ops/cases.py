@@ -9,8 +9,8 @@ import torchvision
 from torch import Tensor, nn
 
 from resnet_fast import ops
-from resnet_fast.kernels import native
 from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import planner
 from resnet_fast.kernels.reference import inference as reference
 

@@ -6,7 +6,7 @@
 
 #include "abi.h"
 #include "pool.h"
-#include "work.h"
+#include "work_sharing.h"
 
 namespace RF_VARIANT {
 
@@ -89,7 +89,7 @@ struct Run {
       each_vector(s.c, [&](int64_t c, int count) {
         const vec apart = load_some<Float32>(s.x + pixel * s.c + c, count) - load(shift + c);
         store(first + c, load(first + c) + apart);
-        store(second + c, load(second + c) + apart * apart);
+        store(second + c, multiply_add(load(second + c), apart, apart));
       });
   }
 };

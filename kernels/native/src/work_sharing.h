@@ -54,6 +54,7 @@ struct Tiles {
   int64_t rows;
   int64_t count() const { return ceil_div(rows, MR); }
   int64_t begin(int64_t tile) const { return rows * tile / count(); }
+  int64_t of(int64_t row) const { return ((row + 1) * count() - 1) / rows; }
 };
 
 }  // namespace RF_VARIANT

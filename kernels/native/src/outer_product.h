@@ -2,7 +2,7 @@
 #pragma once
 
 #include "simd.h"
-#include "work.h"
+#include "work_sharing.h"
 
 namespace RF_VARIANT {
 
@@ -91,7 +91,7 @@ template <int ROWS, int VECTORS> static void outer(const Outer& t) {
     for (int i = 0; i < ROWS; i++) {
       const vec unit = splat(a[i]), left = VECTORS > 1 ? in_register(unit) : unit;
 #pragma GCC unroll 4
-      for (int j = 0; j < VECTORS; j++) sum[i][j] += left * right[j];
+      for (int j = 0; j < VECTORS; j++) sum[i][j] = multiply_add(sum[i][j], left, right[j]);
     }
   }
 #pragma GCC unroll 16
