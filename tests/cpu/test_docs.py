@@ -11,6 +11,7 @@ import typer
 
 import resnet_fast
 from resnet_fast.cli.app import app
+from resnet_fast.kernels.choices import Choices
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("docs", "benchmarks", "examples", ".github")
@@ -205,13 +206,10 @@ def test_the_example_of_recorded_figures():
     assert line in recorded.replace(",\n", "\n").splitlines()
 
 
-@pytest.mark.parametrize(("implementation", "page"), [("triton", "docs/gpu.md"), ("native", "docs/cpu.md")])
-def test_the_choices_lie_where_the_pages_say(implementation, page, monkeypatch, tmp_path):
-    from resnet_fast.kernels.native import choices as cpu
-    from resnet_fast.kernels.triton import planner
-
+@pytest.mark.parametrize(("file", "page"), [("gpu-choices.json", "docs/gpu.md"), ("cpu-choices.json", "docs/cpu.md")])
+def test_the_choices_lie_where_the_pages_say(file, page, monkeypatch, tmp_path):
+    assert any(f'Choices("{file}")' in path.read_text() for path in (ROOT / "kernels").rglob("*.py"))
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RESNET_FAST_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    path = {"triton": planner.choices, "native": cpu}[implementation].path()
-    assert f"~/{path.relative_to(tmp_path)}" in PAGES[page]
+    assert f"~/{Choices(file).path().relative_to(tmp_path)}" in PAGES[page]
