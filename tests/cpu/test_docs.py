@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -178,6 +179,43 @@ def test_the_snippets_on_deployment_run(tmp_path, monkeypatch, capsys):
     assert session["names"] == list(session["model"].classes)
     assert session["logits"].shape == (5, 10)
     assert "ExecutionProvider: " in capsys.readouterr().out
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _recorded() -> list[list[dict]]:
+    """Of each recorded workload in float32, the providers that were timed."""
+    files = (ROOT / "benchmarks/results").glob("*.json")
+    workloads = [one for file in files for one in json.loads(file.read_text()).get("workloads", ())]
+    return [[one for one in work["providers"] if one["status"] == "ok"] for work in workloads if "providers" in work]
+
+
+def _is(number: float, text: str) -> bool:
+    """Whether a page says ``text`` of a number: rounded to as many places."""
+    return f"{number:.{len(text.partition('.')[2])}f}" == text
+
+
+def test_the_readme_quotes_recorded_figures():
+    """Ours, the fastest peer's, and their ratio; but for the machine whose rounds are not recorded."""
+    rows = [line for line in PAGES["README.md"].splitlines() if line.startswith("| ") and "Zen 3" not in line]
+    quoted = [one for row in rows for one in re.findall(r"([\d.]+) / ([\d.]+): \**([\d.]+)", row)]
+    assert len(quoted) == 8
+    for ours, peer, ratio in quoted:
+        found = [sorted((one["ratio"], one["median_ms"]) for one in providers)[:2] for providers in _recorded()]
+        assert any(_is(a, ours) and _is(b, peer) and _is(r, ratio) for (_, a), (r, b) in found), (ours, peer, ratio)
+
+
+@pytest.mark.parametrize(("page", "count"), [("docs/cpu.md", 28), ("docs/training.md", 8)])
+def test_the_tables_quote_recorded_figures(page, count):
+    """Milliseconds, and in brackets the ratio to ours."""
+    rows = [line for line in PAGES[page].splitlines() if line.startswith("| ")]
+    quoted = [one for row in rows for one in re.findall(r"([\d.]+) \((\d\.\d\d)\)", row)]
+    assert len(quoted) == count
+    timed = [one for providers in _recorded() for one in providers]
+    for milliseconds, ratio in quoted:
+        assert any(_is(one["median_ms"], milliseconds) and _is(one["ratio"], ratio) for one in timed), milliseconds
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
