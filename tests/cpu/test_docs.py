@@ -92,14 +92,15 @@ def test_the_maps_name_places():
 
 @each_map
 def test_places_are_there(page):
-    assert [name for name, _ in _places(page) if not (ROOT / name).exists()] == []
+    missing = [name for name, _ in _places(page) if not (ROOT / name).exists()]
+    assert not missing, missing
 
 
 @each_map
 def test_functions_are_there(page):
     """``file.py:function``, ``file.py:Class.method``, ``file.h:name``."""
     missing = [f"{name}:{inside}" for name, inside in _places(page) if inside and inside not in _defined(name)]
-    assert missing == []
+    assert not missing, missing
 
 
 @functools.cache
