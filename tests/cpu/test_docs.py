@@ -145,6 +145,17 @@ def test_commands_and_their_options_exist(page):
             assert {word for word in words[2:] if word.startswith("--")} <= options, words
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_reference_has_every_option(command):
+    """But for those that all commands have, which it explains once, and the demo's, which is for a first look."""
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGES["docs/cli.md"], re.MULTILINE | re.DOTALL))
+    common = {"--json", "--quiet", "--debug"}
+    options = {param.opts[0] for param in COMMANDS[command].params if param.opts[0].startswith("--")} - common
+    missing = {name for name in options if not re.search(rf"{name}\b(?!-)", sections[command])}
+    assert not missing or command == "demo"
+    assert re.search(rf"^ +resnet-fast {command}\b", sections[command], re.MULTILINE)
+
+
 @functools.cache
 def _make_targets() -> set[str]:
     return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
