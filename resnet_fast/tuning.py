@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.accelerate import check_module
 from resnet_fast.graph.conditions import Fused
 from resnet_fast.kernels.native import abi, library, planner
 from resnet_fast.kernels.triton import planner as gpu_planner
+from resnet_fast.utils.modules import check_module
 
 _WARM_UP_CALLS = 2
 

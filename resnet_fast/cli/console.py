@@ -3,7 +3,8 @@
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Optional
 
 from rich import box
@@ -11,11 +12,56 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+_quiet = False
+
+
+def set_quiet(wanted: bool) -> None:
+    """Have ``console`` print nothing, or everything again; errors are printed without it."""
+    global _quiet
+    _quiet = wanted
+
+
+def quiet() -> bool:
+    """Whether ``--quiet`` was given."""
+    return _quiet
+
 
 def console() -> Console:
     """A console on stderr, so that stdout carries nothing but JSON."""
     # A log file has no width: do not break a table's lines at the 80 columns that rich assumes.
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 140)
+    return Console(stderr=True, quiet=_quiet, highlight=False, width=None if sys.stderr.isatty() else 140)
+
+
+@contextmanager
+def stages(console: Console, title: str) -> Iterator[Callable[[str, int, Optional[int]], None]]:
+    """A spinner, and a bar for each stage that the yielded function is told of: its name, steps done, and steps."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        bars.add_task(title, total=None)
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: Optional[int]) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield tell
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[str] = ()) -> Table:

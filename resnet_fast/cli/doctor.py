@@ -6,7 +6,7 @@ from resnet_fast.cli import options
 from resnet_fast.cli.console import console, table, write_json
 
 
-def doctor(json: options.Json = None, debug: options.Debug = False) -> None:
+def doctor(json: options.Json = None) -> None:
     """Show versions and devices, which implementation serves which op here, and why the others do not."""
     from resnet_fast.bench.machine import describe
 

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from resnet_fast.accelerate import restore
+from resnet_fast.accelerated import restore
 from resnet_fast.export.folding import thaw
 
 _LARGEST_FILE = 2**31 - 1  # bytes: the limit of a protobuf message

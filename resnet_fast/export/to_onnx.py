@@ -34,6 +34,7 @@ from resnet_fast.export.samples import find_pictures
 from resnet_fast.export.stock import stock_copy
 from resnet_fast.export.verify import ExportResult, compared, engine_of, inspect
 from resnet_fast.utils.files import replacing
+from resnet_fast.utils.names import IoDtype, PrecisionName
 from resnet_fast.utils.optional import require
 
 
@@ -41,8 +42,8 @@ def export_onnx(
     model: nn.Module,
     path: Union[str, os.PathLike],
     *,
-    precision: str = "fp32",
-    io_dtype: Optional[str] = None,
+    precision: PrecisionName = "fp32",
+    io_dtype: Optional[IoDtype] = None,
     preprocess: Union[bool, Literal["normalise"], Preprocess] = False,
     softmax: bool = False,
     top_k: Optional[int] = None,

@@ -24,14 +24,14 @@ class Settings:
     """What a run is asked for, in plain values, so that a checkpoint can hold them."""
 
     model: Annotated[
-        str, Option(metavar="MODEL", help="A torchvision model, as resnet50, or a timm model, as timm:resnet26.")
+        str, Option(metavar="MODEL", help="A torchvision model, e.g. resnet50, or a timm model, e.g. timm:resnet26.")
     ] = "resnet18"
     weights: Annotated[
         Optional[str],
         Option(
             metavar="FILE|NAME",
-            help="Where to start: a checkpoint (.pt, .pth, .safetensors), or the name of published weights, as "
-            "DEFAULT. Without it, training starts from scratch.",
+            help="Where to start: a checkpoint (.pt, .pth, .safetensors), or published weights by name, e.g. DEFAULT. "
+            "Without it, training starts from scratch.",
         ),
     ] = None
     new_head: Annotated[
@@ -39,78 +39,129 @@ class Settings:
     ] = False
     output: Annotated[
         Optional[str],
-        Option(metavar="FOLDER", help="By default the first of runs/finetune, runs/finetune-2, ... that is free."),
+        Option(
+            metavar="FOLDER",
+            help="Where to write; by default the first of runs/finetune, runs/finetune-2, ... that is free.",
+        ),
     ] = None
-    overwrite: Annotated[bool, Option("--overwrite", help="Even if FOLDER has a checkpoint.")] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="Start anew even if FOLDER has a checkpoint.")] = False
     resume: Annotated[
         Optional[str],
-        Option(metavar="FILE", help="Go on from a last.pt, with its options; the losses are those without the stop."),
+        Option(metavar="FILE", help="Go on from a last.pt, with its options, as if the run had never stopped."),
     ] = None
 
     image_size: Annotated[
         Optional[int],
-        Option(min=8, help="Height and width; by default 224 for folders, 32 else.", rich_help_panel=_DATA),
+        Option(
+            metavar="N",
+            min=8,
+            help="Height and width of the images; by default 224 for folders, else 32.",
+            rich_help_panel=_DATA,
+        ),
     ] = None
     val_fraction: Annotated[
         float,
         Option(
+            metavar="N",
             min=0.0,
             max=1.0,
-            help="Of each class, where a folder has no train/ and val/ of its own.",
+            help="The share of each class to validate on, where a folder has no train/ and val/ of its own.",
             rich_help_panel=_DATA,
         ),
     ] = 0.2
-    batch_size: Annotated[int, Option(min=1, help="Images in a step of one process.", rich_help_panel=_DATA)] = 64
+    batch_size: Annotated[
+        int, Option(metavar="N", min=1, help="Images in a step of one process.", rich_help_panel=_DATA)
+    ] = 64
     workers: Annotated[
         Optional[int],
-        Option(min=0, help="Processes that load images; by default one a core, at most 8.", rich_help_panel=_DATA),
+        Option(
+            metavar="N",
+            min=0,
+            help="Processes that load images; by default one for each core, at most 8.",
+            rich_help_panel=_DATA,
+        ),
     ] = None
 
     auto_augment: Annotated[
         Optional[Literal["ra", "ta_wide", "augmix"]],
         Option(help="RandAugment, TrivialAugment or AugMix.", rich_help_panel=_AUGMENTATION),
     ] = None
-    random_erase: Annotated[float, Option(min=0.0, max=1.0, help="Probability.", rich_help_panel=_AUGMENTATION)] = 0.0
-    mixup_alpha: Annotated[float, Option(min=0.0, help="0 is none.", rich_help_panel=_AUGMENTATION)] = 0.0
+    random_erase: Annotated[
+        float,
+        Option(
+            metavar="N",
+            min=0.0,
+            max=1.0,
+            help="The probability that a part of an image is erased.",
+            rich_help_panel=_AUGMENTATION,
+        ),
+    ] = 0.0
+    mixup_alpha: Annotated[
+        float, Option(metavar="N", min=0.0, help="The strength of mixup; 0 is none.", rich_help_panel=_AUGMENTATION)
+    ] = 0.0
     cutmix_alpha: Annotated[
         float,
-        Option(min=0.0, help="0 is none; with mixup, one of both for each batch.", rich_help_panel=_AUGMENTATION),
+        Option(
+            metavar="N",
+            min=0.0,
+            help="The strength of cutmix; 0 is none. With mixup, each batch gets one of both.",
+            rich_help_panel=_AUGMENTATION,
+        ),
     ] = 0.0
-    label_smoothing: Annotated[float, Option(min=0.0, max=1.0, rich_help_panel=_AUGMENTATION)] = 0.0
+    label_smoothing: Annotated[
+        float,
+        Option(
+            metavar="N",
+            min=0.0,
+            max=1.0,
+            help="The share of a label that goes to all classes.",
+            rich_help_panel=_AUGMENTATION,
+        ),
+    ] = 0.0
 
-    epochs: Annotated[int, Option(min=1, rich_help_panel=_RECIPE)] = 10
-    opt: Annotated[Literal["adamw", "sgd"], Option(help="SGD has Nesterov's momentum.", rich_help_panel=_RECIPE)] = (
-        "adamw"
-    )
+    epochs: Annotated[
+        int, Option(metavar="N", min=1, help="How often to go through the images.", rich_help_panel=_RECIPE)
+    ] = 10
+    opt: Annotated[
+        Literal["adamw", "sgd"], Option(help="The optimizer; sgd has Nesterov's momentum.", rich_help_panel=_RECIPE)
+    ] = "adamw"
     lr: Annotated[
         Optional[float],
         Option(
+            metavar="N",
             min=0.0,
-            help="The highest; by default 0.001 for adamw, 0.05 for sgd, a hundredth of it with --qat.",
+            help="The highest learning rate; by default 0.001 for adamw, 0.05 for sgd, a hundredth of that with --qat.",
             rich_help_panel=_RECIPE,
         ),
     ] = None
-    momentum: Annotated[float, Option(min=0.0, max=1.0, help="Of sgd.", rich_help_panel=_RECIPE)] = 0.9
+    momentum: Annotated[
+        float, Option(metavar="N", min=0.0, max=1.0, help="The momentum of sgd.", rich_help_panel=_RECIPE)
+    ] = 0.9
     weight_decay: Annotated[
         Optional[float],
         Option(
+            metavar="N",
             min=0.0,
-            help="Not of biases and norms; by default 0.05 for adamw, 0.0001 for sgd.",
+            help="Not for biases and norms; by default 0.05 for adamw, 0.0001 for sgd.",
             rich_help_panel=_RECIPE,
         ),
     ] = None
     warmup_epochs: Annotated[
         Optional[float],
         Option(
+            metavar="N",
             min=0.0,
-            help="The learning rate rises, then falls as a cosine; by default a tenth of the epochs.",
+            help="How long the learning rate rises, before it falls as a cosine; by default a tenth of the epochs.",
             rich_help_panel=_RECIPE,
         ),
     ] = None
     grad_accum_steps: Annotated[
-        int, Option(min=1, help="Batches in a step of the optimizer.", rich_help_panel=_RECIPE)
+        int, Option(metavar="N", min=1, help="Batches in a step of the optimizer.", rich_help_panel=_RECIPE)
     ] = 1
-    clip_grad_norm: Annotated[Optional[float], Option(min=0.0, rich_help_panel=_RECIPE)] = None
+    clip_grad_norm: Annotated[
+        Optional[float],
+        Option(metavar="N", min=0.0, help="The largest norm that gradients may have.", rich_help_panel=_RECIPE),
+    ] = None
     model_ema: Annotated[
         bool,
         Option(
@@ -119,19 +170,26 @@ class Settings:
             rich_help_panel=_RECIPE,
         ),
     ] = False
-    model_ema_decay: Annotated[float, Option(min=0.0, max=1.0, help="After a warm-up.", rich_help_panel=_RECIPE)] = (
-        0.999
-    )
+    model_ema_decay: Annotated[
+        float,
+        Option(
+            metavar="N",
+            min=0.0,
+            max=1.0,
+            help="How slowly the average moves, after a warm-up.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = 0.999
     amp: Annotated[
         Optional[Literal["bf16", "fp16"]],
-        Option(help="Mixed precision; fp16 with a gradient scaler.", rich_help_panel=_RECIPE),
+        Option(help="Train in mixed precision; fp16 has a gradient scaler.", rich_help_panel=_RECIPE),
     ] = None
 
     freeze: Annotated[
         Optional[str],
         Option(
             metavar="NAMES",
-            help="Modules that do not learn, as conv1,bn1,layer1; nor do their batch norms' statistics change.",
+            help="Modules that do not learn, e.g. conv1,bn1,layer1; nor do their batch norms' statistics change.",
             rich_help_panel=_FREEZING,
         ),
     ] = None
@@ -150,13 +208,20 @@ class Settings:
         ),
     ] = False
     num_calibration_batches: Annotated[
-        int, Option(min=1, help="Whose ranges --qat starts with.", rich_help_panel=_QUANTISATION)
+        int,
+        Option(
+            metavar="N",
+            min=1,
+            help="How many batches give the ranges that --qat starts with.",
+            rich_help_panel=_QUANTISATION,
+        ),
     ] = 32
     num_observer_update_epochs: Annotated[
         Optional[int],
         Option(
+            metavar="N",
             min=0,
-            help="In which the ranges of --qat follow the activations; by default the first half of them.",
+            help="In how many epochs the ranges of --qat follow the activations; by default the first half.",
             rich_help_panel=_QUANTISATION,
         ),
     ] = None
@@ -164,24 +229,34 @@ class Settings:
     stock: Annotated[
         bool, Option("--stock", help="Leave the model as it is, not accelerated.", rich_help_panel=_EXECUTION)
     ] = False
-    channels_last: Annotated[bool, Option(rich_help_panel=_EXECUTION)] = True
+    channels_last: Annotated[
+        bool, Option(help="Keep images and weights in memory as channels_last.", rich_help_panel=_EXECUTION)
+    ] = True
     sync_bn: Annotated[
         bool,
-        Option("--sync-bn", help="Batch norm statistics over all processes of torchrun.", rich_help_panel=_EXECUTION),
+        Option(
+            "--sync-bn", help="Take batch norm statistics over all processes of torchrun.", rich_help_panel=_EXECUTION
+        ),
     ] = False
     deterministic: Annotated[
         bool,
-        Option("--deterministic", help="The same bits again on a GPU too, at some cost.", rich_help_panel=_EXECUTION),
+        Option(
+            "--deterministic", help="Give the same bits again on a GPU too, at some cost.", rich_help_panel=_EXECUTION
+        ),
     ] = False
     device: Annotated[
-        Optional[str], Option(help="By default cuda if there is one, else cpu.", rich_help_panel=_EXECUTION)
+        Optional[str],
+        Option(help="Where to train; by default cuda if there is a GPU, else cpu.", rich_help_panel=_EXECUTION),
     ] = None
     threads: Annotated[
-        Optional[int], Option(min=1, help="CPU threads; by default PyTorch's.", rich_help_panel=_EXECUTION)
+        Optional[int], Option(metavar="N", min=1, help="CPU threads; by default PyTorch's.", rich_help_panel=_EXECUTION)
     ] = None
-    seed: Annotated[int, Option(min=0, help="Of new weights, order and augmentation.", rich_help_panel=_EXECUTION)] = 0
+    seed: Annotated[
+        int,
+        Option(metavar="N", min=0, help="The seed of new weights, order and augmentation.", rich_help_panel=_EXECUTION),
+    ] = 0
     log_interval: Annotated[
-        int, Option(min=1, help="Batches between two lines of progress.", rich_help_panel=_EXECUTION)
+        int, Option(metavar="N", min=1, help="Batches between two lines of progress.", rich_help_panel=_EXECUTION)
     ] = 50
 
     @property

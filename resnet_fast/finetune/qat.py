@@ -33,9 +33,9 @@ from typing import Any, TypeVar, Union
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.accelerate import check_module
 from resnet_fast.graph.residual_blocks import residuals
 from resnet_fast.kernels.reference.quantised import RANGE
+from resnet_fast.utils.modules import check_module
 
 M = TypeVar("M", bound=nn.Module)
 

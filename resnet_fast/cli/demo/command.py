@@ -20,7 +20,6 @@ def demo(
     threads: options.Threads = None,
     seed: options.Seed = 0,
     json: options.Json = None,
-    debug: options.Debug = False,
 ) -> None:
     """Train a ResNet-18 on digits, accelerate it, check and time it, replay it as ONNX; then a ResNet-50 on photos.
 
@@ -46,7 +45,7 @@ def demo(
     from resnet_fast.cli.demo.photographs import photographs
     from resnet_fast.cli.demo.report import write_report
     from resnet_fast.cli.demo.study import Study, learnt, study
-    from resnet_fast.cli.models import build
+    from resnet_fast.cli.options import build
     from resnet_fast.export import VerificationError
 
     try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from resnet_fast import accelerate, explain
 from resnet_fast.bench import Measurement
 from resnet_fast.cli.bench import as_dicts
-from resnet_fast.cli.verify_file import as_json
+from resnet_fast.cli.verify import as_json
 from resnet_fast.export import ExportResult, export_onnx
 from resnet_fast.export.runner import session
 from resnet_fast.verify import Check, check_model, check_results

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Optional, get_args
 
 import onnx_ir as ir
 
@@ -16,11 +16,9 @@ from resnet_fast.export.quantise.images import Images, Source, open_images
 from resnet_fast.export.quantise.judging import Judgement, Variants, choose_fall_back, held, judge, layer_errors
 from resnet_fast.export.quantise.layers import Layer, find_layers
 from resnet_fast.export.quantise.placement import place
+from resnet_fast.utils.names import Method, Target
 
-Target = Literal["tensorrt", "cpu"]
-Method = Literal["max", "percentile", "entropy", "mse"]
-
-TARGETS = ("tensorrt", "cpu")
+TARGETS = get_args(Target)
 
 
 @dataclass(frozen=True)
