@@ -11,9 +11,10 @@ import onnx_ir as ir
 import torch
 from torch import fx, nn
 
-from resnet_fast.export.borders import attach_input, attach_outputs
-from resnet_fast.export.compare import VerificationError, compare
-from resnet_fast.export.graph_edits import tidy
+from resnet_fast.export.compare import compare
+from resnet_fast.export.file_checks import VerificationError
+from resnet_fast.export.folding import stock_copy
+from resnet_fast.export.graph_edits import attach_input, attach_outputs, tidy
 from resnet_fast.export.metadata import Metadata, gather
 from resnet_fast.export.precision import (
     INT8,
@@ -30,8 +31,7 @@ from resnet_fast.export.precision import (
 )
 from resnet_fast.export.preprocessing import Preprocess, attach_preprocessing
 from resnet_fast.export.quantise import Images, Method, Progress, Target, quantise
-from resnet_fast.export.samples import find_pictures
-from resnet_fast.export.stock import stock_copy
+from resnet_fast.export.runner import find_pictures
 from resnet_fast.export.verify import ExportResult, compared, engine_of, inspect
 from resnet_fast.utils.files import replacing
 from resnet_fast.utils.optional import require

@@ -8,14 +8,13 @@ from typing import Optional, Union
 from torch import nn
 
 from resnet_fast.export import tensorrt as rtx
-from resnet_fast.export.compare import Comparison, VerificationError, compare
-from resnet_fast.export.file_checks import check_batches
+from resnet_fast.export.compare import Comparison, compare
+from resnet_fast.export.file_checks import VerificationError, check_batches, check_file, metadata_of, opset_of
+from resnet_fast.export.folding import stock_copy
 from resnet_fast.export.metadata import Metadata, channels_of
 from resnet_fast.export.precision import folded, precision_of
 from resnet_fast.export.quantise import Quantisation
-from resnet_fast.export.reading import check_file, metadata_of, opset_of
-from resnet_fast.export.samples import find_pictures
-from resnet_fast.export.stock import stock_copy
+from resnet_fast.export.runner import find_pictures
 from resnet_fast.export.tensorrt import EngineError, EngineReport
 from resnet_fast.utils.optional import require
 

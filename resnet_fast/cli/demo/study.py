@@ -14,8 +14,8 @@ from resnet_fast import accelerate, explain
 from resnet_fast.bench import Measurement, measure
 from resnet_fast.cli.verify_file import as_json
 from resnet_fast.export import ExportResult, export_onnx
-from resnet_fast.export.compare import error_limit
 from resnet_fast.export.runner import session
+from resnet_fast.utils.tolerance import error_limit
 from resnet_fast.verify import Check, check_model, fused_limit
 
 

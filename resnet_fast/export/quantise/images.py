@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from resnet_fast.export.metadata import Metadata
-from resnet_fast.export.samples import pictures
+from resnet_fast.export.runner import pictures
 
 Images = Union[str, os.PathLike, Tensor, np.ndarray, Iterable[Any]]
 """What ``open_images`` takes."""
