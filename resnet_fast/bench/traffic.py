@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from resnet_fast import accelerate
-from resnet_fast.bench.moves import Ledger, Move, Place, pixels_needed
-from resnet_fast.bench.primitives import Primitives
+from resnet_fast.bench.ledger import Ledger, Move, Place, pixels_needed
+from resnet_fast.bench.operands import Primitives
 from resnet_fast.ops import block_passes as chains
 from resnet_fast.ops import residual_block
 from resnet_fast.ops.inference import conv_output
@@ -41,7 +41,7 @@ _FACTORIES = ("new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "z
 
 
 def compare(model: nn.Module, shape: Any, dtype: torch.dtype, backward: bool = False) -> dict[str, list[Move]]:
-    """What ``model(images)`` moves, operation by operation: "stock", and accelerated, "ours".
+    """Count what ``model(images)`` moves, operation by operation: "stock", and accelerated, "ours".
 
     Args:
         model: a stock one, in the mode that it is to be counted in. What eval mode computes from parameters alone
@@ -97,8 +97,10 @@ class _Counter(TorchDispatchMode):
             self.ledger.own(tensor, owner)
 
     def moves(self) -> list[Move]:
-        """All, the head's told from the last block's: after that block's last parameters, it is what is no addition or
-        ReLU, but a pooling."""
+        """Return all moves, the head's told from the last block's.
+
+        After that block's last parameters, the head is what is neither an addition nor a ReLU, but a pooling.
+        """
         return [
             replace(move, place=Place("", move.layer))
             if i >= self._head and not move.pointwise and not move.backward
@@ -159,7 +161,7 @@ class _Counter(TorchDispatchMode):
         self.ledger.add(place, name, reads, writes, flops, pointwise)
 
     def _convolution_backward(self, place: Place, args: Any, made: list[Tensor]) -> None:
-        """Its gradients are made by kernels of their own."""
+        """Enter a kernel for each gradient of a convolution."""
         grad, x, weight, _, stride, *_, wanted = args
         value, flops = self.ledger.value, 2 * grad.numel() * weight[0].numel()
         pixels = value(x, pixels_needed(x, weight, stride, grad.shape))
@@ -247,7 +249,7 @@ class _Counter(TorchDispatchMode):
 
     @contextmanager
     def _seen(self) -> Iterator[None]:
-        """What a chain does between its primitives is counted like everything else."""
+        """Count what a chain does between its primitives like everything else."""
         self._in_chain = True
         try:
             with self:

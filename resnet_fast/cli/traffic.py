@@ -9,7 +9,7 @@ from resnet_fast.cli import options
 from resnet_fast.cli.console import console, table, write_json
 
 if TYPE_CHECKING:
-    from resnet_fast.bench.moves import Move
+    from resnet_fast.bench.ledger import Move
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -98,7 +98,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Result:
-    """Of one batch, ``[N, classes]``: the file's, float64's and that of PyTorch in the file's precision."""
+    """The results of one batch, ``[N, classes]``: the file's, float64's and PyTorch's in the file's precision."""
 
     found: Tensor
     reference: Tensor
@@ -177,7 +177,7 @@ def _check_arithmetic(runner: Runner, peer: nn.Module, samples: Sequence[Sample]
 
 
 def _head_of(runner: Runner) -> Callable[[Tensor], Tensor]:
-    """From logits to the file's first output."""
+    """Return what makes the file's first output of logits."""
     return functools.partial(torch.softmax, dim=1) if is_softmax(runner) else lambda logits: logits
 
 

@@ -43,12 +43,12 @@ def check_file(path: Union[str, os.PathLike], opset: Optional[int] = None) -> tu
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """Of the standard operators; 0 if the file uses none."""
+    """Return the opset of the standard operators; 0 if the file uses none."""
     return {item.domain: item.version for item in model.opset_import}.get("", 0)
 
 
 def metadata_of(model: onnx.ModelProto) -> Metadata:
-    """What ``export_onnx`` wrote into the file; ValueError if it wrote none of it."""
+    """Return what ``export_onnx`` wrote into the file; ValueError if it wrote none of it."""
     return Metadata.read({entry.key: entry.value for entry in model.metadata_props})
 
 
@@ -94,7 +94,7 @@ def check_batches(path: Union[str, os.PathLike], batches: Sequence[int]) -> tupl
 
 
 def _terms(model: onnx.ModelProto) -> list[int]:
-    """How many products each convolution and matrix product with constant weights adds up."""
+    """Count the products that each convolution and matrix product with constant weights adds up."""
     sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     dequantised = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in sizes]
     sizes.update({node.output[0]: sizes[node.input[0]] for node in dequantised})

@@ -22,7 +22,7 @@ def stock_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU, in eval mode, whose forward is plain PyTorch.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: a weight is not in float32 or has no values, or they do not fit into one ONNX file.
     """
     if not isinstance(model, nn.Module):
@@ -126,7 +126,7 @@ def _value(graph_module: fx.GraphModule, node: Any) -> Optional[Tensor]:
 
 
 def _owner(graph_module: fx.GraphModule, conv: fx.Node) -> str:
-    """Where the folded tensors go: the convolution's own module, or a new one if other nodes share its weight."""
+    """Name the module for the folded tensors: the convolution's own, or a new one if other nodes share its weight."""
     weight = conv.args[1]
     assert isinstance(weight, fx.Node)
     readers = [

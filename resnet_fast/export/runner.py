@@ -41,7 +41,7 @@ def session(path: Union[str, os.PathLike], threads: int = 0) -> Any:
 
 
 def open_session(source: Union[str, bytes], subject: str, threads: int = 0) -> Any:
-    """The same of a path or a file's content; ``subject`` is what the message begins with if it cannot be loaded."""
+    """Open a session on a path or a file's content; ``subject`` begins the message if it cannot be loaded."""
     runtime = require("onnxruntime", "running an ONNX file")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
@@ -81,7 +81,7 @@ class Runner:
         self.outputs: Sequence[str] = [value.name for value in self._session.get_outputs()]
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Its outputs by name; ``images`` are converted to the type that it takes."""
+        """Return the outputs by name; ``images`` are converted to the type that the file takes."""
         fed = np.ascontiguousarray(images, dtype=_NUMPY[self._input.type])
         return dict(zip(self.outputs, self._session.run(None, {self._input.name: fed}), strict=True))
 
@@ -182,15 +182,15 @@ def pictures(metadata: Metadata, files: Sequence[Path]) -> Iterator[Sample]:
             yield _pictured(metadata, image)
 
 
-def find_pictures(folder: Union[str, os.PathLike]) -> list[Path]:
-    """Files in ``folder`` and below with the name of a picture, in order.
+def find_pictures(folder: Union[str, os.PathLike], name: str = "images") -> list[Path]:
+    """Files in ``folder``, which was given as the argument ``name``, and below with the name of a picture, in order.
 
     Raises:
         FileNotFoundError: there is no such folder, or no picture in it.
     """
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
     if not found:
-        raise FileNotFoundError(f"images is {str(folder)!r}, expected a folder with pictures in it or below")
+        raise FileNotFoundError(f"{name} is {str(folder)!r}, expected a folder with pictures in it or below")
     return found
 
 

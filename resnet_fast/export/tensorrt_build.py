@@ -69,7 +69,7 @@ def build(path: str, shapes: dict[str, list[list[int]]]) -> dict[str, Any]:
 
 
 def refusal(error: Any) -> str:
-    """What the parser says about one node."""
+    """Return what the parser says about one node."""
     text = telling(error.desc().splitlines())
     return f"node {error.node_name()!r} ({error.node_operator()}): {text}" if error.node_name() else text
 

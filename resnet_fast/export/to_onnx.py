@@ -102,7 +102,7 @@ def export_onnx(
             int8 file, see ``quantise``. It needs ``calibration`` or ``ranges``.
 
     Raises:
-        TypeError: ``model`` is no module, or does not map one tensor to one tensor of shape ``[batch, classes]``.
+        TypeError: ``model`` is not a module, or does not map one tensor to one tensor of shape ``[batch, classes]``.
         ValueError: an argument has a value that cannot be exported, or a weight is too large for ``precision``; the
             message names it.
         OSError: ``path`` cannot be written, or there are no ``images``.

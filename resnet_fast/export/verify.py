@@ -111,7 +111,7 @@ def verify_onnx(
 def inspect(
     path: Union[str, os.PathLike], opset: Optional[int] = None
 ) -> tuple[ExportResult, Metadata, tuple[int, ...]]:
-    """What can be read from the file, after ONNX's checker has seen it, and the batch sizes to run it with.
+    """Read what the file says, after ONNX's checker has seen it, and the batch sizes to run it with.
 
     Args:
         opset: what it must be; by default any that its precision admits.
@@ -140,7 +140,7 @@ def compared(result: ExportResult, comparison: Comparison) -> ExportResult:
 
 
 def engine_of(path: Union[str, os.PathLike], metadata: Metadata, wanted: Optional[bool]) -> Optional[EngineReport]:
-    """What TensorRT-RTX builds of the file; None unless ``wanted``, or None is, it is installed and may take the file.
+    """Have TensorRT-RTX build the file; None unless ``wanted``, or if that is None, unless it is there and may take it.
 
     Raises:
         VerificationError: TensorRT refuses it.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, Optional
 
 from typer import Option
@@ -9,13 +10,9 @@ from typer import Option
 _NOT_THE_RECIPE = {"resume", "output", "overwrite", "device", "workers", "threads", "log_interval"}
 """What a resumed run may change: it has no influence on the result, beyond the rounding of another device."""
 
-_DATA, _AUGMENTATION, _RECIPE, _FREEZING, _QUANTISATION, _EXECUTION = (
-    "Data",
-    "Augmentation",
-    "Optimisation",
-    "What learns",
-    "Quantisation",
-    "Execution",
+_data, _augmentation, _recipe, _freezing, _quantisation, _execution = (
+    partial(Option, rich_help_panel=panel)
+    for panel in ("Data", "Augmentation", "Optimisation", "What learns", "Quantisation", "Execution")
 )
 
 
@@ -41,148 +38,108 @@ class Settings:
         Optional[str],
         Option(metavar="FOLDER", help="By default the first of runs/finetune, runs/finetune-2, ... that is free."),
     ] = None
-    overwrite: Annotated[bool, Option("--overwrite", help="Even if FOLDER has a checkpoint.")] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="Write to FOLDER even if it has a checkpoint.")] = False
     resume: Annotated[
         Optional[str],
         Option(metavar="FILE", help="Go on from a last.pt, with its options; the losses are those without the stop."),
     ] = None
 
     image_size: Annotated[
-        Optional[int],
-        Option(min=8, help="Height and width; by default 224 for folders, 32 else.", rich_help_panel=_DATA),
+        Optional[int], _data(min=8, help="Height and width; by default 224 for folders, 32 else.")
     ] = None
     val_fraction: Annotated[
         float,
-        Option(
-            min=0.0,
-            max=1.0,
-            help="Of each class, where a folder has no train/ and val/ of its own.",
-            rich_help_panel=_DATA,
-        ),
+        _data(min=0.0, max=1.0, help="Share of each class to validate with, where a folder has no train/ and val/."),
     ] = 0.2
-    batch_size: Annotated[int, Option(min=1, help="Images in a step of one process.", rich_help_panel=_DATA)] = 64
+    batch_size: Annotated[int, _data(min=1, help="Images in a step of one process.")] = 64
     workers: Annotated[
-        Optional[int],
-        Option(min=0, help="Processes that load images; by default one a core, at most 8.", rich_help_panel=_DATA),
+        Optional[int], _data(min=0, help="Processes that load images; by default one a core, at most 8.")
     ] = None
 
     auto_augment: Annotated[
-        Optional[Literal["ra", "ta_wide", "augmix"]],
-        Option(help="RandAugment, TrivialAugment or AugMix.", rich_help_panel=_AUGMENTATION),
+        Optional[Literal["ra", "ta_wide", "augmix"]], _augmentation(help="RandAugment, TrivialAugment or AugMix.")
     ] = None
-    random_erase: Annotated[float, Option(min=0.0, max=1.0, help="Probability.", rich_help_panel=_AUGMENTATION)] = 0.0
-    mixup_alpha: Annotated[float, Option(min=0.0, help="0 is none.", rich_help_panel=_AUGMENTATION)] = 0.0
-    cutmix_alpha: Annotated[
-        float,
-        Option(min=0.0, help="0 is none; with mixup, one of both for each batch.", rich_help_panel=_AUGMENTATION),
+    random_erase: Annotated[
+        float, _augmentation(min=0.0, max=1.0, help="Probability that a part of an image is erased.")
     ] = 0.0
-    label_smoothing: Annotated[float, Option(min=0.0, max=1.0, rich_help_panel=_AUGMENTATION)] = 0.0
+    mixup_alpha: Annotated[float, _augmentation(min=0.0, help="Strength of mixup; 0 is none.")] = 0.0
+    cutmix_alpha: Annotated[
+        float, _augmentation(min=0.0, help="Strength of CutMix; 0 is none. With mixup, each batch gets one of both.")
+    ] = 0.0
+    label_smoothing: Annotated[
+        float, _augmentation(min=0.0, max=1.0, help="Share of a label that is spread over all classes.")
+    ] = 0.0
 
-    epochs: Annotated[int, Option(min=1, rich_help_panel=_RECIPE)] = 10
-    opt: Annotated[Literal["adamw", "sgd"], Option(help="SGD has Nesterov's momentum.", rich_help_panel=_RECIPE)] = (
-        "adamw"
-    )
+    epochs: Annotated[int, _recipe(min=1, help="Passes over the training images.")] = 10
+    opt: Annotated[Literal["adamw", "sgd"], _recipe(help="SGD has Nesterov's momentum.")] = "adamw"
     lr: Annotated[
         Optional[float],
-        Option(
+        _recipe(
             min=0.0,
-            help="The highest; by default 0.001 for adamw, 0.05 for sgd, a hundredth of it with --qat.",
-            rich_help_panel=_RECIPE,
+            help="Highest learning rate; by default 0.001 for adamw, 0.05 for sgd, a hundredth of it with --qat.",
         ),
     ] = None
-    momentum: Annotated[float, Option(min=0.0, max=1.0, help="Of sgd.", rich_help_panel=_RECIPE)] = 0.9
+    momentum: Annotated[float, _recipe(min=0.0, max=1.0, help="Momentum of sgd.")] = 0.9
     weight_decay: Annotated[
         Optional[float],
-        Option(
-            min=0.0,
-            help="Not of biases and norms; by default 0.05 for adamw, 0.0001 for sgd.",
-            rich_help_panel=_RECIPE,
-        ),
+        _recipe(min=0.0, help="Weight decay, not of biases and norms; by default 0.05 for adamw, 0.0001 for sgd."),
     ] = None
     warmup_epochs: Annotated[
         Optional[float],
-        Option(
+        _recipe(
             min=0.0,
-            help="The learning rate rises, then falls as a cosine; by default a tenth of the epochs.",
-            rich_help_panel=_RECIPE,
+            help="Epochs in which the learning rate rises, to fall as a cosine then; by default a tenth of all.",
         ),
     ] = None
-    grad_accum_steps: Annotated[
-        int, Option(min=1, help="Batches in a step of the optimizer.", rich_help_panel=_RECIPE)
-    ] = 1
-    clip_grad_norm: Annotated[Optional[float], Option(min=0.0, rich_help_panel=_RECIPE)] = None
+    grad_accum_steps: Annotated[int, _recipe(min=1, help="Batches in a step of the optimizer.")] = 1
+    clip_grad_norm: Annotated[Optional[float], _recipe(min=0.0, help="Largest norm that gradients may have.")] = None
     model_ema: Annotated[
-        bool,
-        Option(
-            "--model-ema",
-            help="Keep a moving average of the weights; it decides which epoch is best.",
-            rich_help_panel=_RECIPE,
-        ),
+        bool, _recipe("--model-ema", help="Keep a moving average of the weights; it decides which epoch is best.")
     ] = False
-    model_ema_decay: Annotated[float, Option(min=0.0, max=1.0, help="After a warm-up.", rich_help_panel=_RECIPE)] = (
-        0.999
+    model_ema_decay: Annotated[
+        float, _recipe(min=0.0, max=1.0, help="Share of the average that a step keeps, after a warm-up.")
+    ] = 0.999
+    amp: Annotated[Optional[Literal["bf16", "fp16"]], _recipe(help="Mixed precision; fp16 with a gradient scaler.")] = (
+        None
     )
-    amp: Annotated[
-        Optional[Literal["bf16", "fp16"]],
-        Option(help="Mixed precision; fp16 with a gradient scaler.", rich_help_panel=_RECIPE),
-    ] = None
 
     freeze: Annotated[
         Optional[str],
-        Option(
+        _freezing(
             metavar="NAMES",
             help="Modules that do not learn, as conv1,bn1,layer1; nor do their batch norms' statistics change.",
-            rich_help_panel=_FREEZING,
         ),
     ] = None
-    freeze_bn: Annotated[
-        bool,
-        Option("--freeze-bn", help="No batch norm learns or changes its statistics.", rich_help_panel=_FREEZING),
-    ] = False
+    freeze_bn: Annotated[bool, _freezing("--freeze-bn", help="No batch norm learns or changes its statistics.")] = False
 
     qat: Annotated[
         bool,
-        Option(
+        _quantisation(
             "--qat",
             help="Quantisation-aware: learn with the rounding of an int8 export, which takes the ranges from the "
             "checkpoint. For a trained model; batch norms keep their statistics.",
-            rich_help_panel=_QUANTISATION,
         ),
     ] = False
-    num_calibration_batches: Annotated[
-        int, Option(min=1, help="Whose ranges --qat starts with.", rich_help_panel=_QUANTISATION)
-    ] = 32
+    num_calibration_batches: Annotated[int, _quantisation(min=1, help="Batches whose ranges --qat starts with.")] = 32
     num_observer_update_epochs: Annotated[
         Optional[int],
-        Option(
-            min=0,
-            help="In which the ranges of --qat follow the activations; by default the first half of them.",
-            rich_help_panel=_QUANTISATION,
+        _quantisation(
+            min=0, help="Epochs in which the ranges of --qat follow the activations; by default the first half."
         ),
     ] = None
 
-    stock: Annotated[
-        bool, Option("--stock", help="Leave the model as it is, not accelerated.", rich_help_panel=_EXECUTION)
-    ] = False
-    channels_last: Annotated[bool, Option(rich_help_panel=_EXECUTION)] = True
-    sync_bn: Annotated[
-        bool,
-        Option("--sync-bn", help="Batch norm statistics over all processes of torchrun.", rich_help_panel=_EXECUTION),
-    ] = False
+    stock: Annotated[bool, _execution("--stock", help="Leave the model as it is, not accelerated.")] = False
+    channels_last: Annotated[bool, _execution(help="Keep images and weights in channels_last.")] = True
+    sync_bn: Annotated[bool, _execution("--sync-bn", help="Batch norm statistics over all processes of torchrun.")] = (
+        False
+    )
     deterministic: Annotated[
-        bool,
-        Option("--deterministic", help="The same bits again on a GPU too, at some cost.", rich_help_panel=_EXECUTION),
+        bool, _execution("--deterministic", help="The same bits again on a GPU too, at some cost.")
     ] = False
-    device: Annotated[
-        Optional[str], Option(help="By default cuda if there is one, else cpu.", rich_help_panel=_EXECUTION)
-    ] = None
-    threads: Annotated[
-        Optional[int], Option(min=1, help="CPU threads; by default PyTorch's.", rich_help_panel=_EXECUTION)
-    ] = None
-    seed: Annotated[int, Option(min=0, help="Of new weights, order and augmentation.", rich_help_panel=_EXECUTION)] = 0
-    log_interval: Annotated[
-        int, Option(min=1, help="Batches between two lines of progress.", rich_help_panel=_EXECUTION)
-    ] = 50
+    device: Annotated[Optional[str], _execution(help="By default cuda if there is one, else cpu.")] = None
+    threads: Annotated[Optional[int], _execution(min=1, help="CPU threads; by default PyTorch's.")] = None
+    seed: Annotated[int, _execution(min=0, help="Seed of new weights, order and augmentation.")] = 0
+    log_interval: Annotated[int, _execution(min=1, help="Batches between two lines of progress.")] = 50
 
     @property
     def frozen_modules(self) -> list[str]:

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from resnet_fast.bench.training_step import Step
 
 TITLE = "torch.compile"
-NEEDS = None
-ONNX = False
-APART = False
 DEVICES = ("cpu", "cuda")
 
 
@@ -44,8 +41,7 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
 
 
 def train(folder: Path, threads: int) -> "Step":
-    from resnet_fast.bench.training_step import load_step
-    from resnet_fast.bench.workload import load_setting
+    from resnet_fast.bench.workload import load_setting, load_step
 
     mode = _mode(load_setting(folder).device)
     return load_step(folder, threads, lambda model: model.compile(mode=mode))

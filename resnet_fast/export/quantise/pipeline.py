@@ -235,7 +235,7 @@ def _symmetric_limits(
     method: str,
     percentile: float,
 ) -> dict[str, Range]:
-    """By the names of ranges."""
+    """Return the limits for TensorRT by the names of ranges."""
     clips = {
         name: clip_at(histogram, method, lambda point: point / 127, percentile)
         for name, histogram in histograms.items()
@@ -257,7 +257,7 @@ def _limits(
     method: str,
     percentile: float,
 ) -> dict[str, Range]:
-    """By the names of values. Where a layer's given ranges differ for one value, the largest counts."""
+    """Return the limits for a CPU by the names of values; of several given ranges for one value, the largest counts."""
     if not histograms:
         raise ValueError(
             "calibration is None, expected images: the target 'cpu' has tensors in 8 bits that ranges does not name"
