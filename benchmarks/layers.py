@@ -22,11 +22,11 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from benchmarks.layer_report import COLUMN_NAMES, NOTES, NUMBERS, conditions, draw, markdown, problems, rows, title
-from benchmarks.plot import save
 from resnet_fast import accelerate
 from resnet_fast.bench import Bench, Measurement, prepare
 from resnet_fast.bench.machine import available_cores, describe, load
 from resnet_fast.bench.norms import randomise_batch_norm
+from resnet_fast.bench.roofline_chart import save_figure
 from resnet_fast.bench.worker import timed_round
 from resnet_fast.bench.workload import ONNX
 from resnet_fast.cli.console import console, table, write_json
@@ -319,7 +319,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         with replacing(given.markdown) as temporary:
             temporary.write_text(markdown(result), encoding="utf-8")
     if given.svg:
-        save(draw(result), Path(given.svg))
+        save_figure(draw(result), Path(given.svg))
     for workload in result["workloads"]:
         out.print(table(title(workload), COLUMN_NAMES, rows(workload), list(NUMBERS)))
     for line in (*conditions(result), *NOTES):

@@ -58,7 +58,7 @@ class Primitives:
         made = [tensor for tensor in results if not any(tensor is operand for _, operand in operands)]
         writes = [self._ledger.made(tensor, place, parameter=name == "wgrad") for tensor in made]
         if name == "conv_statistics":
-            writes = writes[:2]  # the mean stands for the variance as well
+            writes = writes[:2]  # without the variance, which nobody has counted so far
         self._ledger.add(place, name, reads, writes, _flops(name, given, results))
         self._layer = layer
 

@@ -107,13 +107,18 @@ def autocast(folder: Path) -> "contextlib.AbstractContextManager[None]":
     return contextlib.nullcontext() if dtype is None else torch.autocast(device, getattr(torch, dtype))
 
 
-def load_step(folder: Path, threads: int, change: Callable[[nn.Module], Any] = lambda model: None) -> Step:
-    """The step of the workload in ``folder``, weights and images in channels_last, after ``change`` to its model."""
+def load_channels_last(folder: Path, threads: int) -> tuple[nn.Module, Tensor]:
+    """Load model and images of the workload in ``folder``, both in channels_last, to run on ``threads``."""
     torch.set_num_threads(threads)
     layout: Any = {"memory_format": torch.channels_last}
-    model = load_model(folder).to(**layout)
+    return load_model(folder).to(**layout), load_images(folder).to(**layout)
+
+
+def load_step(folder: Path, threads: int, change: Callable[[nn.Module], Any] = lambda model: None) -> Step:
+    """Load the step of the workload in ``folder``, all in channels_last, after ``change`` to its model."""
+    model, images = load_channels_last(folder, threads)
     change(model)
-    return Step(model, load_images(folder).to(**layout), load_labels(folder), autocast(folder))
+    return Step(model, images, load_labels(folder), autocast(folder))
 
 
 def to_numpy(result: Tensor) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,13 +14,9 @@ DEVICES = ("cpu", "cuda")
 
 
 def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
-    import torch
+    from resnet_fast.bench.workload import eager, load_channels_last
 
-    from resnet_fast.bench.workload import eager, load_images, load_model
-
-    torch.set_num_threads(threads)
-    layout: Any = {"memory_format": torch.channels_last}
-    return eager(load_model(folder).to(**layout), load_images(folder).to(**layout))
+    return eager(*load_channels_last(folder, threads))
 
 
 def train(folder: Path, threads: int) -> "Step":
