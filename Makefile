@@ -119,8 +119,8 @@ bench-layers: install
 gpu: install
 	$(BIN)/resnet-fast gpu
 
-# Peers that must not share an environment with PyTorch's: resnet_fast/bench/apart.py says why. pnnx asks for PyTorch, but
-# only its Python module uses that, and its program is all that is needed.
+# Peers that must not share an environment with PyTorch's: resnet_fast/bench/peer_environment.py says why. pnnx asks for
+# PyTorch, but only its Python module uses that, and its program is all that is needed.
 bench-peers: $(PEER_VENV)/.installed
 
 $(PEER_VENV)/.installed: Makefile

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from resnet_fast import explain, ops
-from resnet_fast.export.compare import error_limit
 from resnet_fast.graph import functional
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import library, planner
+from resnet_fast.utils.tolerance import error_limit
 
 WINOGRAD = 5e-5
 """Error that Winograd's algorithm may have in float32, relative to the largest result: its transforms add and subtract

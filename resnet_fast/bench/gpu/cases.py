@@ -63,7 +63,7 @@ _CONVS: list[tuple[str, tuple[int, ...], int, tuple[int, int], int, Any, int, in
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
-    """All of them; with ``quick`` the small ones, for a CPU."""
+    """Make all cases; with ``quick`` the small ones, for a CPU."""
     for name, x, k, kernel, stride, padding, dilation, groups, residual, relu in _CONVS:
         if not quick or x[1] < 128:
             yield _conv(name, x, k, kernel, stride, padding, dilation, groups, residual, relu)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast.bench import pipelines, roofline
-from resnet_fast.bench.moves import Move, Place, Value
+from resnet_fast.bench.ledger import Move, Place, Value
 from resnet_fast.bench.roofline import Assumptions, Roofline, peak_of, predict
 from resnet_fast.bench.traffic import blocks, compare
 from resnet_fast.cli import main

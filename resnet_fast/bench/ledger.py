@@ -22,8 +22,11 @@ class Value(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where in a model. ``block``: path of the module whose forward it is part of; "" for the model itself. ``layer``:
-    path of the convolution or linear layer that it belongs to, or follows; "" before any."""
+    """A place in a model.
+
+    ``block``: path of the module whose forward it is part of; "" for the model itself. ``layer``: path of the
+    convolution or linear layer that it belongs to, or follows; "" before any.
+    """
 
     block: str = ""
     layer: str = ""
@@ -114,7 +117,7 @@ class Ledger:
         return self._known[key]
 
     def value(self, tensor: Tensor, size: Optional[int] = None) -> Value:
-        """The tensor, of which ``size`` bytes are moved; None: all."""
+        """Return the tensor as a value of which ``size`` bytes are moved; None: all."""
         contents = self.contents(tensor)
         image = tensor.dim() == 4 and not contents.parameter
         return Value(contents.id, tuple(tensor.shape), tensor.nbytes if size is None else size, image)
@@ -123,17 +126,17 @@ class Ledger:
         return [self.value(tensor) for tensor in tensors]
 
     def made(self, tensor: Tensor, place: Optional[Place] = None, parameter: bool = False) -> Value:
-        """The tensor, whose contents are new."""
+        """Enter the tensor as one whose contents are new."""
         self._known[_memory(tensor)] = Contents(next(self._ids), parameter, None, place, self.backward)
         return self.value(tensor)
 
     def own(self, tensor: Tensor, owner: Place) -> None:
-        """It is a parameter or buffer of the model."""
+        """Enter a parameter or buffer of the model."""
         self.made(tensor, None, parameter=True)
         self.contents(tensor).owner = owner
 
     def alias(self, tensor: Tensor, other: Tensor) -> None:
-        """The tensor stands for another, in other memory."""
+        """Let the tensor stand for another, in other memory."""
         self._known[_memory(tensor)] = self.contents(other)
 
     def add(
@@ -162,7 +165,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def pixels_needed(x: Tensor, weight: Tensor, stride: Sequence[int], out: Sequence[int]) -> int:
-    """Bytes of the pixels of ``x [N, C, H, W]`` that a convolution to ``out [N, K, P, Q]`` reads."""
+    """Return the bytes of the pixels of ``x [N, C, H, W]`` that a convolution to ``out [N, K, P, Q]`` reads."""
     n, c, *size = x.shape
     h, w = (min(size[i], out[2 + i] * weight.shape[2 + i]) for i in range(2))
     return n * c * h * w * x.itemsize
