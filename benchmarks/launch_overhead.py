@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from resnet_fast.bench.machine import describe, load
-from resnet_fast.kernels.triton import planner, prepared
+from resnet_fast.kernels.triton import prepared
+from resnet_fast.kernels.triton.tuning import planner
 from resnet_fast.ops import inference as ops
 from tests import fake_gpu
 from tests.fake_gpu import on_gpu

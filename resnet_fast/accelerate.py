@@ -16,7 +16,7 @@ from resnet_fast.graph.program import Fused, Program, build
 from resnet_fast.graph.programs import drop_program, program_of, rebuild
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.contract import Case
-from resnet_fast.kernels.triton import planner
+from resnet_fast.kernels.triton.tuning import planner
 from resnet_fast.ops import inference as ops
 
 M = TypeVar("M", bound=nn.Module)

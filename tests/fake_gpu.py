@@ -16,7 +16,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 
 from resnet_fast.kernels import streams
-from resnet_fast.kernels.triton import launch
+from resnet_fast.kernels.triton import forward
 
 
 class Started(NamedTuple):
@@ -146,7 +146,7 @@ def installed() -> Iterator[Driver]:
     active = driver._active
     with (
         mock.patch.multiple(
-            launch,
+            forward,
             architecture=lambda device: "sm_90",
             allocate=lambda x, shape: torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last),
         ),

@@ -21,7 +21,7 @@ since importing it would make it the package's attribute in the op's place.
 import importlib
 from typing import Any
 
-from resnet_fast.kernels.triton.support import chain_pays, supports
+from resnet_fast.kernels.triton.device import chain_pays, supports
 
 _OPS = {
     "conv_bn_act": "launch",

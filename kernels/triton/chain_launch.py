@@ -1,13 +1,13 @@
-"""``conv_chain``, from tensors to its launch; as in launch.py."""
+"""``conv_chain``, from tensors to its launch; as in forward.py."""
 
 from typing import Optional
 
 import torch
 
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import launch, pack, tiles
+from resnet_fast.kernels.triton import forward, pack, tiles
 from resnet_fast.kernels.triton.chain import chain_kernel
-from resnet_fast.kernels.triton.launch import Plan
+from resnet_fast.kernels.triton.forward import Plan
 
 
 def conv_chain(
@@ -24,7 +24,7 @@ def conv_chain(
     args = (x, weight, scale, shift, residual, next_weight, next_scale, next_shift)
     if any(tensor.numel() == 0 for tensor in args):
         return reference.conv_chain(*args)
-    plan = plan_chain(*args, launch.architecture(x.device))
+    plan = plan_chain(*args, forward.architecture(x.device))
     assert plan.workspace is not None
     return plan.run(), plan.workspace
 
@@ -49,26 +49,26 @@ def plan_chain(
     """
     n, c, h, w = x.shape
     k, last, rows = weight.shape[0], next_weight.shape[0], n * h * w
-    precision = launch.precision_of(x.dtype, target)
+    precision = forward.precision_of(x.dtype, target)
     tile = tile or tiles.pick_chain(target, precision, c, last)
     if tile is None:
         raise ValueError(f"no tile of {target} for {precision} takes {c} channels in and {last} out")
-    y, z = launch.allocate(x, (n, k, h, w)), launch.allocate(x, (n, last, h, w))
-    x, residual = launch.nhwc(x), launch.nhwc(residual)
-    scale, shift, next_scale, next_shift = map(launch.vector, (scale, shift, next_scale, next_shift))
+    y, z = forward.allocate(x, (n, k, h, w)), forward.allocate(x, (n, last, h, w))
+    x, residual = forward.nhwc(x), forward.nhwc(residual)
+    scale, shift, next_scale, next_shift = map(forward.vector, (scale, shift, next_scale, next_shift))
     constants = tile.constants(c, last)
     packed = pack.weight(weight, x.dtype, 1, 1, constants["BK"])
     next_packed = pack.weight(next_weight, x.dtype, 1, 1, tile.columns)
     return Plan(
         chain_kernel,
-        (launch.ceil_div(rows, tile.rows),),
+        (forward.ceil_div(rows, tile.rows),),
         (x, packed, scale, shift, residual, y, next_packed, next_scale, next_shift, z, rows),
         {
             "C": c,
             "K": k,
             "L": last,
             "PRECISION": "tf32" if precision == "tf32" else "ieee",
-            "INDEX64": launch.index64(x, y),
+            "INDEX64": forward.index64(x, y),
             **constants,
         },
         y,

@@ -34,8 +34,8 @@ or 8 channels, so that the S taps of one row lie side by side. The kernel then s
 import triton
 import triton.language as tl
 from resnet_fast.kernels.triton.epilogue import finish_tile
-from resnet_fast.kernels.triton.parts import store_part
 from resnet_fast.kernels.triton.prologue import activate, load_affine
+from resnet_fast.kernels.triton.split_k import store_part
 from resnet_fast.kernels.triton.statistics import store_with_statistics
 
 

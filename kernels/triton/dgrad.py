@@ -19,7 +19,7 @@ come multiplied by a power of two, which is taken out of the accumulators in bet
 
 import triton
 import triton.language as tl
-from resnet_fast.kernels.triton.gate import finish_gradient
+from resnet_fast.kernels.triton.gradient_epilogue import finish_gradient
 from resnet_fast.kernels.triton.prologue import activate, load_affine
 
 

@@ -13,8 +13,8 @@ them; the weight is small enough to stay there anyway.
 import triton
 import triton.language as tl
 from resnet_fast.kernels.triton.epilogue import finish_tile
-from resnet_fast.kernels.triton.parts import store_part
 from resnet_fast.kernels.triton.prologue import activate, load_affine
+from resnet_fast.kernels.triton.split_k import store_part
 from resnet_fast.kernels.triton.statistics import store_with_statistics
 
 

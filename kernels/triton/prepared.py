@@ -21,7 +21,7 @@ from typing import Any, Optional
 import torch
 
 from resnet_fast.kernels import packing, streams
-from resnet_fast.kernels.triton import planner
+from resnet_fast.kernels.triton.tuning import planner
 
 Call = Callable[[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor], Optional[torch.Tensor]]
 """Takes x, the residual, scale and shift, gives the result, or None where the call has to be decided anew.

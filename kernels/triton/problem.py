@@ -2,8 +2,8 @@
 
 from resnet_fast.kernels.contract import Pair, output_size
 from resnet_fast.kernels.triton import pack
-from resnet_fast.kernels.triton.cost import Problem
-from resnet_fast.kernels.triton.support import STEM_CHANNELS
+from resnet_fast.kernels.triton.cost_model.cost import Problem
+from resnet_fast.kernels.triton.device import STEM_CHANNELS
 
 
 def conv_problem(

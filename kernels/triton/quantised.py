@@ -12,7 +12,7 @@ import torch
 
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.reference.quantised import RANGE
-from resnet_fast.kernels.triton import pack, support
+from resnet_fast.kernels.triton import device, pack
 
 _OPS = ("conv_quantised", "quantise", "dequantise")
 
@@ -29,7 +29,7 @@ def supports(case: Case) -> Optional[str]:
     """
     if case.op not in _OPS:
         return f"no kernel for {case.op}"
-    reason = support.supports(case, tuple(RANGE))
+    reason = device.supports(case, tuple(RANGE))
     if reason is not None:
         return reason
     channels = case.in_channels // case.groups
@@ -37,9 +37,9 @@ def supports(case: Case) -> Optional[str]:
         groups = f" in {case.groups} groups" if case.groups > 1 else ""
         return f"{case.in_channels} input channels{groups}; multiples of {CHANNELS} are covered"
     if case.device == "cuda" and case.dtype == torch.float8_e4m3fn:
-        from resnet_fast.kernels.triton import launch
+        from resnet_fast.kernels.triton import forward
 
-        return no_fp8(launch.architecture(torch.device("cuda")))
+        return no_fp8(forward.architecture(torch.device("cuda")))
     return None
 
 

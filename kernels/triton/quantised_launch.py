@@ -1,4 +1,4 @@
-"""The ops on 8-bit numbers (``reference/quantised.py``), from tensors to kernel launches, as in launch.py."""
+"""The ops on 8-bit numbers (``reference/quantised.py``), from tensors to kernel launches, as in forward.py."""
 
 from typing import Any, Optional
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from resnet_fast.kernels.contract import Pair, output_size
 from resnet_fast.kernels.reference import quantised as reference_quantised
 from resnet_fast.kernels.reference.quantised import RANGE
-from resnet_fast.kernels.triton import launch, pack, tiles
+from resnet_fast.kernels.triton import forward, pack, tiles
 from resnet_fast.kernels.triton.conv_quantised import conv_quantised_kernel
-from resnet_fast.kernels.triton.launch import Plan
+from resnet_fast.kernels.triton.forward import Plan
 from resnet_fast.kernels.triton.quantise import dequantise_kernel, quantise_kernel
 
 PRECISIONS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
@@ -39,17 +39,17 @@ def conv_quantised(
     geometry = (stride, padding, dilation, groups, relu, out_dtype)
     if x.numel() == 0 or weight.numel() == 0:
         return reference_quantised.conv_quantised(*args, *geometry)
-    return plan_conv_quantised(*args, *geometry, launch.architecture(x.device)).run()
+    return plan_conv_quantised(*args, *geometry, forward.architecture(x.device)).run()
 
 
 def quantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """See ``reference_quantised.quantise``."""
-    return plan_quantise(x, scale, dtype, launch.architecture(x.device)).run() if x.numel() else x.to(dtype)
+    return plan_quantise(x, scale, dtype, forward.architecture(x.device)).run() if x.numel() else x.to(dtype)
 
 
 def dequantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """See ``reference_quantised.dequantise``."""
-    return plan_dequantise(x, scale, dtype, launch.architecture(x.device)).run() if x.numel() else x.to(dtype)
+    return plan_dequantise(x, scale, dtype, forward.architecture(x.device)).run() if x.numel() else x.to(dtype)
 
 
 def plan_conv_quantised(
@@ -73,8 +73,8 @@ def plan_conv_quantised(
     n, c, h, w = x.shape
     k, _, r, s = weight.shape
     p, q = output_size((h, w), (r, s), stride, padding, dilation)
-    x, y = launch.nhwc(x), launch.allocate(x, (n, k, p, q), out_dtype)
-    residual = None if residual is None else launch.nhwc(residual)
+    x, y = forward.nhwc(x), forward.allocate(x, (n, k, p, q), out_dtype)
+    residual = None if residual is None else forward.nhwc(residual)
     merge = pack.merged(groups, c // groups)
     groups_before, groups = groups, groups // merge
     c, k = c // groups, k // groups
@@ -82,9 +82,9 @@ def plan_conv_quantised(
     packed = pack.weight(weight, x.dtype, groups_before, merge, tile.reduction)
     return Plan(
         conv_quantised_kernel,
-        (launch.ceil_div(n * p * q, tile.rows) * launch.ceil_div(k, tile.columns), groups),
+        (forward.ceil_div(n * p * q, tile.rows) * forward.ceil_div(k, tile.columns), groups),
         (
-            x, packed, launch.vector(scale), launch.vector(shift), y if residual is None else residual, y,
+            x, packed, forward.vector(scale), forward.vector(shift), y if residual is None else residual, y,
             float(residual_scale), 1 / out_scale, n, h, w, p, q,
         ),
         {
@@ -102,7 +102,7 @@ def plan_conv_quantised(
             "HAS_RESIDUAL": residual is not None,
             "RELU": relu,
             "REQUANTISE": out_dtype in RANGE,
-            "INDEX64": launch.index64(x, y),
+            "INDEX64": forward.index64(x, y),
             **tile.constants(),
             "UNROLL": _unrolled(target),
         },
@@ -133,13 +133,13 @@ def plan_dequantise(x: Tensor, scale: float, dtype: torch.dtype, target: str) ->
 
 
 def _plan_elementwise(kernel: Any, x: Tensor, dtype: torch.dtype, factor: float, target: str) -> Plan:
-    x = launch.nhwc(x)
-    y = launch.allocate(x, tuple(x.shape), dtype)
+    x = forward.nhwc(x)
+    y = forward.allocate(x, tuple(x.shape), dtype)
     block, warps = tiles.load(target)["quantise"]
     return Plan(
         kernel,
-        (launch.ceil_div(x.numel(), block),),
+        (forward.ceil_div(x.numel(), block),),
         (x, y, factor, x.numel()),
-        {"INDEX64": launch.index64(x, y), "BLOCK": block, "num_warps": warps},
+        {"INDEX64": forward.index64(x, y), "BLOCK": block, "num_warps": warps},
         y,
     )

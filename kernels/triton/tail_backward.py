@@ -6,7 +6,7 @@ rows of partial sums, and leaves the sum of these rows in the workspace that ``g
 
 import triton
 import triton.language as tl
-from resnet_fast.kernels.triton.gate import centred, passes
+from resnet_fast.kernels.triton.gradient_epilogue import centred, passes
 from resnet_fast.kernels.triton.prologue import activate, load_affine
 
 

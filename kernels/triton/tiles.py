@@ -35,8 +35,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from resnet_fast.kernels.triton import cost, gpus
-from resnet_fast.kernels.triton.cost import Problem
+from resnet_fast.kernels.triton.cost_model import cost, gpus
+from resnet_fast.kernels.triton.cost_model.cost import Problem
 
 _FOLDER = Path(__file__).parent / "tiles"
 _NARROWEST = 16  # channels that a matrix instruction takes

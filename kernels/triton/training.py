@@ -10,7 +10,7 @@ Importing this module imports neither Triton nor a kernel; the first call of a p
 from typing import Any, Optional
 
 from resnet_fast.kernels.contract import Case
-from resnet_fast.kernels.triton import support
+from resnet_fast.kernels.triton import device
 
 _FORWARD = ("conv_statistics", "gram", "conv_affine", "tail", "tail_pool")
 _BACKWARD = ("tail_backward", "tail_pool_backward", "bn_backward", "dgrad", "dgrad_expand", "wgrad")
@@ -22,7 +22,7 @@ def supports(case: Case) -> Optional[str]:
     """None if the kernels cover the case, else the reason why not. Asks a driver only about a case on a GPU."""
     if case.op not in _FORWARD + _BACKWARD:
         return f"no kernel for {case.op}"
-    return support.supports(case)
+    return device.supports(case)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from resnet_fast.kernels.contract import Affine, Gate, Geometry, Gradient, Pair
 from resnet_fast.kernels.reference import training as reference
-from resnet_fast.kernels.triton import launch, pack, tiles
+from resnet_fast.kernels.triton import forward, pack, tiles
+from resnet_fast.kernels.triton.device import STEM_CHANNELS
 from resnet_fast.kernels.triton.dgrad import dgrad_kernel
-from resnet_fast.kernels.triton.gate import sum_rows_kernel
-from resnet_fast.kernels.triton.launch import Plan
-from resnet_fast.kernels.triton.support import STEM_CHANNELS
+from resnet_fast.kernels.triton.forward import Plan
+from resnet_fast.kernels.triton.gradient_epilogue import sum_rows_kernel
 from resnet_fast.kernels.triton.tail_backward import (
     bn_backward_kernel,
     pool_backward_kernel,
@@ -55,7 +55,7 @@ def tail_backward(
     if grad.numel() == 0:
         return reference.tail_backward(grad, out, y, mean, residual, residual_mean)
     return plan_tail_backward(
-        grad, out, y, mean, residual, residual_mean, launch.architecture(grad.device)
+        grad, out, y, mean, residual, residual_mean, forward.architecture(grad.device)
     ).run()  # fmt: skip
 
 
@@ -63,14 +63,14 @@ def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[T
     """See ``reference_training.tail_pool_backward``."""
     if y.numel() == 0:
         return reference.tail_pool_backward(grad, y, affine, mean)
-    return plan_tail_pool_backward(grad, y, affine, mean, launch.architecture(y.device)).run()
+    return plan_tail_pool_backward(grad, y, affine, mean, forward.architecture(y.device)).run()
 
 
 def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool) -> Tensor:
     """See ``reference_training.bn_backward``."""
     if g.numel() == 0:
         return reference.bn_backward(g, y, mean, a, b, c, overwrite)
-    return plan_bn_backward(g, y, mean, a, b, c, overwrite, launch.architecture(g.device)).run()
+    return plan_bn_backward(g, y, mean, a, b, c, overwrite, forward.architecture(g.device)).run()
 
 
 def dgrad(
@@ -79,7 +79,7 @@ def dgrad(
     """See ``reference_training.dgrad``."""
     if dy.numel() == 0 or x.numel() == 0:
         return reference.dgrad(dy, weight, geometry, x, gate, residual)
-    return plan_dgrad(dy, weight, geometry, x, gate, residual, launch.architecture(x.device)).run()
+    return plan_dgrad(dy, weight, geometry, x, gate, residual, forward.architecture(x.device)).run()
 
 
 def dgrad_expand(
@@ -98,7 +98,7 @@ def dgrad_expand(
     if g.numel() == 0 or x.numel() == 0:
         return reference.dgrad_expand(g, weight, q, c, stride, x, prologue, gate, residual)
     return plan_dgrad_expand(
-        g, weight, q, c, stride, x, prologue, gate, residual, launch.architecture(x.device)
+        g, weight, q, c, stride, x, prologue, gate, residual, forward.architecture(x.device)
     ).run()  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def wgrad(dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geo
     """See ``reference_training.wgrad``."""
     if dy.numel() == 0 or x.numel() == 0:
         return reference.wgrad(dy, x, prologue, weight, geometry)
-    dw = plan_wgrad(dy, x, prologue, weight.shape, geometry, launch.architecture(x.device)).run()
+    dw = plan_wgrad(dy, x, prologue, weight.shape, geometry, forward.architecture(x.device)).run()
     return _diagonal(dw, weight.shape)
 
 
@@ -119,12 +119,12 @@ def plan_tail_backward(
     residual_mean: Optional[Tensor],
     target: str,
 ) -> Steps:
-    grad = launch.nhwc(grad)
-    g = grad if out is None else launch.allocate(grad, tuple(grad.shape))
+    grad = forward.nhwc(grad)
+    g = grad if out is None else forward.allocate(grad, tuple(grad.shape))
     n, c, h, w = grad.shape
     grid, share, constants = _shares(target, n * h * w, c)
     quantities = 1 + (y is not None) + (residual is not None)
-    sums = launch.allocate_floats(grad, (quantities, grid[0], c))
+    sums = forward.allocate_floats(grad, (quantities, grid[0], c))
     plan = Plan(
         tail_backward_kernel,
         grid,
@@ -137,7 +137,7 @@ def plan_tail_backward(
             "RELU": out is not None,
             "PRODUCT": y is not None,
             "RESIDUAL_PRODUCT": residual is not None,
-            "INDEX64": launch.index64(grad, grad),
+            "INDEX64": forward.index64(grad, grad),
             **constants,
         },
         g,
@@ -149,27 +149,27 @@ def plan_tail_backward(
 
 
 def plan_tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[Tensor], target: str) -> Steps:
-    grad, y = launch.nhwc(grad), launch.nhwc(y)
-    scale, shift = map(launch.vector, affine)
+    grad, y = forward.nhwc(grad), forward.nhwc(y)
+    scale, shift = map(forward.vector, affine)
     n, c, h, w = y.shape
     p, q = grad.shape[2:]
-    g = launch.allocate(y, (n, c, h, w))
+    g = forward.allocate(y, (n, c, h, w))
     winner = allocate_bytes(y, (n, p, q, c))
     bm, bn, warps = tiles.load(target)["max_pool"]
     find = Plan(
         pool_winner_kernel,
-        (launch.ceil_div(n * p * q, bm), launch.ceil_div(c, bn)),
+        (forward.ceil_div(n * p * q, bm), forward.ceil_div(c, bn)),
         (y, scale, shift, winner, n, h, w, p, q),
-        {"C": c, "INDEX64": launch.index64(y, y), "BM": bm, "BN": bn, "num_warps": warps},
+        {"C": c, "INDEX64": forward.index64(y, y), "BM": bm, "BN": bn, "num_warps": warps},
         winner,
     )
     grid, share, constants = _shares(target, n * h * w, c)
-    sums = launch.allocate_floats(y, (1 if mean is None else 2, grid[0], c))
+    sums = forward.allocate_floats(y, (1 if mean is None else 2, grid[0], c))
     gather = Plan(
         pool_backward_kernel,
         grid,
         (grad, winner, y, scale, shift, _vector(mean), g, sums, n, h, w, p, q, share),
-        {"C": c, "PRODUCT": mean is not None, "INDEX64": launch.index64(y, y), **constants},
+        {"C": c, "PRODUCT": mean is not None, "INDEX64": forward.index64(y, y), **constants},
         g,
     )
     total = _plan_sum_rows(sums, target)
@@ -179,15 +179,15 @@ def plan_tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optio
 def plan_bn_backward(
     g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool, target: str
 ) -> Steps:
-    g = launch.nhwc(g)
+    g = forward.nhwc(g)
     n, channels, h, w = g.shape
-    dy = g if overwrite else launch.allocate(g, (n, channels, h, w))
+    dy = g if overwrite else forward.allocate(g, (n, channels, h, w))
     bm, bn, warps = tiles.load(target)["pointwise"]
     plan = Plan(
         bn_backward_kernel,
-        (launch.ceil_div(n * h * w, bm), launch.ceil_div(channels, bn)),
-        (g, launch.nhwc(y), *map(launch.vector, (mean, a, b, c)), dy, n * h * w),
-        {"C": channels, "INDEX64": launch.index64(g, g), "BM": bm, "BN": bn, "num_warps": warps},
+        (forward.ceil_div(n * h * w, bm), forward.ceil_div(channels, bn)),
+        (g, forward.nhwc(y), *map(forward.vector, (mean, a, b, c)), dy, n * h * w),
+        {"C": channels, "INDEX64": forward.index64(g, g), "BM": bm, "BN": bn, "num_warps": warps},
         dy,
     )
     return Steps((plan,), dy)
@@ -227,7 +227,7 @@ def plan_dgrad_expand(
     tile = _dgrad_tile(target, x, weight.shape[0], geometry)
     packed, w_factor = _scaled(weight, x.dtype, tile.reduction)
     packed_q, q_factor = _scaled(q, x.dtype, tile.reduction)
-    second = _Second(prologue, packed_q, launch.vector(c), w_factor, q_factor)
+    second = _Second(prologue, packed_q, forward.vector(c), w_factor, q_factor)
     return _plan_dgrad(g, packed, (1, 1), geometry, x, second, gate, residual, tile, target)
 
 
@@ -253,21 +253,21 @@ def _plan_dgrad(
     tile: tiles.Tile,
     target: str,
 ) -> Steps:
-    dy, x = launch.nhwc(dy), launch.nhwc(x)
+    dy, x = forward.nhwc(dy), forward.nhwc(x)
     n, c, h, w = x.shape
     k, p, q = dy.shape[1:]
     stride, padding, dilation, groups = geometry
     classes = stride[0] * stride[1]
-    row_tiles = launch.ceil_div(_class_pixels(x, stride), tile.rows)
-    g = launch.allocate(x, (n, c, h, w))
+    row_tiles = forward.ceil_div(_class_pixels(x, stride), tile.rows)
+    g = forward.allocate(x, (n, c, h, w))
     prologue = None if second is None else second.prologue
     affine = None if gate is None else gate.affine
     mean = None if gate is None else gate.mean
     # A kernel does not read what is None, but without a gate it still computes where its row of sums would be.
-    sums = g if gate is None else launch.allocate_floats(x, (1 if mean is None else 2, classes * row_tiles, c))
+    sums = g if gate is None else forward.allocate_floats(x, (1 if mean is None else 2, classes * row_tiles, c))
     plan = Plan(
         dgrad_kernel,
-        (row_tiles * launch.ceil_div(c // groups, tile.columns), classes, groups),
+        (row_tiles * forward.ceil_div(c // groups, tile.columns), classes, groups),
         (
             dy, packed, x, _nhwc(residual), g, *_vectors(prologue),
             *((None,) * 4 if second is None else second[1:]),
@@ -289,7 +289,7 @@ def _plan_dgrad(
             "AFFINE": affine is not None,
             "PRODUCT": mean is not None,
             "PRECISION": _dot_precision(x, target),
-            "INDEX64": launch.index64(dy, x),
+            "INDEX64": forward.index64(dy, x),
             **_constants(tile),
         },
         g,
@@ -306,7 +306,7 @@ def plan_wgrad(
     """Leaves ``[groups, K, R, S, C]``, for ``_diagonal``. ``shape`` is the weight's."""
     stride, padding, dilation, groups = geometry
     k, channels, r, s = shape
-    dy = launch.nhwc(dy)
+    dy = forward.nhwc(dy)
     n, _, p, q = dy.shape
     rows = groups == 1 and channels <= STEM_CHANNELS and s > 1 and dilation[1] == 1 and prologue is None
     if rows:
@@ -317,7 +317,7 @@ def plan_wgrad(
         row, row_unit = w * pixel, pack.ROW_UNIT
         c, taps_w, padding = s * pixel, 1, (0, 0)
     else:
-        x = launch.nhwc(x)
+        x = forward.nhwc(x)
         h, w = x.shape[2:]
         pixel = x.shape[1]
         row, row_unit = w * pixel, pixel
@@ -325,12 +325,12 @@ def plan_wgrad(
         c, taps_w = channels * merge, s
     groups, k = groups // merge, k // groups * merge
     pixels = n * p * q
-    most_parts = launch.ceil_div(pixels, _PART)
+    most_parts = forward.ceil_div(pixels, _PART)
     tile = tiles.pick(target, _key("wgrad", x, target), k, c, pixels, groups * r * taps_w * most_parts)
-    programs = launch.ceil_div(k, tile.rows) * launch.ceil_div(c, tile.columns) * r * taps_w
+    programs = forward.ceil_div(k, tile.rows) * forward.ceil_div(c, tile.columns) * r * taps_w
     part = _part_size(pixels, programs * groups, tile.reduction, target)
-    parts = launch.ceil_div(pixels, part)
-    sums = launch.allocate_floats(x, (1, parts, groups * k * r * taps_w * c))
+    parts = forward.ceil_div(pixels, part)
+    sums = forward.allocate_floats(x, (1, parts, groups * k * r * taps_w * c))
     plan = Plan(
         wgrad_kernel,
         (programs, parts, groups),
@@ -346,7 +346,7 @@ def plan_wgrad(
             "ROW_UNIT": row_unit,
             "PROLOGUE": prologue is not None,
             "PRECISION": _dot_precision(x, target),
-            "INDEX64": launch.index64(x, dy),
+            "INDEX64": forward.index64(x, dy),
             **_constants(tile),
         },
         sums,
@@ -369,15 +369,15 @@ def _diagonal(dw: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _plan_sum_rows(x: Tensor, target: str) -> Plan:
     """float32 ``[L, rows, C]`` -> ``[L, C]``."""
     layers, rows, c = x.shape
-    y = launch.allocate_floats(x, (layers, c))
+    y = forward.allocate_floats(x, (layers, c))
     bm, elements, warps = tiles.load(target)["sum_rows"]
     bm = min(bm, tiles.power_of_two(rows))
     bn = elements // bm
     return Plan(
         sum_rows_kernel,
-        (launch.ceil_div(c, bn), layers),
+        (forward.ceil_div(c, bn), layers),
         (x, y, rows),
-        {"C": c, "INDEX64": launch.index64(x, x), "BM": bm, "BN": bn, "num_warps": warps},
+        {"C": c, "INDEX64": forward.index64(x, x), "BM": bm, "BN": bn, "num_warps": warps},
         y,
     )
 
@@ -391,16 +391,16 @@ def _shares(target: str, pixels: int, channels: int) -> tuple[tuple[int, int], i
     """For a kernel that sums over pixels: the grid, the pixels of each program, the constants."""
     data = tiles.load(target)
     bm, bn, warps = data["pointwise"]
-    columns = launch.ceil_div(channels, bn)
-    most = launch.ceil_div(_WAVES * data["multiprocessors"], columns)
-    share = launch.ceil_div(launch.ceil_div(pixels, most), bm) * bm
-    return (launch.ceil_div(pixels, share), columns), share, {"BM": bm, "BN": bn, "num_warps": warps}
+    columns = forward.ceil_div(channels, bn)
+    most = forward.ceil_div(_WAVES * data["multiprocessors"], columns)
+    share = forward.ceil_div(forward.ceil_div(pixels, most), bm) * bm
+    return (forward.ceil_div(pixels, share), columns), share, {"BM": bm, "BN": bn, "num_warps": warps}
 
 
 def _part_size(pixels: int, programs: int, step: int, target: str) -> int:
     """The pixels in one part of wgrad's sum, a multiple of ``step``, where one part has ``programs`` programs."""
     parts = max(1, min(_WAVES * tiles.load(target)["multiprocessors"] // programs, pixels // _PART))
-    return launch.ceil_div(launch.ceil_div(pixels, parts), step) * step
+    return forward.ceil_div(forward.ceil_div(pixels, parts), step) * step
 
 
 def _dgrad_tile(target: str, x: Tensor, k: int, geometry: Geometry) -> tiles.Tile:
@@ -414,7 +414,7 @@ def _dgrad_tile(target: str, x: Tensor, k: int, geometry: Geometry) -> tiles.Til
 def _class_pixels(x: Tensor, stride: Pair) -> int:
     """How many pixels of ``x`` one class of a strided dgrad has, see dgrad.py."""
     n, _, h, w = x.shape
-    return n * launch.ceil_div(h, stride[0]) * launch.ceil_div(w, stride[1])
+    return n * forward.ceil_div(h, stride[0]) * forward.ceil_div(w, stride[1])
 
 
 def _scaled(matrix: Tensor, dtype: torch.dtype, block: int) -> tuple[Tensor, Tensor]:
@@ -428,7 +428,7 @@ def _scaled(matrix: Tensor, dtype: torch.dtype, block: int) -> tuple[Tensor, Ten
     factor = largest / torch.frexp(largest).mantissa
     factor = torch.where(factor.isfinite(), factor, 1.0).reshape(1)
     packed = (matrix / factor).to(dtype).t()
-    return launch.vector(F.pad(packed, (0, -packed.shape[1] % block))), launch.vector(factor)
+    return forward.vector(F.pad(packed, (0, -packed.shape[1] % block))), forward.vector(factor)
 
 
 def _geometry(stride: Pair, padding: Pair, dilation: Pair) -> dict[str, int]:
@@ -449,20 +449,20 @@ def _constants(tile: tiles.Tile) -> dict[str, Any]:
 
 def _key(kernel: str, x: Tensor, target: str) -> str:
     """The name of a list of tiles."""
-    return f"{kernel}_{launch.precision_of(x.dtype, target)}"
+    return f"{kernel}_{forward.precision_of(x.dtype, target)}"
 
 
 def _dot_precision(x: Tensor, target: str) -> str:
-    return "tf32" if launch.precision_of(x.dtype, target) == "tf32" else "ieee"
+    return "tf32" if forward.precision_of(x.dtype, target) == "tf32" else "ieee"
 
 
 def _nhwc(x: Optional[Tensor]) -> Optional[Tensor]:
-    return None if x is None else launch.nhwc(x)
+    return None if x is None else forward.nhwc(x)
 
 
 def _vector(v: Optional[Tensor]) -> Optional[Tensor]:
-    return None if v is None else launch.vector(v)
+    return None if v is None else forward.vector(v)
 
 
 def _vectors(affine: Optional[Affine]) -> tuple[Optional[Tensor], Optional[Tensor]]:
-    return (None, None) if affine is None else (launch.vector(affine.scale), launch.vector(affine.shift))
+    return (None, None) if affine is None else (forward.vector(affine.scale), forward.vector(affine.shift))

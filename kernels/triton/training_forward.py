@@ -1,6 +1,6 @@
 """The forward primitives of training (``reference/training.py``), from tensors to kernel launches.
 
-As in launch.py, a ``plan_*`` function starts nothing. Where one launch needs what another made, it returns them in
+As in forward.py, a ``plan_*`` function starts nothing. Where one launch needs what another made, it returns them in
 their order; the last one's output are the statistics.
 """
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from resnet_fast.kernels.contract import Affine, Geometry, Pair
 from resnet_fast.kernels.reference import training as reference_training
-from resnet_fast.kernels.triton import launch, tiles
+from resnet_fast.kernels.triton import forward, tiles
+from resnet_fast.kernels.triton.forward import Plan
 from resnet_fast.kernels.triton.gram import covariance_kernel, gram_kernel
-from resnet_fast.kernels.triton.launch import Plan
 from resnet_fast.kernels.triton.statistics import combine_kernel
 
 
@@ -24,7 +24,7 @@ def conv_statistics(
     """See ``reference_training.conv_statistics``."""
     if x.numel() == 0 or weight.numel() == 0:
         return reference_training.conv_statistics(x, prologue, weight, geometry)
-    plans = plan_conv_statistics(x, prologue, weight, geometry, launch.architecture(x.device))
+    plans = plan_conv_statistics(x, prologue, weight, geometry, forward.architecture(x.device))
     y, *_, statistics = (plan.run() for plan in plans)
     mean, variance = statistics.view(2, -1)
     return y, mean, variance
@@ -34,7 +34,7 @@ def gram(x: Tensor, prologue: Optional[Affine], stride: Pair) -> tuple[Tensor, T
     """See ``reference_training.gram``."""
     if x.numel() == 0:
         return reference_training.gram(x, prologue, stride)
-    for plan in plan_gram(x, prologue, stride, launch.architecture(x.device)):
+    for plan in plan_gram(x, prologue, stride, forward.architecture(x.device)):
         statistics = plan.run()
     return statistics[0], statistics[1:]
 
@@ -51,8 +51,8 @@ def conv_affine(
     """See ``reference_training.conv_affine``."""
     if x.numel() == 0 or weight.numel() == 0:
         return reference_training.conv_affine(x, prologue, weight, affine, residual, geometry, relu)
-    target = launch.architecture(x.device)
-    return launch.plan_conv(x, weight, *affine, residual, *geometry, relu, target, prologue).run()
+    target = forward.architecture(x.device)
+    return forward.plan_conv(x, weight, *affine, residual, *geometry, relu, target, prologue).run()
 
 
 def tail(
@@ -61,21 +61,21 @@ def tail(
     """See ``reference_training.tail``."""
     if y.numel() == 0:
         return reference_training.tail(y, affine, residual, residual_affine, relu)
-    return launch.plan_tail(y, affine, residual, residual_affine, relu, launch.architecture(y.device)).run()
+    return forward.plan_tail(y, affine, residual, residual_affine, relu, forward.architecture(y.device)).run()
 
 
 def tail_pool(y: Tensor, affine: Affine) -> Tensor:
     """See ``reference_training.tail_pool``."""
     if y.numel() == 0:
         return reference_training.tail_pool(y, affine)
-    return launch.plan_max_pool(y, launch.architecture(y.device), affine).run()
+    return forward.plan_max_pool(y, forward.architecture(y.device), affine).run()
 
 
 def plan_conv_statistics(
     x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry, target: str
 ) -> list[Plan]:
     """The convolution, then rounds of combining its tiles' statistics into ``[1, 2, K]``: mean and variance."""
-    conv = launch.plan_conv(x, weight, None, None, None, *geometry, False, target, prologue)
+    conv = forward.plan_conv(x, weight, None, None, None, *geometry, False, target, prologue)
     rows = conv.output.numel() // conv.output.shape[1]
     assert conv.workspace is not None
     return [conv, *_plan_combine(conv.workspace, conv.constants["BM"], rows, target)]
@@ -86,10 +86,10 @@ def _plan_combine(partials: Tensor, each: int, rows: int, target: str) -> Iterab
     bm, bn, warps = tiles.load(target)["combine"]
     while True:
         count, _, k = partials.shape
-        combined = launch.allocate_floats(partials, (launch.ceil_div(count, bm), 2, k))
+        combined = forward.allocate_floats(partials, (forward.ceil_div(count, bm), 2, k))
         yield Plan(
             combine_kernel,
-            (combined.shape[0], launch.ceil_div(k, bn)),
+            (combined.shape[0], forward.ceil_div(k, bn)),
             (partials, combined, count, each, rows),
             {"K": k, "BM": bm, "BN": bn, "num_warps": warps},
             combined,
@@ -103,21 +103,21 @@ def plan_gram(x: Tensor, prologue: Optional[Affine], stride: Pair, target: str) 
     """Products of chunks of pixels, then their sum as ``[1 + C, C]``: mean and covariance."""
     data = tiles.load(target)
     bn, bp, warps, stages = data["gram"]["ieee" if x.dtype == torch.float32 else "half"]
-    x = launch.nhwc(x)
+    x = forward.nhwc(x)
     n, c, h, w = x.shape
     p, q = (h - 1) // stride[0] + 1, (w - 1) // stride[1] + 1
     rows = n * p * q
     bn = min(bn, max(16, tiles.power_of_two(c)))
-    blocks = launch.ceil_div(c, bn)
+    blocks = forward.ceil_div(c, bn)
     # Two programs for every multiprocessor; a chunk is a whole number of steps of BP pixels.
     chunks = max(1, 2 * data["multiprocessors"] // (blocks * (blocks + 1) // 2))
-    chunk = launch.ceil_div(launch.ceil_div(rows, chunks), bp) * bp
-    chunks = launch.ceil_div(rows, chunk)
-    scale, shift = (None, None) if prologue is None else map(launch.vector, prologue)
-    products = launch.allocate_floats(x, (chunks, c, c))
-    sums = launch.allocate_floats(x, (chunks, c))
-    pivot = launch.allocate_floats(x, (c,)) if x.dtype == torch.float32 else None
-    statistics = launch.allocate_floats(x, (1 + c, c))
+    chunk = forward.ceil_div(forward.ceil_div(rows, chunks), bp) * bp
+    chunks = forward.ceil_div(rows, chunk)
+    scale, shift = (None, None) if prologue is None else map(forward.vector, prologue)
+    products = forward.allocate_floats(x, (chunks, c, c))
+    sums = forward.allocate_floats(x, (chunks, c))
+    pivot = forward.allocate_floats(x, (c,)) if x.dtype == torch.float32 else None
+    statistics = forward.allocate_floats(x, (1 + c, c))
     bm, columns, reduce_warps = data["covariance"]
     return [
         Plan(
@@ -129,7 +129,7 @@ def plan_gram(x: Tensor, prologue: Optional[Affine], stride: Pair, target: str) 
                 "STRIDE_H": stride[0],
                 "STRIDE_W": stride[1],
                 "PROLOGUE": prologue is not None,
-                "INDEX64": launch.index64(x, x),
+                "INDEX64": forward.index64(x, x),
                 "BN": bn,
                 "BP": bp,
                 "num_warps": warps,
@@ -140,7 +140,7 @@ def plan_gram(x: Tensor, prologue: Optional[Affine], stride: Pair, target: str) 
         ),
         Plan(
             covariance_kernel,
-            (launch.ceil_div(c, bm), launch.ceil_div(c, columns)),
+            (forward.ceil_div(c, bm), forward.ceil_div(c, columns)),
             (products, sums, pivot, statistics, rows, chunks),
             {"C": c, "PIVOT": pivot is not None, "BM": bm, "BN": columns, "num_warps": reduce_warps},
             statistics,

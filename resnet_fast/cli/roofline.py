@@ -55,7 +55,7 @@ def roofline(
     from resnet_fast.bench.roofline import Assumptions, predict
     from resnet_fast.cli.models import build
     from resnet_fast.export.metadata import channels_of
-    from resnet_fast.kernels.triton.gpus import GPUS
+    from resnet_fast.kernels.triton.cost_model.gpus import GPUS
     from resnet_fast.utils.files import replacing
     from resnet_fast.utils.optional import require
 

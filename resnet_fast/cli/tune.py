@@ -41,7 +41,7 @@ def tune(
     from resnet_fast.cli.models import build
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.kernels.native import choices
-    from resnet_fast.kernels.triton import planner
+    from resnet_fast.kernels.triton.tuning import planner
     from resnet_fast.utils.devices import gpu_missing, require_gpu
 
     if device == "cuda":

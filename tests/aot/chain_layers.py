@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from resnet_fast.kernels.triton import chain_launch, tiles
-from resnet_fast.kernels.triton.launch import Plan
+from resnet_fast.kernels.triton.forward import Plan
 from tests.aot.layers import BATCHES, DTYPES, Launch, float32_precision, image
 
 STAGES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels of the narrow side, height and width

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from typing import NamedTuple, Optional
 
 from resnet_fast.kernels.triton import tiles
-from resnet_fast.kernels.triton.gpus import GPUS, Gpu
+from resnet_fast.kernels.triton.cost_model.gpus import GPUS, Gpu
 from tests.aot.exceptions import excused
 from tests.aot.layers import Launch
 from tests.aot.offline import Compiled, CompilerCrash, Worker, lanes, multiplies

@@ -14,8 +14,9 @@ from typing import NamedTuple, Optional
 import torch
 
 from resnet_fast.kernels.contract import Affine, Gate, Geometry
-from resnet_fast.kernels.triton import chain_launch, launch, quantised_launch, training_backward, training_forward
-from resnet_fast.kernels.triton.launch import Plan
+from resnet_fast.kernels.triton import chain_launch, quantised_launch, training_backward, training_forward
+from resnet_fast.kernels.triton import forward as convolutions
+from resnet_fast.kernels.triton.forward import Plan
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.aot.checks import resident_programs
 from tests.aot.layers import DTYPES, float32_precision, image
@@ -69,7 +70,7 @@ def _conv(
     shape = (batch, k, -(-size // stride), -(-size // stride))
     scale, shift = (None, None) if statistics else _affine(k)
     with float32_precision(precision):
-        return launch.plan_conv(
+        return convolutions.plan_conv(
             x, weight, scale, shift, image(*shape, dtype) if residual else None, (stride, stride), (pad, pad), (1, 1),
             groups, not statistics, architecture, _affine(c) if prologue else None, tile,
         )  # fmt: skip
@@ -135,11 +136,11 @@ def chain() -> Iterator[Entry]:
 def small() -> Iterator[Entry]:
     """Kernels without a product on tensor cores."""
     weight, bias = torch.empty(1000, 2048, dtype=_HALF, device="meta"), _vector(1000)
-    yield Entry("head 2048->1000", "sm_90", launch.plan_head(image(1, 2048, 7, 7, _HALF), weight, bias, "sm_90"))
+    yield Entry("head 2048->1000", "sm_90", convolutions.plan_head(image(1, 2048, 7, 7, _HALF), weight, bias, "sm_90"))
     stem = image(_BATCH, 64, 112, 112, _HALF)
-    yield Entry("max-pool", "sm_90", launch.plan_max_pool(stem, "sm_90"))
-    yield Entry("max-pool, prologue", "sm_90", launch.plan_max_pool(stem, "sm_90", _affine(64)))
-    yield Entry("average pool", "sm_90", launch.plan_average_pool(image(_BATCH, 2048, 7, 7, _HALF), "sm_90"))
+    yield Entry("max-pool", "sm_90", convolutions.plan_max_pool(stem, "sm_90"))
+    yield Entry("max-pool, prologue", "sm_90", convolutions.plan_max_pool(stem, "sm_90", _affine(64)))
+    yield Entry("average pool", "sm_90", convolutions.plan_average_pool(image(_BATCH, 2048, 7, 7, _HALF), "sm_90"))
 
 
 def quantised() -> Iterator[Entry]:
@@ -172,7 +173,7 @@ def forward() -> Iterator[Entry]:
     yield Entry("combine 256", "sm_90", plans[1])
     yield Entry("gram 256", "sm_90", training_forward.plan_gram(x, _affine(256), (1, 1), "sm_90")[0])
     wide = image(_BATCH, 1024, 14, 14, _HALF)
-    yield Entry("tail, residual", "sm_90", launch.plan_tail(wide, _affine(1024), wide, None, True, "sm_90"))
+    yield Entry("tail, residual", "sm_90", convolutions.plan_tail(wide, _affine(1024), wide, None, True, "sm_90"))
 
 
 def backward() -> Iterator[Entry]:

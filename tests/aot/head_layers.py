@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from resnet_fast.kernels.triton import launch
-from resnet_fast.kernels.triton.launch import Plan
+from resnet_fast.kernels.triton import forward
+from resnet_fast.kernels.triton.forward import Plan
 from tests.aot.layers import BATCHES, DTYPES, Launch, each, float32_precision, image
 
 CHANNELS = (512, 2048)
@@ -29,4 +29,4 @@ def plan(architecture: str, precision: str, batch: int, channels: int, classes: 
     dtype = DTYPES[precision]
     weight, bias = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((classes, channels), (classes,)))
     with float32_precision(precision):
-        return launch.plan_head(image(batch, channels, 7, 7, dtype), weight, bias, architecture)
+        return forward.plan_head(image(batch, channels, 7, 7, dtype), weight, bias, architecture)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 import torchvision
 
-from resnet_fast.kernels.triton import launch, tiles
-from resnet_fast.kernels.triton.launch import Plan
+from resnet_fast.kernels.triton import forward, tiles
+from resnet_fast.kernels.triton.forward import Plan
 
 MODELS = ("resnet18", "resnet50", "resnext50_32x4d")
 BATCHES = (1, 8, 128)
@@ -167,7 +167,7 @@ def plan_layer(layer: Layer, batch: int, precision: str, architecture: str) -> L
         residual: Optional[torch.Tensor] = None
         if layer.residual:
             residual = image(batch, layer.k, layer.h // layer.stride[0], layer.w // layer.stride[1], dtype)
-        plan = launch.plan_conv(
+        plan = forward.plan_conv(
             x, weight, vector, vector, residual, layer.stride, layer.padding, (1, 1), layer.groups, layer.relu,
             architecture,
         )  # fmt: skip
@@ -182,10 +182,10 @@ def launches(architecture: str, precision: str, batches: tuple[int, ...] = BATCH
         for batch in batches:
             yield from each(plan_layer(layer, batch, precision, architecture))
     dtype = DTYPES[precision]
-    max_pool = launch.plan_max_pool(image(128, 64, 112, 112, dtype), architecture)
+    max_pool = forward.plan_max_pool(image(128, 64, 112, 112, dtype), architecture)
     yield Launch("max-pool 64 112x112 batch 128", architecture, precision, max_pool)
     for channels in (512, 2048):
-        plan = launch.plan_average_pool(image(128, channels, 7, 7, dtype), architecture)
+        plan = forward.plan_average_pool(image(128, channels, 7, 7, dtype), architecture)
         yield Launch(f"average-pool {channels} 7x7 batch 128", architecture, precision, plan)
 
 

@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from resnet_fast.kernels.triton import cost, launch, tiles
-from resnet_fast.kernels.triton.cost import Code, Problem
-from resnet_fast.kernels.triton.gpus import Gpu
+from resnet_fast.kernels.triton import forward, tiles
+from resnet_fast.kernels.triton.cost_model import cost
+from resnet_fast.kernels.triton.cost_model.cost import Code, Problem
+from resnet_fast.kernels.triton.cost_model.gpus import Gpu
 from resnet_fast.kernels.triton.problem import conv_problem
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.aot.checks import Compiler, Result, narrow, spills, too_large, wrong_units
@@ -332,7 +333,7 @@ def _sample(gpu: Gpu, family: str, tile: Tile, prologue: bool) -> Launch:
     x = image(128, 2048, 14, 14, torch.float16)
     weight = torch.empty(512, 2048, *size, dtype=torch.float16, device="meta")
     vectors = [torch.empty(channels, device="meta") for channels in (512, 512, 2048, 2048)]
-    plan = launch.plan_conv(
+    plan = forward.plan_conv(
         x, weight, vectors[0], vectors[1], None, (1, 1), padding, (1, 1), 1, True, gpu.architecture,
         (vectors[2], vectors[3]) if prologue else None, tile,
     )  # fmt: skip

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from resnet_fast.kernels.triton.launch import Plan
+from resnet_fast.kernels.triton.forward import Plan
 from tests.aot.assembly import AMD, NVIDIA, Dialect, Instruction, Loop, amdgcn, is_a, main_loop, sass
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fast.kernels.triton import launch, tiles
+from resnet_fast.kernels.triton import forward, tiles
 from tests.aot import regressions
 from tests.aot.assembly import Loop
 from tests.aot.backward_layers import backward_launches
@@ -145,7 +145,7 @@ def test_narrow_of_descriptors():
     weight = torch.empty(512, 256, 1, 1, dtype=torch.float16, device="meta")
     tile = tiles.Tile(128, 128, 64, 8, 3, False, "descriptors")
     geometry = ((1, 1), (0, 0), (1, 1), 1, True)
-    plan = launch.plan_conv(x, weight, vector, vector, None, *geometry, "sm_90", tile=tile)
+    plan = forward.plan_conv(x, weight, vector, vector, None, *geometry, "sm_90", tile=tile)
     one = Launch("1x1", "sm_90", "fp16", plan)
     made = GOOD._replace(descriptor_loads=2, thread_copies=0, loop=GOOD.loop._replace(narrow_loads=32))
     assert not narrow(one, made)

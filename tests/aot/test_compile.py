@@ -7,8 +7,8 @@ launch that a check may find fault with is named, with the reason, in exceptions
 import pytest
 import torch
 
-from resnet_fast.kernels.triton import launch, tiles
-from resnet_fast.kernels.triton.cost import KINDS
+from resnet_fast.kernels.triton import forward, tiles
+from resnet_fast.kernels.triton.cost_model.cost import KINDS
 from tests.aot import regressions
 from tests.aot.checks import narrow, offenders, shared_memory, spills, too_large, wrong_units
 from tests.aot.exceptions import EXEMPT
@@ -168,7 +168,7 @@ def test_a_tensor_beyond_2_gib_gets_offsets_of_64_bits():
         x = torch.empty(batch, 64, 128, 128, dtype=torch.float16, device="meta").to(memory_format=torch.channels_last)
         weight = torch.empty(64, 64, 3, 3, dtype=torch.float16, device="meta")
         vector = torch.empty(64, device="meta")
-        return launch.plan_conv(
+        return forward.plan_conv(
             x, weight, vector, vector, None, (1, 1), (1, 1), (1, 1), 1, True, "sm_90"
         ).constants  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Optional
 import pytest
 import torch
 
-from resnet_fast.kernels.triton import launch, tiles
+from resnet_fast.kernels.triton import forward, tiles
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.aot.checks import Result, faults, offenders, shared_memory, spills, too_large
 from tests.aot.layers import DTYPES, Launch, Layer, float32_precision, image
@@ -54,7 +54,7 @@ def planned(architecture: str, kernel: str, precision: str, tile: Tile, layer: L
     vector = torch.empty(layer.k, device="meta")
     residual: Optional[torch.Tensor] = image(batch, layer.k, layer.h, layer.w, dtype) if layer.residual else None
     with float32_precision(precision):
-        plan = launch.plan_conv(
+        plan = forward.plan_conv(
             x, weight, vector, vector, residual, layer.stride, layer.padding, (1, 1), 1, layer.relu, architecture,
             tile=tile._replace(kernel=kernel),
         )  # fmt: skip

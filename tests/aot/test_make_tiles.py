@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from resnet_fast.kernels.triton import cost, tiles
-from resnet_fast.kernels.triton.cost import Problem
+from resnet_fast.kernels.triton import tiles
+from resnet_fast.kernels.triton.cost_model import cost
+from resnet_fast.kernels.triton.cost_model.cost import Problem
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.aot import make_tiles
 from tests.aot.layers import model_layers, plan_layer

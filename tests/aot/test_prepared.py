@@ -9,9 +9,10 @@ import torch
 
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import cudnn, descriptor, launch, measuring, planner, prepared, tiles
+from resnet_fast.kernels.triton import descriptor, forward, prepared, tiles
 from resnet_fast.kernels.triton.problem import conv_problem
 from resnet_fast.kernels.triton.tiles import Tile
+from resnet_fast.kernels.triton.tuning import cudnn, measuring, planner
 from resnet_fast.ops import inference as ops
 from tests import fake_gpu
 from tests.fake_gpu import on_gpu
@@ -148,8 +149,8 @@ def test_several_launches_with_a_workspace(gpu):
     """Of which the second takes what the first leaves in a workspace, and the residual."""
     conv = Conv(residual=True)
     x, weight, scale, shift, residual, *flags = conv.arguments()
-    first = launch.plan_conv(x, weight, scale, shift, None, *flags, "sm_90")
-    last = launch.plan_tail(first.output, (scale, shift), residual, None, True, "sm_90")
+    first = forward.plan_conv(x, weight, scale, shift, None, *flags, "sm_90")
+    last = forward.plan_tail(first.output, (scale, shift), residual, None, True, "sm_90")
     plans = [first._replace(output=last.output, workspace=first.output), last]
     gpu.started = []
     call = prepared.launches_of(plans, [binary for plan in plans for binary in plan.start()], residual, scale, shift)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from resnet_fast.kernels.triton import launch, tiles
+from resnet_fast.kernels.triton import forward, tiles
 from tests.aot.checks import faults
 from tests.aot.head_layers import CHANNELS, CLASSES, IMAGES
 from tests.aot.head_layers import plan as plan_head
@@ -35,7 +35,7 @@ def in_parts(architecture: str, precision: str) -> Iterator[Launch]:
             weight = torch.empty(k, c // groups, kernel, kernel, dtype=dtype, device="meta")
             vector = torch.empty(k, device="meta")
             pad = kernel // 2
-            plan = launch.plan_conv(
+            plan = forward.plan_conv(
                 x, weight, vector, vector, y, (stride, stride), (pad, pad), (1, 1), groups, True, architecture,
                 tile=tile_of(architecture, precision, c // groups)._replace(parts=parts),
             )  # fmt: skip
@@ -65,7 +65,7 @@ def test_a_convolution_that_is_not_cut_is_one_launch():
     weight = torch.empty(64, 64, 3, 3, device="meta")
     geometry = ((1, 1), (1, 1), (1, 1), 1, True)
     tile = tiles.Tile(64, 64, 64, 4, 3, False)
-    plan = launch.plan_conv(x, weight, vector, vector, None, *geometry, "sm_90", tile=tile)
+    plan = forward.plan_conv(x, weight, vector, vector, None, *geometry, "sm_90", tile=tile)
     assert (plan.then, plan.workspace, plan.constants["PARTS"]) == (None, None, 1)
 
 
@@ -77,7 +77,7 @@ def test_adding_parts_fills_the_gpu_with_small_programs():
         x, weight = image(n, 512, size, size, torch.float16), torch.empty(512, 512, 3, 3, device="meta")
         tile = tiles.Tile(64, 64, 64, 4, 3, False, parts=8)
         geometry = ((1, 1), (1, 1), (1, 1), 1, True)
-        plan = launch.plan_conv(x, weight, vector, vector, None, *geometry, "sm_90", tile=tile)
+        plan = forward.plan_conv(x, weight, vector, vector, None, *geometry, "sm_90", tile=tile)
         assert plan.then is not None
         assert plan.workspace is not None and plan.workspace.shape == (8, n * size * size, 512)
         return plan.then.constants["BM"]
@@ -117,5 +117,5 @@ def test_the_gate_has_heads_in_one_launch_and_in_several(precision):
 _POOL_AND_PRODUCT = [["average_pool_kernel", "gemm_kernel", *parts] for parts in ([], ["add_parts_kernel"])]
 
 
-def _kernels(plan: launch.Plan) -> list[str]:
+def _kernels(plan: forward.Plan) -> list[str]:
     return [one.kernel.__name__ for one in plan.launches()]

@@ -9,8 +9,8 @@ from typing import Optional
 import torch
 
 from resnet_fast.kernels.contract import Affine, Geometry
-from resnet_fast.kernels.triton import launch, training_forward
-from resnet_fast.kernels.triton.launch import Plan
+from resnet_fast.kernels.triton import forward, training_forward
+from resnet_fast.kernels.triton.forward import Plan
 from tests.aot.layers import DTYPES, Launch, Layer, each, float32_precision, image, model_layers
 
 BATCHES = (8, 128)
@@ -30,10 +30,10 @@ def forward_launches(architecture: str, precision: str, batches: tuple[int, ...]
         for channels, size in [(64, 56), (512, 28), (2048, 7)]:
             y = image(BATCHES[-1], channels, size, size, DTYPES[precision])
             for residual, affine in [(None, None), (y, None), (y, _affine(channels))]:
-                plan = launch.plan_tail(y, _affine(channels), residual, affine, True, architecture)
+                plan = forward.plan_tail(y, _affine(channels), residual, affine, True, architecture)
                 yield Launch(f"tail {channels} {size}x{size}", architecture, precision, plan)
         y = image(BATCHES[-1], 64, 112, 112, DTYPES[precision])
-        plan = launch.plan_max_pool(y, architecture, _affine(64))
+        plan = forward.plan_max_pool(y, architecture, _affine(64))
         yield Launch("tail_pool 64 112x112", architecture, precision, plan)
 
 
@@ -64,7 +64,7 @@ def _convolution(layer: Layer, batch: int, dtype: torch.dtype, architecture: str
             yield (
                 "conv_affine" + what,
                 [
-                    launch.plan_conv(
+                    forward.plan_conv(
                         x, weight, *_affine(layer.k), residual, *geometry, layer.relu, architecture, prologue
                     )
                 ],

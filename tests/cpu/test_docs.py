@@ -98,7 +98,7 @@ def test_the_example_of_recorded_figures():
 
 
 def test_the_choices_lie_where_the_page_says(monkeypatch, tmp_path):
-    from resnet_fast.kernels.triton import planner
+    from resnet_fast.kernels.triton.tuning import planner
 
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RESNET_FAST_CACHE", "XDG_CACHE_HOME"):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, _get_np_dtype
 
-from resnet_fast.kernels.triton import launch, pack, training_backward
+from resnet_fast.kernels.triton import forward, pack, training_backward
 
 
 class Guards:
@@ -39,11 +39,11 @@ class Guards:
             return lambda *args: _poison(function(*args))
 
         for name in ("nhwc", "vector"):
-            monkeypatch.setattr(launch, name, registered(getattr(launch, name)))
+            monkeypatch.setattr(forward, name, registered(getattr(forward, name)))
         for name in ("weight", "row_weight", "pixels", "matrix", "vector"):
             monkeypatch.setattr(pack, name, registered(getattr(pack, name)))
         for name in ("allocate", "allocate_floats"):
-            monkeypatch.setattr(launch, name, registered(poisoned(getattr(launch, name))))
+            monkeypatch.setattr(forward, name, registered(poisoned(getattr(forward, name))))
 
         bytes_ = training_backward.allocate_bytes
         monkeypatch.setattr(training_backward, "allocate_bytes", registered(lambda *args: bytes_(*args).fill_(255)))

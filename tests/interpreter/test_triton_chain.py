@@ -16,7 +16,7 @@ import resnet_fast.kernels.triton as kernels
 from resnet_fast.graph import functional
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import chain_launch, launch, tiles
+from resnet_fast.kernels.triton import chain_launch, forward, tiles
 from resnet_fast.ops import inference as ops
 from tests.cpu.small_models import randomise_norms
 from tests.interpreter.cases import each_dtype, nhwc
@@ -146,7 +146,7 @@ def test_updated_weights_are_packed_again():
 
 @guarded
 def test_offsets_of_64_bits(monkeypatch, tile):
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(forward, "_INT32_ELEMENTS", 0)
     check(CHAINS["7x9 pixels"].inputs(torch.float32))
 
 

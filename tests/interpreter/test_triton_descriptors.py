@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import descriptor, launch
+from resnet_fast.kernels.triton import descriptor, forward
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.interpreter.cases import DTYPES, SMALL, TILES, Conv, each_dtype
 from tests.interpreter.checking import (
@@ -66,8 +66,8 @@ CASES = {
 }
 
 
-def planned(inputs: list, conv: Conv, tile: Tile) -> launch.Plan:
-    return launch.plan_conv(*inputs, *conv.geometry(), "interpreter", tile=tile)
+def planned(inputs: list, conv: Conv, tile: Tile) -> forward.Plan:
+    return forward.plan_conv(*inputs, *conv.geometry(), "interpreter", tile=tile)
 
 
 def check(inputs: list, conv: Conv, tile: Tile, kernel: str) -> None:
@@ -99,7 +99,7 @@ def test_any_number_of_programs(name, count, guarded, monkeypatch):
 @pytest.mark.parametrize("name", ["gemm: round", "conv: round"])
 def test_offsets_of_64_bits(name, guarded, monkeypatch):
     """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(forward, "_INT32_ELEMENTS", 0)
     kernel, conv = CASES[name]
     check(conv.inputs(torch.float32), conv, DESCRIPTOR_TILES["small"], kernel)
 
@@ -153,7 +153,7 @@ def test_training_goes_to_the_pointer_kernels(name):
     prologue = torch.ones(conv.c), torch.zeros(conv.c)
     pointers = "gemm_kernel" if name.startswith("gemm") else "conv_kernel"
     for affine, before in [((scale, shift), prologue), ((None, None), None)]:
-        plan = launch.plan_conv(
+        plan = forward.plan_conv(
             x, weight, *affine, None, *conv.geometry()[:-1], False, "interpreter", before, DESCRIPTOR_TILES["small"]
         )
         assert plan.kernel.__name__ == pointers

@@ -19,7 +19,7 @@ from resnet_fast import quantised as api
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.reference import quantised as reference
 from resnet_fast.kernels.reference.quantised import RANGE, REAL
-from resnet_fast.kernels.triton import launch, pack, quantised, tiles
+from resnet_fast.kernels.triton import forward, pack, quantised, tiles
 from tests.interpreter.cases import CONVS, SMALL, Conv, nhwc
 from tests.interpreter.checking import assert_within, rounding
 
@@ -293,7 +293,7 @@ def test_an_updated_weight_is_packed_again():
 @each_dtype
 def test_offsets_of_64_bits(dtype, monkeypatch):
     """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(forward, "_INT32_ELEMENTS", 0)
     for name in ("round", "1x1", "2 groups", "1x1/2"):
         check(inputs(QUANTISED[name], dtype), QUANTISED[name])
     x = torch.randn(2, 16, 5, 3)

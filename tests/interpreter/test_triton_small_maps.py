@@ -11,7 +11,8 @@ import resnet_fast.kernels.triton as kernels
 import resnet_fast.ops.inference  # noqa: F401  registers torch.ops.resnet_fast
 from resnet_fast.kernels.contract import Affine, Geometry
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import cost, launch, tiles, training
+from resnet_fast.kernels.triton import forward, tiles, training
+from resnet_fast.kernels.triton.cost_model import cost
 from tests.interpreter.cases import CONVS, SMALL, TILES, Conv, each_dtype, nhwc
 from tests.interpreter.checking import (
     assert_as_good_as_pytorch,
@@ -54,9 +55,9 @@ TILE = SMALL._replace(rows=64, columns=32)
 IN_HALF = ["round", "5x3, asymmetric", "7x7/2, 3 channels", "1x1, odd channels", "32 groups of 4, ResNeXt"]
 
 
-def check_parts(conv: Conv, inputs: list, parts: int, tile: tiles.Tile = TILE) -> launch.Plan:
+def check_parts(conv: Conv, inputs: list, parts: int, tile: tiles.Tile = TILE) -> forward.Plan:
     geometry = conv.geometry()
-    plan = launch.plan_conv(*inputs, *geometry, "interpreter", tile=tile._replace(parts=parts))
+    plan = forward.plan_conv(*inputs, *geometry, "interpreter", tile=tile._replace(parts=parts))
     actual, exact = plan.run(), conv_exact(*inputs, *geometry)
     assert actual.dtype == inputs[0].dtype
     assert actual.is_contiguous(memory_format=torch.channels_last)
@@ -64,7 +65,7 @@ def check_parts(conv: Conv, inputs: list, parts: int, tile: tiles.Tile = TILE) -
     return plan
 
 
-def parts_made(plan: launch.Plan) -> int:
+def parts_made(plan: forward.Plan) -> int:
     """How many programs share a tile, which must be as many as the second launch adds up."""
     launches = list(plan.launches())
     assert [one.then for one in launches] == [None] * len(launches)
@@ -155,7 +156,7 @@ def test_the_order_of_programs_does_not_matter(monkeypatch):
 @pytest.mark.parametrize("name", ["1x1", "3 channels, stride 2", "2 groups"])
 def test_parts_with_offsets_of_64_bits(name, monkeypatch):
     """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(forward, "_INT32_ELEMENTS", 0)
     check_parts(CONVS[name], CONVS[name].inputs(torch.float32), 2)
 
 
@@ -211,9 +212,9 @@ HEADS = {
 def head_launches(request, monkeypatch):
     """Each test runs with the head in one launch and in two."""
     many = request.param == "two launches"
-    monkeypatch.setattr(launch, "_HEAD_READ_AGAIN", -1 if many else 2**60)
+    monkeypatch.setattr(forward, "_HEAD_READ_AGAIN", -1 if many else 2**60)
     if request.param.endswith("small tiles"):
-        monkeypatch.setattr(launch, "_HEAD_TILE", (16, 128, 32, 4))
+        monkeypatch.setattr(forward, "_HEAD_TILE", (16, 128, 32, 4))
     return 2 if many else 1
 
 
@@ -244,7 +245,7 @@ def test_head(name, dtype, head_launches):
     """Those of one image have no bias."""
     x, weight, bias = head_inputs(*HEADS[name], dtype)
     bias = bias if len(x) > 1 else None
-    assert len(list(launch.plan_head(x, weight, bias, "interpreter").launches())) == head_launches
+    assert len(list(forward.plan_head(x, weight, bias, "interpreter").launches())) == head_launches
     actual = check_head(x, weight, bias)
     exact = reference.head(*map(double, (x, weight, bias)))
     # Two sums, each of which PyTorch may happen to get exactly.
@@ -314,7 +315,7 @@ def test_head_sees_an_updated_weight(head_launches):
 
 
 def test_head_with_offsets_of_64_bits(head_launches, monkeypatch):
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(forward, "_INT32_ELEMENTS", 0)
     check_head(*head_inputs(2, 17, 7, 5, 10, torch.float32))
 
 

@@ -8,7 +8,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from resnet_fast.kernels.contract import Affine, Case, Geometry
 from resnet_fast.kernels.reference import training as reference
-from resnet_fast.kernels.triton import launch, support, tiles, training
+from resnet_fast.kernels.triton import device, forward, tiles, training
 from tests.interpreter.cases import CONVS, SMALL, TILES, Conv, each_dtype, nhwc
 from tests.interpreter.checking import (
     assert_as_good_as_pytorch,
@@ -314,7 +314,7 @@ def test_any_strides(dtype):
 
 def test_offsets_of_64_bits(monkeypatch, small):
     """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(forward, "_INT32_ELEMENTS", 0)
     for name in ("round", "1x1", "2 groups"):
         conv = CONVS[name]
         x, weight, *_ = conv.inputs(torch.float32)
@@ -334,7 +334,7 @@ def test_supports():
     assert "float64" in training.supports(case._replace(dtype=torch.float64))
     assert "mps" in training.supports(case._replace(device="mps"))
     assert "conv_bn_act" in training.supports(case._replace(op="conv_bn_act"))
-    assert support.supports(case._replace(op="conv_bn_act")) is None
+    assert device.supports(case._replace(op="conv_bn_act")) is None
 
 
 def test_empty_images_get_the_definition():

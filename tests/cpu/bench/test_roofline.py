@@ -14,7 +14,7 @@ from resnet_fast.bench.traffic import blocks, compare
 from resnet_fast.cli import main
 from resnet_fast.kernels.contract import Affine, Gate, Geometry
 from resnet_fast.kernels.triton import training_backward, training_forward
-from resnet_fast.kernels.triton.gpus import GPUS
+from resnet_fast.kernels.triton.cost_model.gpus import GPUS
 from resnet_fast.models.named import build
 
 H100 = GPUS["h100"]

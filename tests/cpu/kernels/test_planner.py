@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import cudnn, launch, measuring, planner, tiles
-from resnet_fast.kernels.triton.planner import Problem
+from resnet_fast.kernels.triton import forward, tiles
+from resnet_fast.kernels.triton.tuning import cudnn, measuring, planner
+from resnet_fast.kernels.triton.tuning.planner import Problem
 
 CPU = torch.device("cpu")
 
@@ -101,7 +102,7 @@ def test_the_tables_tile_is_the_one_that_a_launch_takes(changes):
     weight = torch.empty(p.k, p.c // p.groups, *p.kernel, dtype=p.dtype, device="meta")
     vector = torch.empty(p.k, device="meta")
     residual = image(p.k, *p.output()) if p.residual else None
-    plan = launch.plan_conv(
+    plan = forward.plan_conv(
         image(p.c, p.h, p.w), weight, vector, vector, residual, p.stride, p.padding, p.dilation, p.groups, p.relu,
         p.architecture,
     )  # fmt: skip

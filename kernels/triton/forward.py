@@ -16,15 +16,17 @@ import torch
 from resnet_fast.kernels import streams
 from resnet_fast.kernels.contract import Pair, output_size
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import cost, cudnn, descriptor, pack, planner, prepared, tiles
+from resnet_fast.kernels.triton import descriptor, pack, prepared, tiles
 from resnet_fast.kernels.triton.classifier import head_kernel
 from resnet_fast.kernels.triton.conv import conv_kernel
+from resnet_fast.kernels.triton.cost_model import cost
+from resnet_fast.kernels.triton.device import interpreted
 from resnet_fast.kernels.triton.gemm import gemm_kernel
-from resnet_fast.kernels.triton.parts import add_parts_kernel
 from resnet_fast.kernels.triton.pool import average_pool_kernel, max_pool_kernel
 from resnet_fast.kernels.triton.problem import conv_problem
-from resnet_fast.kernels.triton.support import interpreted
+from resnet_fast.kernels.triton.split_k import add_parts_kernel
 from resnet_fast.kernels.triton.tail import tail_kernel
+from resnet_fast.kernels.triton.tuning import cudnn, planner
 
 Affine = tuple[torch.Tensor, torch.Tensor]  # scale and shift
 
@@ -105,7 +107,7 @@ def _choice(problem: planner.Problem, device: torch.device) -> Optional[planner.
     choice = planner.choose(problem, device.index)
     wanted = choice is None and os.environ.get("RESNET_FAST_AUTOTUNE") == "1"
     if wanted and not streams.capturing(device.index):
-        from resnet_fast.kernels.triton import measuring  # which calls back to carry_out
+        from resnet_fast.kernels.triton.tuning import measuring  # which calls back to carry_out
 
         measuring.measure_and_keep(problem, device)
         choice = planner.choose(problem, device.index)

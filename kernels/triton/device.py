@@ -64,13 +64,13 @@ def _chain_refusal(case: Case) -> Optional[str]:
 
 
 def _chain_tile(case: Case) -> Optional[tiles.ChainTile]:
-    from resnet_fast.kernels.triton import launch
+    from resnet_fast.kernels.triton import forward
 
     target = _target(case)
-    return tiles.pick_chain(target, launch.precision_of(case.dtype, target), case.in_channels, case.out_channels)
+    return tiles.pick_chain(target, forward.precision_of(case.dtype, target), case.in_channels, case.out_channels)
 
 
 def _target(case: Case) -> str:
-    from resnet_fast.kernels.triton import launch
+    from resnet_fast.kernels.triton import forward
 
-    return launch.architecture(torch.device(case.device))
+    return forward.architecture(torch.device(case.device))

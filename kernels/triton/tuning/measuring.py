@@ -14,8 +14,9 @@ from typing import Any, Optional, Protocol
 import torch
 
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import launch, planner
-from resnet_fast.kernels.triton.planner import Candidate, Problem
+from resnet_fast.kernels.triton import forward
+from resnet_fast.kernels.triton.tuning import planner
+from resnet_fast.kernels.triton.tuning.planner import Candidate, Problem
 
 RUNS = 20  # timed ones of each candidate
 
@@ -86,13 +87,13 @@ def runner(candidate: Candidate, problem: Problem, operands: Operands) -> Callab
     """The candidate as the ops call it: prepared, where it can be."""
     o, p = operands, problem
     flags = (p.stride, p.padding, p.dilation, p.groups, p.relu)
-    first = launch.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags)
+    first = forward.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags)
     if first.choice is not candidate:
         raise ValueError(f"{p.dtype} does not hold the scaled weight")
 
     def run(o: Operands) -> torch.Tensor:
         y = None if first.call is None else first.call(o.x, o.residual, o.scale, o.shift)
-        return launch.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags).y if y is None else y
+        return forward.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags).y if y is None else y
 
     return run
 

@@ -17,8 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from resnet_fast.kernels.choices import Choices, own_version
 from resnet_fast.kernels.contract import Pair, output_size
-from resnet_fast.kernels.triton import cudnn, tiles
+from resnet_fast.kernels.triton import tiles
 from resnet_fast.kernels.triton.problem import conv_problem
+from resnet_fast.kernels.triton.tuning import cudnn
 
 _TILES = 6  # of our own, at most, that are measured for a problem
 
