@@ -1,4 +1,7 @@
-"""Which cases the Triton kernels cover."""
+"""Which GPU it is, what Triton can do on it, and in which precision.
+
+Importing this module does not import Triton.
+"""
 
 import functools
 import importlib.util
@@ -7,16 +10,34 @@ from typing import Optional
 
 import torch
 
-from resnet_fast.kernels.contract import Case
-from resnet_fast.kernels.triton import tiles
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-STEM_CHANNELS = 8  # what pack.pixels takes
-
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``, or ``"interpreter"``."""
+    if interpreted():
+        return "interpreter"
+    return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def refusal(device: str) -> Optional[str]:
+    """None if Triton runs on devices of this type, else the reason why not. Asks a driver only about ``"cuda"``."""
+    if not _installed():
+        return "Triton is not installed"
+    if device != "cuda" and not (device == "cpu" and interpreted()):
+        return f"Triton runs on a GPU, not on {device}"
+    return _too_old() if device == "cuda" else None
 
 
 @functools.cache
@@ -33,44 +54,25 @@ def _too_old() -> Optional[str]:
     return None if major >= 8 else f"needs compute capability 8.0, this GPU has {major}.{minor}"
 
 
-def supports(case: Case, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Optional[str]:
-    """None if the kernels cover the case, else the reason why not. Asks a driver only about a case on a GPU."""
-    if not _installed():
-        return "Triton is not installed"
-    if case.device != "cuda" and not (case.device == "cpu" and interpreted()):
-        return f"Triton runs on a GPU, not on {case.device}"
-    if case.dtype not in dtypes:
-        return f"no {case.dtype}"
-    if case.op == "stem" and case.in_channels > STEM_CHANNELS:
-        return f"a stem of {case.in_channels} input channels; up to {STEM_CHANNELS} are covered"
-    if case.device == "cuda" and _too_old():
-        return _too_old()
-    return _chain_refusal(case) if case.op == "conv_chain" else None
-
-
-def chain_pays(case: Case, rows: int) -> bool:
-    """Whether a ``conv_chain`` of so many pixels, which is covered, should run as one kernel rather than as two.
-
-    A rule, not a measurement: there must be a program for every multiprocessor. Two kernels cut their columns too.
-    """
-    tile = _chain_tile(case)
-    return tile is not None and -(-rows // tile.rows) >= tiles.load(_target(case))["multiprocessors"]
-
-
-def _chain_refusal(case: Case) -> Optional[str]:
-    if _chain_tile(case) is not None:
+def no_fp8(architecture: str) -> Optional[str]:
+    """The reason why float8_e4m3fn is not covered there: without instructions for it, Triton's code is slow or none."""
+    if architecture.startswith("sm_"):
+        multiplies = int(architecture.removeprefix("sm_")) >= 89
+    else:
+        multiplies = architecture in ("gfx950", "interpreter")
+    if multiplies:
         return None
-    return f"a chain from {case.in_channels} to {case.out_channels} channels in {case.dtype} does not fit a program"
+    other = "; it multiplies float8_e4m3fnuz" if architecture == "gfx942" else ""
+    return f"{architecture} does not multiply float8_e4m3fn{other}"
 
 
-def _chain_tile(case: Case) -> Optional[tiles.ChainTile]:
-    from resnet_fast.kernels.triton import forward
+def precision_of(dtype: torch.dtype, target: str) -> str:
+    """Which list of tiles: float32 goes through TF32 where PyTorch's own convolutions would."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if target.startswith("sm_") and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
-    target = _target(case)
-    return tiles.pick_chain(target, forward.precision_of(case.dtype, target), case.in_channels, case.out_channels)
 
-
-def _target(case: Case) -> str:
-    from resnet_fast.kernels.triton import forward
-
-    return forward.architecture(torch.device(case.device))
+def dot_precision(dtype: torch.dtype, target: str) -> str:
+    """In which precision a kernel multiplies, as ``tl.dot`` names it."""
+    return "tf32" if precision_of(dtype, target) == "tf32" else "ieee"

@@ -58,12 +58,13 @@ class Tile(NamedTuple):
     kernel: str = "pointers"
     parts: int = 1
 
-    def constants(self) -> dict[str, Any]:
+    def constants(self, split: bool = True) -> dict[str, Any]:
+        """For a kernel; split: one that can finish a tile in two halves."""
         return {
             "BM": self.rows,
             "BN": self.columns,
             "BK": self.reduction,
-            "SPLIT": self.split,
+            **({"SPLIT": self.split} if split else {}),
             "num_warps": self.warps,
             "num_stages": self.stages,
         }

@@ -23,15 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels import native, onednn, triton
+from resnet_fast.kernels import native, onednn
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import training as native_training
 from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.reference import quantised as reference_quantised
 from resnet_fast.kernels.reference import training as reference_training
 from resnet_fast.kernels.triton import prepared
-from resnet_fast.kernels.triton import quantised as triton_quantised
-from resnet_fast.kernels.triton import training as triton_training
+from resnet_fast.kernels.triton import table as triton
 
 Pair = tuple[int, int]
 
@@ -44,13 +43,13 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
 """By name, best first. Each has the functions of ``reference``; ``supports(case)`` gives None, or the reason."""
 
 TRAINING: dict[str, ModuleType] = {
-    "triton": triton_training,
+    "triton": triton,
     "native": native_training,
     "reference": reference_training,
 }
 """The same for training's primitives: each module has functions of ``reference_training``."""
 
-QUANTISED: dict[str, ModuleType] = {"triton": triton_quantised, "reference": reference_quantised}
+QUANTISED: dict[str, ModuleType] = {"triton": triton, "reference": reference_quantised}
 """The same for the ops on 8-bit numbers: ``reference_quantised``."""
 
 # Triton's interpreter is a test instrument: it serves the CPU only on request.

@@ -62,9 +62,9 @@ def test_a_tile_that_spills_is_struck_for_the_kernels_that_it_would_be_launched_
     listed = [LARGE._replace(kernel=kernel) for kernel in ("pointers", "specialised")] + [SMALL]
     (layer,) = (one for one in model_layers() if one.name().startswith("1x1/1 256->1024 14x14"))
     with tiles_of(LARGE):
-        pointers = plan_layer(layer, 8, "fp16", "sm_100")
+        (pointers,) = plan_layer(layer, 8, "fp16", "sm_100")
     with tiles_of(LARGE._replace(kernel="specialised")):
-        specialised = plan_layer(layer, 8, "fp16", "sm_100")
+        (specialised,) = plan_layer(layer, 8, "fp16", "sm_100")
     assert _to_strike(pointers, None, listed, listed) == {("1x1", tile) for tile in listed[:2]}
     assert _to_strike(specialised, None, listed, listed) == {("1x1", listed[1])}
 

@@ -102,13 +102,13 @@ def test_the_tables_tile_is_the_one_that_a_launch_takes(changes):
     weight = torch.empty(p.k, p.c // p.groups, *p.kernel, dtype=p.dtype, device="meta")
     vector = torch.empty(p.k, device="meta")
     residual = image(p.k, *p.output()) if p.residual else None
-    plan = forward.plan_conv(
+    plan = forward.plan_conv_bn_act(
         image(p.c, p.h, p.w), weight, vector, vector, residual, p.stride, p.padding, p.dilation, p.groups, p.relu,
         p.architecture,
     )  # fmt: skip
     first = next(iter(planner.candidates(p).values())).tile
     assert first is not None
-    assert first.constants().items() <= plan.constants.items()
+    assert first.constants().items() <= plan.launches[0].constants.items()
 
 
 def test_key():
