@@ -8,8 +8,6 @@ Environment variables, for tests and for finding faults:
 
 - ``RESNET_FAST_IMPLEMENTATION``: ``triton``, ``native``, ``onednn`` or ``reference``. That one is tried first; the
   reference still runs what it does not cover. Triton serves CPU tensors only so, and only in its interpreter.
-- ``RESNET_FAST_AUTOTUNE``: with 1, the first call of every convolution on a GPU measures which kernel is fastest, as
-  ``resnet_fast.tune`` does, and waits for it.
 - ``RESNET_FAST_ISA``: ``portable``, ``avx2``, ``avx512`` or ``avx512_bf16``. The instruction set of the native kernels,
   read when they are first used; without it, the best that the CPU runs.
 """

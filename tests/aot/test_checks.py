@@ -211,27 +211,27 @@ def test_another_triton_is_not_compared(table):
 
 def test_an_entry_says_all_that_the_compiler_is_told():
     one = first("sm_90", "fp16")
-    plan = one.launch
+    launch = one.launch
     names = {
         one.entry(),
         first("sm_90", "bf16").entry(),
-        one._replace(launch=plan._replace(args=(*plan.args[:-3], 16, *plan.args[-2:]))).entry(),
-        one._replace(launch=plan._replace(args=(*plan.args[:-3], 1, *plan.args[-2:]))).entry(),
+        one._replace(launch=launch._replace(args=(*launch.args[:-3], 16, *launch.args[-2:]))).entry(),
+        one._replace(launch=launch._replace(args=(*launch.args[:-3], 1, *launch.args[-2:]))).entry(),
         *(
-            one._replace(launch=plan._replace(constants={**plan.constants, name: value + 1})).entry()
-            for name, value in plan.constants.items()
+            one._replace(launch=launch._replace(constants={**launch.constants, name: value + 1})).entry()
+            for name, value in launch.constants.items()
             if type(value) is int
         ),
         *(
-            one._replace(launch=plan._replace(constants={**plan.constants, name: not value})).entry()
-            for name, value in plan.constants.items()
+            one._replace(launch=launch._replace(constants={**launch.constants, name: not value})).entry()
+            for name, value in launch.constants.items()
             if type(value) is bool
         ),
     }
-    assert len(names) == 4 + sum(type(value) in (int, bool) for value in plan.constants.values())
+    assert len(names) == 4 + sum(type(value) in (int, bool) for value in launch.constants.values())
     # An argument that the kernel does not specialise on, N.
-    assert one._replace(launch=plan._replace(args=(*plan.args[:9], 16, *plan.args[10:]))).entry() == one.entry()
-    assert plan.args[9].__class__ is int and torch.is_tensor(plan.args[0])
+    assert one._replace(launch=launch._replace(args=(*launch.args[:9], 16, *launch.args[10:]))).entry() == one.entry()
+    assert launch.args[9].__class__ is int and torch.is_tensor(launch.args[0])
 
 
 def test_every_launch_has_a_form_that_is_made():

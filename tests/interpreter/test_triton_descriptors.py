@@ -73,7 +73,7 @@ def planned(inputs: list, conv: Conv, tile: Tile) -> Plan:
 
 def check(inputs: list, conv: Conv, tile: Tile, kernel: str) -> None:
     plan = planned(inputs, conv, tile)
-    assert plan.kernel.__name__ == kernel
+    assert plan.launches[0].kernel.__name__ == kernel
     actual, exact = plan.run(), conv_exact(*inputs, *conv.geometry())
     assert actual.dtype == inputs[0].dtype
     assert actual.is_contiguous(memory_format=torch.channels_last)
@@ -115,7 +115,7 @@ def test_nan_and_inf_in_the_image(name, value, dtype, guarded):
     inputs[0][0, -1, 0, 0] = value
     inputs[0][-1, 0, conv.h // 2, conv.w // 2] = value
     plan = planned(inputs, conv, DESCRIPTOR_TILES["large"])
-    assert plan.kernel.__name__ == kernel
+    assert plan.launches[0].kernel.__name__ == kernel
     exact = conv_exact(*inputs, *conv.geometry())
     assert_within(plan.run(), exact, conv_tolerance(exact, *inputs, *conv.geometry()))
 
@@ -157,7 +157,7 @@ def test_training_goes_to_the_pointer_kernels(name):
         plan = forward.plan_conv_bn_act(
             x, weight, *affine, None, *conv.geometry()[:-1], False, "interpreter", before, DESCRIPTOR_TILES["small"]
         )
-        assert plan.kernel.__name__ == pointers
+        assert plan.launches[0].kernel.__name__ == pointers
 
 
 @pytest.mark.parametrize(

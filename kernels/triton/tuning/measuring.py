@@ -1,4 +1,4 @@
-"""Measures the planner's candidates for a problem on this GPU, and has the planner keep the fastest.
+"""Measures the planner's candidates for a problem on this GPU.
 
 Every candidate runs on images and weights of its own problem, random ones: times do not depend on values. Before it may
 win, its results are compared with the definition in float64, and NaN must stay NaN.
@@ -6,7 +6,6 @@ win, its results are compared with the definition in float64, and NaN must stay 
 
 import functools
 import statistics
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Protocol
@@ -122,15 +121,6 @@ def measure(
                 rejected[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     chosen = min(milliseconds, key=lambda name: milliseconds[name], default=next(iter(candidates)))
     return Measurement(problem, chosen, milliseconds, rejected)
-
-
-def measure_and_keep(problem: Problem, device: torch.device) -> None:
-    """Measure, and have the planner choose accordingly; a file that cannot be written is warned of."""
-    found = measure(problem, device, Events(device))
-    try:
-        planner.keep(device.index, {problem.key(): found.chosen})
-    except OSError as error:
-        warnings.warn(f"{planner.choices.path()} is not written: {error}", stacklevel=2)
 
 
 def _operands(problem: Problem, device: torch.device) -> Operands:

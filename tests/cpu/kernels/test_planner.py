@@ -296,22 +296,6 @@ def test_measuring_leaves_the_users_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_measure_and_keep(monkeypatch, folder):
-    clock = Clock({cudnn.FUSED: 0.1})
-    monkeypatch.setattr(measuring, "Events", lambda device: clock)
-    measure = measuring.measure
-    monkeypatch.setattr(measuring, "measure", lambda *arguments: measure(*arguments, 2, runner(clock)))
-    monkeypatch.setattr(measuring, "_operands", lambda p, device, made=measuring._operands: made(p, CPU))
-    measuring.measure_and_keep(problem(), torch.device("cuda", 1))
-    assert planner.choose(problem(), 1).name == cudnn.FUSED
-    assert planner.choose(problem(), 0) is None
-    (folder / "file").write_text("")
-    monkeypatch.setenv("RESNET_FAST_CACHE", str(folder / "file" / "below"))
-    with pytest.warns(UserWarning, match="is not written"), pytest.warns(UserWarning, match="is ignored"):
-        measuring.measure_and_keep(problem(k=8), torch.device("cuda", 1))
-    assert planner.choose(problem(k=8), 1).name == cudnn.FUSED
-
-
 def test_events_flush_warm_up_and_wait_for_nothing_else(monkeypatch):
     log = []
 
