@@ -23,7 +23,8 @@ import torch
 
 from resnet_fast import ops
 from resnet_fast.bench.machine import describe, load
-from resnet_fast.kernels.triton import planner, prepared
+from resnet_fast.kernels.triton import prepared
+from resnet_fast.kernels.triton.tuning import planner
 from tests import fake_gpu
 from tests.fake_gpu import on_gpu
 

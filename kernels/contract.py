@@ -1,6 +1,6 @@
 """What all implementations share: the tensors and numbers that an op is given, and the case of a call."""
 
-from typing import NamedTuple, Optional, overload
+from typing import NamedTuple, Optional, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,16 +64,15 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@overload
-def nhwc(x: Tensor) -> Tensor: ...
-@overload
-def nhwc(x: Optional[Tensor]) -> Optional[Tensor]: ...
-def nhwc(x: Optional[Tensor]) -> Optional[Tensor]:
-    """The image in ``torch.channels_last``, itself if it lies so; None for None."""
-    return None if x is None else x.contiguous(memory_format=torch.channels_last)
-
-
 def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
     """Height and width of a convolution's result, from those of its image and of its kernel."""
     p, q = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))
     return p, q
+
+
+_Image = TypeVar("_Image", Tensor, Optional[Tensor])
+
+
+def nhwc(x: _Image) -> _Image:
+    """The image ``[N, C, H, W]`` in ``torch.channels_last``, itself where it is; None stays None."""
+    return None if x is None else x.contiguous(memory_format=torch.channels_last)

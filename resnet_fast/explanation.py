@@ -17,7 +17,7 @@ from resnet_fast.graph.patterns import FusedOp
 from resnet_fast.graph.program import Program, State, inlined, trace_forward
 from resnet_fast.graph.state import state_of
 from resnet_fast.kernels.contract import Case
-from resnet_fast.kernels.triton import planner
+from resnet_fast.kernels.triton.tuning import planner
 from resnet_fast.utils.modules import check_module
 
 WIDTH = 80

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from resnet_fast.graph.conditions import Fused
 from resnet_fast.kernels.native import abi, library, planner
-from resnet_fast.kernels.triton import planner as gpu_planner
+from resnet_fast.kernels.triton.tuning import planner as gpu_planner
 from resnet_fast.utils.modules import check_module
 
 _WARM_UP_CALLS = 2
@@ -76,7 +76,7 @@ def _tune_gpu(model: nn.Module, example_input: Tensor, calls: int) -> Tuning:
         model(example_input)
     if not problems:
         raise ValueError("model ran no convolution in the Triton kernels: see explain(model)")
-    from resnet_fast.kernels.triton import measuring  # imports Triton, which is there: it has run
+    from resnet_fast.kernels.triton.tuning import measuring  # imports Triton, which is there: it has run
 
     device = example_input.device
     timer = measuring.Events(device)

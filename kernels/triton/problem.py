@@ -2,8 +2,7 @@
 
 from resnet_fast.kernels.contract import Pair, output_size
 from resnet_fast.kernels.triton import pack
-from resnet_fast.kernels.triton.cost import Problem
-from resnet_fast.kernels.triton.support import STEM_CHANNELS
+from resnet_fast.kernels.triton.cost_model.cost import Problem
 
 
 def conv_problem(
@@ -25,7 +24,7 @@ def conv_problem(
     if (r, s, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1):
         return Problem(precision, n * h * w, k, c, 1, "1x1", 1, *flags)
     p, q = output_size((h, w), (r, s), stride, padding, dilation)
-    if not prologue and groups == 1 and c <= STEM_CHANNELS and s > 1 and dilation[1] == 1:
+    if not prologue and groups == 1 and c <= pack.STEM_CHANNELS and s > 1 and dilation[1] == 1:
         return Problem(precision, n * p * q, k, s * pack.pixel_width(c), 1, "stem", r, *flags)
     groups //= pack.merged(groups, c // groups)
     kind = "grouped" if groups > 1 else "rxs" if stride == (1, 1) else "strided"

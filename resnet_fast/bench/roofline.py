@@ -16,7 +16,7 @@ from resnet_fast.bench import pipelines
 from resnet_fast.bench.ledger import Move, Value
 from resnet_fast.bench.pipelines import Kernel
 from resnet_fast.bench.traffic import blocks, compare
-from resnet_fast.kernels.triton.gpus import Gpu
+from resnet_fast.kernels.triton.cost_model.gpus import Gpu
 
 NOTE = "A model: nothing was measured on a GPU."
 PIPELINES = {

@@ -35,7 +35,7 @@ def tune(
     from resnet_fast.bench.norms import randomise_batch_norm
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.kernels.native import planner as cpu_planner
-    from resnet_fast.kernels.triton import planner as gpu_planner
+    from resnet_fast.kernels.triton.tuning import planner as gpu_planner
     from resnet_fast.utils.devices import gpu_missing, require_gpu
 
     if device == "cuda":

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 from torch import Tensor
 
-from resnet_fast.kernels import onednn, triton
+from resnet_fast.kernels import onednn
 from resnet_fast.kernels.contract import Case, Geometry
 from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import training as native_training
@@ -23,8 +23,7 @@ from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.reference import quantised as reference_quantised
 from resnet_fast.kernels.reference import training as reference_training
 from resnet_fast.kernels.triton import prepared
-from resnet_fast.kernels.triton import quantised as triton_quantised
-from resnet_fast.kernels.triton import training as triton_training
+from resnet_fast.kernels.triton import table as triton
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "triton": triton,
@@ -35,7 +34,7 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
 """By name, best first. Each has the functions of ``reference``; ``supports(case)`` gives None, or the reason."""
 
 TRAINING: dict[str, ModuleType] = {
-    "triton": triton_training,
+    "triton": triton,
     "native": native_training,
     "reference": reference_training,
 }
@@ -44,7 +43,7 @@ TRAINING: dict[str, ModuleType] = {
 BACK_TO_BACK: dict[str, ModuleType] = {"triton": triton, "reference": reference}
 """The same for two convolutions in one kernel: ``chain_pays`` and ``conv_chain``, which the definition does without."""
 
-QUANTISED: dict[str, ModuleType] = {"triton": triton_quantised, "reference": reference_quantised}
+QUANTISED: dict[str, ModuleType] = {"triton": triton, "reference": reference_quantised}
 """The same for the ops on 8-bit numbers: ``reference_quantised``."""
 
 PREPARED: dict[str, Callable[..., Optional[Tensor]]] = {"cuda": prepared.run}

@@ -6,7 +6,8 @@ import torch
 from resnet_fast import ops
 from resnet_fast.kernels import packing, streams
 from resnet_fast.kernels.packing import PackCache
-from resnet_fast.kernels.triton import cudnn, planner, prepared
+from resnet_fast.kernels.triton import prepared
+from resnet_fast.kernels.triton.tuning import cudnn, planner
 from tests import fake_gpu
 from tests.fake_gpu import on_gpu
 

@@ -14,8 +14,8 @@ from torch import nn
 import resnet_fast
 from resnet_fast import network, tune
 from resnet_fast.kernels.native import abi, library, planner
-from resnet_fast.kernels.triton import measuring
-from resnet_fast.kernels.triton import planner as gpu_planner
+from resnet_fast.kernels.triton.tuning import measuring
+from resnet_fast.kernels.triton.tuning import planner as gpu_planner
 from tests.fake_gpu import on_gpu
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))

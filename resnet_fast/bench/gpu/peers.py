@@ -118,7 +118,7 @@ def _title(place: Place, batch: int) -> str:
 
 
 def _measured(place: Place, batch: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    from resnet_fast.kernels.triton import planner
+    from resnet_fast.kernels.triton.tuning import planner
 
     layer, generator = place.layer.eval(), torch.Generator().manual_seed(0)
 
@@ -145,7 +145,7 @@ def _measured(place: Place, batch: int, dtype: torch.dtype, device: str) -> dict
 
 def _competitors(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> dict[str, Callable[[], Work]]:
     from resnet_fast.graph import batch_norm, functional
-    from resnet_fast.kernels.triton import cudnn
+    from resnet_fast.kernels.triton.tuning import cudnn
 
     conv, bn = layer.conv, layer.bn
 
@@ -186,7 +186,7 @@ def _exact(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> Tensor:
 def _timer(device: torch.device) -> Any:
     """A ``measuring.Timer``: the planner's own on a GPU."""
     if device.type == "cuda":
-        from resnet_fast.kernels.triton import measuring
+        from resnet_fast.kernels.triton.tuning import measuring
 
         return measuring.Events(device, _FLUSHED)
     return _Clock()

@@ -13,7 +13,7 @@ from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.cli import main
 from resnet_fast.kernels import onednn
 from resnet_fast.kernels.native import inference as native
-from resnet_fast.kernels.triton import cudnn
+from resnet_fast.kernels.triton.tuning import cudnn
 from resnet_fast.models.named import build
 from tests.fake_gpu import on_gpu
 

@@ -1,8 +1,8 @@
 """Which implementation serves a convolution on a GPU: what was measured there for it, else the table of tiles.
 
 Candidates are our kernels with several tiles, and PyTorch's own convolutions (cudnn.py). ``resnet_fast.tune`` measures
-(measuring.py), or with ``RESNET_FAST_AUTOTUNE=1`` the first call of every problem; nothing is measured unasked. The
-choices are kept in a file of the user's, ``gpu-choices.json``, by GPU and versions (``kernels/choices.py``).
+them (measuring.py); nothing is measured unasked. The choices are kept in a file of the user's, ``gpu-choices.json``, by
+GPU and versions (``kernels/choices.py``).
 
 Importing this module does not import Triton, and nothing here asks a driver but ``machine``.
 """
@@ -17,8 +17,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from resnet_fast.kernels.choices import Choices, own_version
 from resnet_fast.kernels.contract import Pair, output_size
-from resnet_fast.kernels.triton import cudnn, tiles
+from resnet_fast.kernels.triton import tiles
 from resnet_fast.kernels.triton.problem import conv_problem
+from resnet_fast.kernels.triton.tuning import cudnn
 
 _TILES = 6  # of our own, at most, that are measured for a problem
 

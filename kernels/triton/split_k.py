@@ -10,9 +10,15 @@ The parts are added in their order, whichever programs ran first: repeats are eq
 the workspace, but give other last bits in every run, and round to half precision in between.)
 """
 
+from typing import Optional
+
+from torch import Tensor
+
 import triton
 import triton.language as tl
+from resnet_fast.kernels.triton import operands, tiles
 from resnet_fast.kernels.triton.epilogue import finish_tile
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 
 
 @triton.jit
@@ -64,3 +70,37 @@ def add_parts_kernel(
         acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, rows * K, row_mask, first_column,
         K, BM, BN, False, HAS_RESIDUAL, RELU,
     )  # fmt: skip
+
+
+def plan_add_parts(
+    parts: Tensor,
+    scale: Optional[Tensor],
+    shift: Optional[Tensor],
+    residual: Optional[Tensor],
+    y: Tensor,
+    relu: bool,
+    target: str,
+) -> Plan:
+    """``y = relu(sum(parts) * scale + shift + residual)``, parts ``[n, N * P * Q, K]``."""
+    count, rows, k = parts.shape
+    data = tiles.load(target)
+    bm, bn, warps = data["pointwise"]
+    # There is little to do: rather small programs than idle multiprocessors, down to 16 bytes a thread.
+    threads = warps * (64 if target.startswith("gfx") else 32)
+    while bm * bn > 4 * threads and ceil_div(rows, bm) * ceil_div(k, bn) < data["multiprocessors"]:
+        bm //= 2
+    launch = Launch(
+        add_parts_kernel,
+        (ceil_div(rows, bm), ceil_div(k, bn)),
+        (parts, scale, shift, residual, y, count, rows),
+        {
+            "K": k,
+            "HAS_RESIDUAL": residual is not None,
+            "RELU": relu,
+            "INDEX64": operands.index64(y, y),
+            "BM": bm,
+            "BN": bn,
+            "num_warps": warps,
+        },
+    )
+    return Plan((launch,), y)

@@ -28,7 +28,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from resnet_fast.kernels.triton.gpus import Gpu
+from resnet_fast.kernels.triton.cost_model.gpus import Gpu
 
 if TYPE_CHECKING:  # tiles.py uses this file
     from resnet_fast.kernels.triton.tiles import Tile

@@ -1,4 +1,4 @@
-"""Measures the planner's candidates for a problem on this GPU, and has the planner keep the fastest.
+"""Measures the planner's candidates for a problem on this GPU.
 
 Every candidate runs on images and weights of its own problem, random ones: times do not depend on values. Before it may
 win, its results are compared with the definition in float64, and NaN must stay NaN.
@@ -6,7 +6,6 @@ win, its results are compared with the definition in float64, and NaN must stay 
 
 import functools
 import statistics
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Protocol
@@ -14,8 +13,9 @@ from typing import Any, Optional, Protocol
 import torch
 
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import launch, planner
-from resnet_fast.kernels.triton.planner import Candidate, Problem
+from resnet_fast.kernels.triton import forward
+from resnet_fast.kernels.triton.tuning import planner
+from resnet_fast.kernels.triton.tuning.planner import Candidate, Problem
 
 RUNS = 20  # timed ones of each candidate
 
@@ -86,13 +86,13 @@ def runner(candidate: Candidate, problem: Problem, operands: Operands) -> Callab
     """The candidate as the ops call it: prepared, where it can be."""
     o, p = operands, problem
     flags = (p.stride, p.padding, p.dilation, p.groups, p.relu)
-    first = launch.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags)
+    first = forward.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags)
     if first.choice is not candidate:
         raise ValueError(f"{p.dtype} does not hold the scaled weight")
 
     def run(o: Operands) -> torch.Tensor:
         y = None if first.call is None else first.call(o.x, o.residual, o.scale, o.shift)
-        return launch.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags).y if y is None else y
+        return forward.carry_out(candidate, o.x, o.weight, o.scale, o.shift, o.residual, *flags).y if y is None else y
 
     return run
 
@@ -121,15 +121,6 @@ def measure(
                 rejected[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     chosen = min(milliseconds, key=lambda name: milliseconds[name], default=next(iter(candidates)))
     return Measurement(problem, chosen, milliseconds, rejected)
-
-
-def measure_and_keep(problem: Problem, device: torch.device) -> None:
-    """Measure, and have the planner choose accordingly; a file that cannot be written is warned of."""
-    found = measure(problem, device, Events(device))
-    try:
-        planner.keep(device.index, {problem.key(): found.chosen})
-    except OSError as error:
-        warnings.warn(f"{planner.choices.path()} is not written: {error}", stacklevel=2)
 
 
 def _operands(problem: Problem, device: torch.device) -> Operands:

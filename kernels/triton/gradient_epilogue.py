@@ -9,8 +9,12 @@ norm's backward pass reads. They are read back for it: matrix instructions leave
 and adding it up there takes several times the instructions that it takes in the layout of a plain load.
 """
 
+from torch import Tensor
+
 import triton
 import triton.language as tl
+from resnet_fast.kernels.triton import operands, tiles
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 from resnet_fast.kernels.triton.prologue import activate, load_affine
 
 
@@ -96,3 +100,19 @@ def sum_rows_kernel(x_ptr, y_ptr, ROWS, C: tl.constexpr, INDEX64: tl.constexpr, 
         total += tl.load(x_tile, mask=mask, other=0.0)
         x_tile += BM * C
     tl.store(y_ptr + layer * C + columns, tl.sum(total, axis=0), mask=columns < C)
+
+
+def plan_sum_rows(x: Tensor, target: str) -> Plan:
+    """float32 ``[L, rows, C]`` -> ``[L, C]``."""
+    layers, rows, c = x.shape
+    y = operands.allocate_floats(x, (layers, c))
+    bm, elements, warps = tiles.load(target)["sum_rows"]
+    bm = min(bm, tiles.power_of_two(rows))
+    bn = elements // bm
+    launch = Launch(
+        sum_rows_kernel,
+        (ceil_div(c, bn), layers),
+        (x, y, rows),
+        {"C": c, "INDEX64": operands.index64(x, x), "BM": bm, "BN": bn, "num_warps": warps},
+    )
+    return Plan((launch,), y)
