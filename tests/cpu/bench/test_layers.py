@@ -10,7 +10,8 @@ from benchmarks import layers
 from benchmarks.layer_report import KINDS
 from resnet_fast import accelerate
 from resnet_fast.bench import unavailable
-from resnet_fast.kernels.native import conv_shape, library
+from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native.inference import conv_shape
 
 
 @pytest.fixture(autouse=True)
