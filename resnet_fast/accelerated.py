@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from resnet_fast import network
-from resnet_fast.graph.program import PROGRAM, Fused, build, stock_wanted
-from resnet_fast.graph.programs import drop_program, program_of, rebuild
+from resnet_fast.graph.conditions import Fused, stock_wanted
+from resnet_fast.graph.program import STATE, Traced, inlined, trace_forward
+from resnet_fast.graph.state import drop_state, rebuild, state_of
 from resnet_fast.kernels import packing
 from resnet_fast.utils.modules import check_module
 
@@ -44,18 +45,21 @@ def accelerate(model: M, inplace: bool = True) -> M:
     if not inplace:
         model = copy.deepcopy(model)
     packing.clear_all()
-    containers = list(_containers(model))
-    programs = {module: build(module) for module in containers}
-    inlined = {child for module, program in programs.items() for child in program.inlined(module)}
-    for module in containers:
-        if programs[module].function is not None and module not in inlined and not isinstance(module, Fused):
+    traced: dict[nn.Module, Traced] = {}
+    called: set[nn.Module] = set()  # Sequentials whose children another's program calls itself
+    for module in _containers(model):
+        if module not in called or isinstance(module, Fused):
+            traced[module] = trace_forward(module)
+            called.update(inlined(module, traced[module].parts))
+    for module, forward in traced.items():
+        if not forward.reason and module not in called and not isinstance(module, Fused):
             stock: Any = type(module)
             module.__class__ = accelerated_class(stock)
-    # Once more, now that every program can tell its accelerated children from unknown code; children first, whose
-    # programs may become part of their parents'.
-    for module in reversed(containers):
+    # Programs are written when all children are what they will be, for unknown code is treated with more care; children
+    # first, whose programs may become part of their parents'.
+    for module, forward in reversed(traced.items()):
         if isinstance(module, Fused):
-            rebuild(module)
+            rebuild(module, forward)
     return model
 
 
@@ -70,7 +74,7 @@ def restore(model: M, inplace: bool = True) -> M:
         model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, Fused):
-            drop_program(module)
+            drop_state(module)
             module.__class__ = type(module).stock_class
     return model
 
@@ -97,16 +101,16 @@ def fused(cls: Any) -> Any:
         plan = network.plan_for(self, args, kwargs)
         if plan is not None:
             return plan.run(*args, *kwargs.values())
-        program = program_of(self)
-        if self.training and program is not None:
-            program = program.in_training
-        if program is not None and program.takes(args, kwargs) and not program.refusal(self):
-            return program.function(self, *args, **kwargs)
+        state = state_of(self)
+        if state is not None:
+            program = state.training if self.training else state.eval
+            if program.takes(args, kwargs) and not program.refusal(self):
+                return program.function(self, *args, **kwargs)
         return stock.forward(self, *args, **kwargs)
 
     def getstate(self: nn.Module) -> Any:
         state = super(cls, self).__getstate__()
-        return {k: v for k, v in state.items() if k != PROGRAM} if isinstance(state, dict) else state
+        return {k: v for k, v in state.items() if k != STATE} if isinstance(state, dict) else state
 
     def setstate(self: nn.Module, state: Any) -> None:
         super(cls, self).__setstate__(state)
@@ -115,7 +119,7 @@ def fused(cls: Any) -> Any:
     def prepare_scriptable(self: nn.Module) -> nn.Module:
         """What ``torch.jit.script`` compiles: the stock class, over the same parameters."""
         plain = stock.__new__(stock)
-        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != PROGRAM})
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != STATE})
         plain._modules = dict(self._modules)
         return plain
 

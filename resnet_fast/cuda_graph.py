@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from resnet_fast.graph.guard import Guard
 from resnet_fast.kernels import packing
-from resnet_fast.kernels.triton import planner
+from resnet_fast.kernels.triton.tuning import planner
 from resnet_fast.utils.devices import MissingDeviceError, gpu_missing
 from resnet_fast.utils.modules import check_module
 

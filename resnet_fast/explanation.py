@@ -7,19 +7,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from typing import Optional
 
 from torch import nn
 
-from resnet_fast import network
-from resnet_fast.graph.bottleneck_pairs import Row as BlockRow
-from resnet_fast.graph.conditions import DROPS_OUT, Path, child_at, head_refusals
-from resnet_fast.graph.patterns import Step
-from resnet_fast.graph.program import Fused, Program, build
-from resnet_fast.graph.programs import program_of
+from resnet_fast import network, ops
+from resnet_fast.graph.bottleneck_pairs import Bottlenecks, bottlenecks_of
+from resnet_fast.graph.conditions import DROPS_OUT, Fused, Path, child_at, head_refusals
+from resnet_fast.graph.patterns import FusedOp
+from resnet_fast.graph.program import Program, State, inlined, trace_forward
+from resnet_fast.graph.state import state_of
 from resnet_fast.kernels.contract import Case
-from resnet_fast.kernels.triton import planner
-from resnet_fast.ops import inference as ops
+from resnet_fast.kernels.triton.tuning import planner
 from resnet_fast.utils.modules import check_module
 
 WIDTH = 80
@@ -166,19 +164,19 @@ def explain(model: nn.Module, training: bool = False) -> Explanation:
         TypeError: ``model`` is not an ``nn.Module``.
     """
     check_module(model)
-    programs = {module: program_of(module) or build(module) for module in model.modules() if isinstance(module, Fused)}
-    inlined = {child for module, program in programs.items() for child in program.inlined(module)}
+    states = {module: state_of(module) for module in model.modules() if isinstance(module, Fused)}
+    called = {child for module, state in states.items() if state for child in inlined(module, state.eval.parts)}
     algorithms = _algorithms(model)
     rows, fused = [], set()
     for path, module in model.named_modules():
-        if module in programs:
-            row = _explain_fused(path, module, programs[module], algorithms)
+        if state := states.get(module):
+            row = _explain_fused(path, module, state, algorithms)
             rows.append(row)
             if row.steps:
-                fused |= {child_at(module, step.conv) for step in programs[module].steps if step.conv}
-        elif module not in inlined and any(isinstance(child, nn.Conv2d) for child in module.children()):
+                fused |= {child_at(module, op.conv) for op in state.eval.ops if op.conv}
+        elif module not in called and any(isinstance(child, nn.Conv2d) for child in module.children()):
             reason = "has a forward of its own set on the instance" if "forward" in module.__dict__ else ""
-            reason = reason or build(module).reason or "accelerate() has not been called on it"
+            reason = reason or trace_forward(module).reason or "accelerate() has not been called on it"
             rows.append(Row(path, type(module).__name__, "stock", reason=reason))
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     return Explanation(rows, _explain_network(model), dict(_layers(model)), convolutions, len(fused), training)
@@ -215,44 +213,42 @@ def _joined(path: str, child: Path) -> str:
     return ".".join([*([path] if path else []), *child])
 
 
-def _explain_fused(path: str, module: nn.Module, program: Program, algorithms: dict[str, str]) -> Row:
+def _explain_fused(path: str, module: nn.Module, state: State, algorithms: dict[str, str]) -> Row:
     kind = type(module).__name__
     if "forward" in module.__dict__:
         return Row(path, kind, "stock", reason="has a forward of its own set on the instance")
-    training = _explain_training(module, program.in_training)
+    program, training = state.eval, _explain_training(module, state.training)
     refusal = program.refusal(module, ignore_training=True)
     if refusal:
         return Row(path, kind, "stock", [], refusal, training)
-    planned = [step.conv and algorithms.get(_joined(path, step.conv)) for step in program.steps]
+    planned = [op.conv and algorithms.get(_joined(path, op.conv)) for op in program.ops]
     steps = [
-        f"{step}: {f'native {algorithm}' if algorithm else _served_by(module, step)}"
-        for step, algorithm in zip(program.steps, planned)
+        f"{op}: {f'native {algorithm}' if algorithm else _served_by(module, op)}"
+        for op, algorithm in zip(program.ops, planned)
     ]
-    for row in program.rows:
-        steps += [] if row.refusal(module, ignore_training=True) else _explain_row(module, row)
+    for bottlenecks in bottlenecks_of(program):
+        steps += [] if bottlenecks.refusal(module, ignore_training=True) else _explain_pairs(module, bottlenecks)
     own = [f"{name} ({type(child).__name__})" for name in program.rest if _unusual(child := module.get_submodule(name))]
     reason = f"own forward: {', '.join(own)}" if own else ""
     return Row(path, kind, "partly fused" if own else "fused", steps, reason, training)
 
 
-def _explain_row(module: nn.Module, row: BlockRow) -> list[str]:
+def _explain_pairs(module: nn.Module, bottlenecks: Bottlenecks) -> list[str]:
     """The pairs of convolutions, of neighbouring blocks, for which there is one kernel."""
     weight = next(module.parameters())
-    cases = [Case("conv_chain", weight.device.type, weight.dtype, *widths) for widths in row.widths]
+    cases = [Case("conv_chain", weight.device.type, weight.dtype, *widths) for widths in bottlenecks.widths]
     return [
         f"{'.'.join(last)} and {'.'.join(first)} in one kernel, for images that fill the device: triton"
-        for (last, first), case in zip(row.pairs, cases)
+        for (last, first), case in zip(bottlenecks.pairs, cases)
         if ops.chained(case)
     ]
 
 
-def _explain_training(module: nn.Module, program: Optional[Program]) -> str:
-    if program is None:
-        return ""
+def _explain_training(module: nn.Module, program: Program) -> str:
     refusal = program.refusal(module, ignore_training=True)
     if refusal:
         return f"own forward: {refusal}"
-    return "; ".join(f"{step}: {_served_by(module, step)}" for step in program.steps)
+    return "; ".join(f"{op}: {_served_by(module, op)}" for op in program.ops)
 
 
 def _head_refusal(module: nn.Module, names: tuple[str, ...]) -> str:
@@ -270,19 +266,19 @@ def _unusual(child: nn.Module) -> bool:
     return isinstance(child, fusable) or not type(child).__module__.startswith("torch.nn.modules")
 
 
-def _served_by(module: nn.Module, step: Step) -> str:
-    if step.op == "head" and (reason := _head_refusal(module, step.parts[2:])):
+def _served_by(module: nn.Module, op: FusedOp) -> str:
+    if op.op == "head" and (reason := _head_refusal(module, op.parts[2:])):
         return f"one by one, for {reason}"
-    if step.conv is None:
+    if op.conv is None:
         weight = next(module.parameters())
-        return ops.implementation_for(Case(step.op, weight.device.type, weight.dtype, 1, 1))
-    conv = child_at(module, step.conv)
+        return ops.implementation_for(Case(op.op, weight.device.type, weight.dtype, 1, 1))
+    conv = child_at(module, op.conv)
     assert isinstance(conv, nn.Conv2d)
-    # A chain is named by what its first convolution gets: in training mode the widths differ, the coverage does not.
-    chain = step.op == "residual_block"
+    # A block is named by what its first convolution gets: in training mode the widths differ, the coverage does not.
+    block = op.op == "residual_block"
     sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    name = "conv_statistics" if chain else step.op
+    name = "conv_statistics" if block else op.op
     case = Case(name, conv.weight.device.type, conv.weight.dtype, *sizes, conv.groups)  # type: ignore[arg-type]
-    implementation = ops.implementation_for(case, ops.TRAINING if chain else ops.IMPLEMENTATIONS)
-    planned = planner.served(conv.weight) if implementation == "triton" and not chain else None
+    implementation = ops.implementation_for(case, ops.TRAINING if block else ops.IMPLEMENTATIONS)
+    planned = planner.served(conv.weight) if implementation == "triton" and not block else None
     return planned or implementation

@@ -1,7 +1,5 @@
 """What a command says: JSON for programs, on stdout or in a file, and tables for people, on stderr."""
 
-import json
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,23 +79,12 @@ def write_json(data: Any, target: Optional[str]) -> None:
     """Write ``data`` to the file ``target``, whole or not at all; ``-`` is stdout, None is nowhere."""
     if target is None:
         return
-    text = json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    from resnet_fast.utils.files import json_text, replacing
+
+    text = json_text(data)
     if target == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
         return
-    from resnet_fast.utils.files import replacing
-
     with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with what JSON has no number for (NaN, infinities) as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

@@ -71,8 +71,8 @@ def _compiled(native: dict[str, Any]) -> str:
 def _services(devices: list[str]) -> list[dict[str, Any]]:
     import torch
 
+    from resnet_fast import ops
     from resnet_fast.kernels.contract import Case
-    from resnet_fast.ops import inference as ops
 
     geometries: list[tuple[str, str, tuple]] = [
         ("conv 1x1", "conv_bn_act", (256, 64)),

@@ -51,7 +51,7 @@ def finetune(context: typer.Context, data: Source, json: options.Json = None, **
             settings = Settings(**checkpoint.load(Path(settings.resume))["settings"]).resumed(given)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        with processes(settings.device) as here, _log(here), _terminable():
+        with processes(settings.device) as here, logged(here), _terminable():
             images = open_data(data, settings)
             model = _model(settings, images)
             folder = _output(settings) if here.first else Path()
@@ -141,7 +141,7 @@ def _output(settings: Settings) -> Path:
 
 
 @contextmanager
-def _log(here: "Processes") -> Iterator[None]:
+def logged(here: "Processes") -> Iterator[None]:
     """Progress on stderr, from the first process; warnings from all."""
     logger = logging.getLogger("resnet_fast.finetune")
     handler = logging.StreamHandler(sys.stderr)

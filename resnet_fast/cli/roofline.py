@@ -65,7 +65,7 @@ def roofline(
 
     from resnet_fast.bench.roofline import Assumptions, predict
     from resnet_fast.export.metadata import channels_of
-    from resnet_fast.kernels.triton.gpus import GPUS
+    from resnet_fast.kernels.triton.cost_model.gpus import GPUS
     from resnet_fast.utils.files import replacing
     from resnet_fast.utils.optional import require
 

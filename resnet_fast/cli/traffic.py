@@ -10,7 +10,7 @@ from resnet_fast.cli.console import console, table, write_json
 from resnet_fast.utils.names import Dtype
 
 if TYPE_CHECKING:
-    from resnet_fast.bench.moves import Move
+    from resnet_fast.bench.ledger import Move
 
 
 def traffic(

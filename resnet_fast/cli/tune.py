@@ -34,8 +34,8 @@ def tune(
     from resnet_fast.bench.machine import available_cores, describe
     from resnet_fast.bench.norms import randomise_batch_norm
     from resnet_fast.export.metadata import channels_of
-    from resnet_fast.kernels.native import choices
-    from resnet_fast.kernels.triton import planner
+    from resnet_fast.kernels.native import planner as cpu_planner
+    from resnet_fast.kernels.triton.tuning import planner as gpu_planner
     from resnet_fast.utils.devices import gpu_missing, require_gpu
 
     if device == "cuda":
@@ -64,7 +64,7 @@ def tune(
     out.print(table(title, ("convolution", "fastest", "median ms, by algorithm"), rows))
     if rejected:
         out.print(table("rejected", ("convolution", "algorithm", "why"), rejected))
-    path = str(choices.path() if device == "cpu" else planner.choices.path())
+    path = str((cpu_planner if device == "cpu" else gpu_planner).choices.path())
     out.print(f"kept in {path}", soft_wrap=True)
     setting: dict[str, Any] = {"model": model, "batch": batch, "size": size, "dtype": dtype, "device": device}
     found = [

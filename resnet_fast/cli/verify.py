@@ -65,7 +65,7 @@ def verify(
 
     from resnet_fast import accelerate, explain
     from resnet_fast.bench.norms import randomise_batch_norm
-    from resnet_fast.export.compare import VerificationError
+    from resnet_fast.export.file_checks import VerificationError
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.verify import Check, check_layers, check_model
 

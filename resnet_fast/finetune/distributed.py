@@ -23,7 +23,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes files."""
+        """Whether this process is the one that writes files."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:

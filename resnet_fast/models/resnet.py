@@ -25,7 +25,7 @@ from torchvision.models.resnet import (
 )
 
 from resnet_fast.accelerated import fused, rebuild
-from resnet_fast.graph.program import Fused
+from resnet_fast.graph.conditions import Fused
 from resnet_fast.models.blocks import BasicBlock, Bottleneck
 
 

@@ -136,6 +136,39 @@ print(library._variant_names(library._loaded()))
     assert _python(program, tmp_path) == "['portable', 'avx2', 'avx512']"
 
 
+@pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="no g++ for x86-64")
+@pytest.mark.parametrize(
+    ("environment", "host", "compiled"),
+    [
+        ({}, "-mavx2 -mfma -mbmi2", {"portable", "avx2"}),
+        ({}, "-msse4.2", {"portable"}),
+        ({}, "-mno-such-option", {"portable", "avx2", "avx512", "avx512_bf16"}),
+        ({"RESNET_FAST_VARIANTS": "all"}, "-mavx2 -mfma", {"portable", "avx2", "avx512", "avx512_bf16"}),
+    ],
+    ids=["AVX2", "SSE", "a compiler that cannot tell", "all"],
+)
+def test_a_build_in_place_is_for_its_cpu(environment, host, compiled, source, tmp_path):
+    """As seen by a compiler that says which instructions the CPU has, and compiles nothing."""
+    compiler, calls = tmp_path / "g++", tmp_path / "calls"
+    compiler.write_text(f"""#!/bin/sh
+case "$*" in
+*-march=native*) exec {shutil.which("g++")} {host} -dM -E -x c++ /dev/null;;
+*-dM*) exec {shutil.which("g++")} "$@";;
+esac
+echo "$*" >> {calls}
+for last; do :; done
+touch "$last"
+""")
+    compiler.chmod(0o755)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-lib", tmp_path, "--build-temp", tmp_path]
+    env = {**os.environ, "CXX": str(compiler), **environment}
+    subprocess.run(command, cwd=source, env=env, check=True, capture_output=True)
+    said = calls.read_text()
+    assert set(re.findall(r"-DRF_VARIANT=(\w+)", said)) == compiled
+    assert set(re.findall(r"-DRF_WITHOUT_(\w+)", said)) == {"avx2", "avx512", "avx512_bf16"} - compiled
+    (source / "kernels/native/_native.so").unlink()
+
+
 def _unpack(files: dict[str, bytes], to: Path) -> None:
     for name, data in files.items():
         (to / name).parent.mkdir(parents=True, exist_ok=True)

@@ -15,13 +15,13 @@ import typer
 from safetensors.torch import save_file
 
 import resnet_fast
+from resnet_fast import ops
 from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.cli import main
 from resnet_fast.cli.app import app
 from resnet_fast.cli.console import write_json
-from resnet_fast.kernels.native import choices, library, planner
+from resnet_fast.kernels.native import library, planner
 from resnet_fast.models.named import build, read_checkpoint
-from resnet_fast.ops import inference as ops
 from resnet_fast.utils.optional import EXTRAS
 from resnet_fast.verify import WINOGRAD, check_layers
 
@@ -256,12 +256,12 @@ def test_json_file_survives_a_failure(tmp_path):
 @pytest.mark.skipif(library.unavailable() is not None, reason="tunes the native kernels")
 def test_tune_measures_and_keeps(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
-    choices.forget()
+    planner.choices.forget()
     arguments = ["tune", "resnet18", "--size", "32", "--device", "cpu", "--calls", "1", "--threads", "1"]
     try:
         assert main([*arguments, "--json", "-"]) == 0
     finally:
-        choices.forget()
+        planner.choices.forget()
         planner.changed()
     output = capsys.readouterr()
     data = parsed(output.out)

@@ -285,13 +285,13 @@ def test_command_line(folder, tmp_path, capsys):
         (["verify", "a.onnx", "--weights", "w.pt"], "needs --model"),
         (["verify", "resnet18", "--model", "resnet18"], "is for a FILE.onnx"),
         (["verify", "resnet18", "--no-tensorrt"], "is for a FILE.onnx"),
-        (["export", "resnet18", "m.onnx", "--precision", "fp8"], "'fp8' is none of fp32, fp16, bf16"),
+        (["export", "resnet18", "m.onnx", "--precision", "fp8"], "'fp8' is not one of 'fp32', 'fp16', 'bf16'"),
         (
             ["export", "resnet18", "m.onnx", "--precision", "bf16", "--opset", "21"],
             "21 is below 22, the lowest for bf16",
         ),
-        (["export", "resnet18", "m.onnx", "--io-dtype", "bf16"], "'bf16' is none of fp32, fp16"),
-        (["export", "resnet18", "m.onnx", "--preprocess", "crop"], "'crop' is none of resize, normalise"),
+        (["export", "resnet18", "m.onnx", "--io-dtype", "bf16"], "'bf16' is not one of 'fp32', 'fp16'"),
+        (["export", "resnet18", "m.onnx", "--preprocess", "crop"], "'crop' is not one of 'resize', 'normalise'"),
     ],
 )
 def test_usage_errors(arguments, said, capsys):

@@ -200,7 +200,7 @@ def test_mixed_precision(folder, start, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--qat"], "is for a trained model, expected --weights too"),
+        (["--qat"], "is for a trained model, so --weights is needed too"),
         (["--qat", "--weights", "{preact}", "--model", "timm:resnetv2_18"], "does not go with the model: stages"),
     ],
     ids=["no weights", "pre-activation"],

@@ -272,8 +272,8 @@ def test_export_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ([], "give OUTPUT or --triton-repository, one of them"),
-        (["m.onnx", "--triton-repository", "models"], "give OUTPUT or --triton-repository, one of them"),
+        ([], "give OUTPUT or --triton-repository, and not both"),
+        (["m.onnx", "--triton-repository", "models"], "give OUTPUT or --triton-repository, and not both"),
         (["--triton-repository", "models", "--static-batch"], "does not fit --triton-repository"),
     ],
 )
