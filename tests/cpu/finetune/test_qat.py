@@ -312,7 +312,7 @@ def with_own_forward():
         (Repeated, r"odd \(Repeated\) adds 'shared_1' to odd.conv, expected a child that is called once only"),
         (
             lambda: OwnConv2d(3, 3, 1),
-            r"model has a tests.cpu.finetune.test_qat.OwnConv2d at odd, expected a plain nn.Conv2d",
+            r"model has a .*\.finetune\.test_qat\.OwnConv2d at odd, expected a plain nn.Conv2d",
         ),
         (with_own_forward, r"model has a .*\.Conv2d at odd, with a forward set on the instance, expected a plain"),
     ],
