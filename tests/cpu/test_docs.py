@@ -91,10 +91,12 @@ def test_the_snippets_on_deployment_run(tmp_path, monkeypatch, capsys):
     assert "ExecutionProvider: " in capsys.readouterr().out
 
 
-def test_the_example_of_recorded_figures():
-    (line,) = re.findall(r'^"\w+_kernel .*\]$', PAGES["kernels.md"], re.MULTILINE)
-    recorded = (ROOT / "tests/aot/expected/sm_90.json").read_text()
-    assert line in recorded.replace(",\n", "\n").splitlines()
+def test_the_figures_of_kernels_are_those_recorded():
+    quoted = re.findall(r'^(\w+) +("\w+_kernel .*\])$', PAGES["kernels.md"], re.MULTILINE)
+    assert len(quoted) > 30
+    for architecture, line in quoted:
+        recorded = (ROOT / f"tests/aot/expected/{architecture}.json").read_text()
+        assert line in recorded.replace(",\n", "\n").splitlines()
 
 
 def test_the_choices_lie_where_the_page_says(monkeypatch, tmp_path):
