@@ -116,17 +116,14 @@ def supports(case: Case) -> Optional[str]:
 def __getattr__(op: str) -> Any:
     if op not in OPS:
         raise AttributeError(f"module {__name__!r} has no attribute {op!r}")
-    return _function(op, OPS[op])
+    return functools.partial(_run, op)
 
 
-@functools.cache
-def _function(op: str, row: Row) -> Callable[..., Any]:
-    def call(*arguments: Any, **options: Any) -> Any:
-        if any(isinstance(one, torch.Tensor) and one.numel() == 0 for one in arguments):
-            return getattr(row.definition, op)(*arguments, **options)
-        file = importlib.import_module(row.file, __package__)
-        options["target"] = device.architecture(arguments[0].device)
-        own = getattr(file, op, None)
-        return getattr(file, f"plan_{op}")(*arguments, **options).run() if own is None else own(*arguments, **options)
-
-    return call
+def _run(op: str, *arguments: Any, **options: Any) -> Any:
+    row = OPS[op]
+    if any(isinstance(one, torch.Tensor) and one.numel() == 0 for one in arguments):
+        return getattr(row.definition, op)(*arguments, **options)
+    file = importlib.import_module(row.file, __package__)
+    options["target"] = device.architecture(arguments[0].device)
+    own = getattr(file, op, None)
+    return getattr(file, f"plan_{op}")(*arguments, **options).run() if own is None else own(*arguments, **options)
