@@ -3,29 +3,46 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
-COMPILED := $(VENV)/.compiled
-PEERS := .venv-peers
+LIBRARY := kernels/native/_native.so
+PEER_VENV := .venv-peers
 SERVER := .venv-server
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: demo test install lint test-cpu test-native test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving clean
+.PHONY: demo test install lint test-cpu test-native test-isa test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving clean
 
-demo: install
-	$(BIN)/resnet-fast demo
+# PEERS=1 also times the peers that it takes a longer installation to have: OpenVINO, ncnn and MNN.
+demo: $(if $(PEERS),bench-peers)
+	$(MAKE) --jobs=2 KIND=$(if $(wildcard $(VENV)/.installed-dev),dev,$(if $(PEERS),peers,demo)) $(LIBRARY)
+	$(if $(PEERS),RESNET_FAST_PEERS=$(PEER_VENV)) $(BIN)/resnet-fast demo
 
-test: lint test-cpu test-native test-interpreter test-aot-subset test-serving
+test: lint test-cpu test-native test-isa test-interpreter test-aot-subset test-serving
 
-install: $(INSTALLED) $(COMPILED)
+install:
+	$(MAKE) --jobs=2 KIND=dev $(LIBRARY)
 
-$(INSTALLED): pyproject.toml setup.py
+# Kinds of installation, extras of pyproject.toml, share one environment. dev has all that demo and peers have, and
+# kernels for every CPU in place of this one's alone, so where it is installed, it serves `make demo` as well.
+VARIANTS := $(if $(filter dev,$(KIND)),all,host)
+BUILD := $(VENV)/build-$(VARIANTS)
+
+# Compiled beside the installation, which takes as long; then put where that, on an earlier round, may have removed it.
+# Without a compiler there is nothing to put, and setup.py has said so.
+$(LIBRARY): $(VENV)/.installed-$(KIND) $(VENV)/.compiled-$(VARIANTS)
+	test ! -e $(BUILD)/resnet_fast/$(LIBRARY) || install $(BUILD)/resnet_fast/$(LIBRARY) $@
+
+$(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
-	RESNET_FAST_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --editable '.[dev]' --config-settings editable_mode=compat
+	$(BIN)/python -m pip install --quiet 'setuptools>=77'
 	touch $@
 
-# The C++ kernels alone, so that a changed source does not set up everything again. Without a compiler this only warns.
-$(COMPILED): $(INSTALLED) $(wildcard kernels/native/src/*)
-	$(BIN)/python setup.py --quiet build_ext --inplace --build-lib $(VENV)/build --build-temp $(VENV)/build
+# Python compiles what is imported at the first import: doing so for all of PyTorch takes longer.
+$(VENV)/.installed-%: pyproject.toml setup.py | $(VENV)/.created
+	@echo 'Installing PyTorch and what $* needs beside it: about 3 GB to download.'
+	RESNET_FAST_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --no-compile --editable '.[$*]' --config-settings editable_mode=compat
+	touch $@
+
+$(VENV)/.compiled-%: setup.py $(wildcard kernels/native/src/*) | $(VENV)/.created
+	RESNET_FAST_VARIANTS=$* $(BIN)/python setup.py --quiet build_ext --build-lib $(VENV)/build-$* --build-temp $(VENV)/build-$*
 	touch $@
 
 lint: install
@@ -41,6 +58,14 @@ test-cpu: install
 # The C++ kernels one by one, also between pages without access and under sanitizers.
 test-native: install
 	$(BIN)/python -m pytest -n auto tests/native
+
+# Whole networks as CPUs of another instruction set run them. (test-native has each kernel on all of them.)
+ISAS = from resnet_fast.kernels.native import library; print(*[] if library.unavailable() else library.usable_variants())
+test-isa: install
+	for isa in $$($(BIN)/python -c '$(ISAS)'); do \
+		case $$isa in portable | avx2) RESNET_FAST_ISA=$$isa OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto \
+			tests/cpu/network/test_plan.py tests/cpu/kernels/test_native_ops.py || exit 1 ;; esac; \
+	done
 
 test-interpreter: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreter
@@ -70,7 +95,7 @@ $(SERVER)/.installed: Makefile
 	touch $@
 
 # Needs an idle machine; takes about twelve minutes.
-bench: export RESNET_FAST_PEERS := $(PEERS)
+bench: export RESNET_FAST_PEERS := $(PEER_VENV)
 bench: install bench-peers
 	mkdir -p benchmarks/results
 	$(BIN)/resnet-fast bench --model resnet18 --model resnet50 --batch 1 --batch 16 --json $(RESULTS).json
@@ -94,15 +119,15 @@ bench-layers: install
 gpu: install
 	$(BIN)/resnet-fast gpu
 
-# Peers that must not share an environment with PyTorch's: resnet_fast/bench/apart.py says why. pnnx asks for PyTorch, but
-# only its Python module uses that, and its program is all that is needed.
-bench-peers: $(PEERS)/.installed
+# Peers that must not share an environment with PyTorch's: resnet_fast/bench/peer_environment.py says why. pnnx asks for
+# PyTorch, but only its Python module uses that, and its program is all that is needed.
+bench-peers: $(PEER_VENV)/.installed
 
-$(PEERS)/.installed: Makefile
-	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet 'numpy>=2.0,<3' 'ncnn>=1.0.20260700' 'MNN>=3.6,<4'
-	$(PEERS)/bin/python -m pip install --quiet --no-deps 'pnnx>=20260700'
+$(PEER_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(PEER_VENV)
+	$(PEER_VENV)/bin/python -m pip install --quiet 'numpy>=2.0,<3' 'ncnn>=1.0.20260700' 'MNN>=3.6,<4'
+	$(PEER_VENV)/bin/python -m pip install --quiet --no-deps 'pnnx>=20260700'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(SERVER) build dist *.egg-info runs
+	rm -rf $(VENV) $(PEER_VENV) $(SERVER) $(LIBRARY) build dist *.egg-info runs

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import Optional
 
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -17,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 NATIVE = Path("resnet_fast/kernels/native")
 
 FLAGS = [
-    *("-std=gnu++17", "-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-fvisibility=hidden"),
+    *("-std=gnu++17", "-O3", "-ffp-contract=off", "-fopenmp", "-fPIC", "-fvisibility=hidden"),
     *("-Wall", "-Wextra"),
 ]
 # Name to flags: variant.cpp is compiled once for each, and the best one that the CPU runs is picked at load.
@@ -37,9 +38,13 @@ class BuildKernels(build_ext):
 
     Python's own flags would come along otherwise, among them ``-fwrapv``. Where that fails the package is installed
     without the library and works through PyTorch's convolutions. ``RESNET_FAST_NO_NATIVE=1`` asks for that.
+
+    ``RESNET_FAST_VARIANTS`` says which instruction sets to compile for: ``all``, by default for a wheel, or ``host``,
+    which is the portable variant and the best that this CPU runs, by default for a build in place.
     """
 
     def run(self) -> None:
+        self.usual = "host" if self.inplace else "all"  # read here, for setuptools hides it from what it calls
         super().run()
         for extension in self.extensions:
             name = self.get_ext_filename(extension.name)
@@ -63,10 +68,23 @@ class BuildKernels(build_ext):
                 reason = f"{error} (they need g++ with OpenMP; $CXX names another)"
         self.warn(f"resnet_fast is built WITHOUT its compiled CPU kernels, and will be slower on a CPU: {reason}")
 
+    def _variants(self, compiler: list[str]) -> dict[str, list[str]]:
+        """Those of ``VARIANTS`` to compile: all that the compiler knows, or the portable one and the host's best."""
+        variants = {name: flags for name, flags in VARIANTS.items() if name != NEWEST or _instructions(compiler, flags)}
+        wanted = os.environ.get("RESNET_FAST_VARIANTS") or self.usual
+        if wanted not in ("all", "host"):
+            raise SystemExit(f"RESNET_FAST_VARIANTS is {wanted!r}, expected all or host")
+        host = _instructions(compiler, ["-march=native"])
+        if wanted == "all" or host is None:
+            return variants
+        used = {name: _instructions(compiler, flags) for name, flags in variants.items()}
+        best = [name for name, instructions in used.items() if instructions is not None and instructions <= host][-1]
+        return {name: variants[name] for name in ("portable", best)}
+
     def _compile(self, target: Path, variant: Path, dispatch: Path) -> None:
         """Raises OSError or CalledProcessError where there is no compiler, or it does not know what we ask for."""
         compiler = [*shlex.split(os.environ.get("CXX") or "g++"), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        variants = {name: flags for name, flags in VARIANTS.items() if name != NEWEST or _takes(compiler, flags)}
+        variants = self._variants(compiler)
         jobs = [(name, [f"-DRF_VARIANT={name}", *flags, "-c", str(variant)]) for name, flags in variants.items()]
         jobs.append(
             ("dispatch", [*(f"-DRF_WITHOUT_{name}" for name in VARIANTS.keys() - variants), "-c", str(dispatch)])
@@ -82,9 +100,11 @@ class BuildKernels(build_ext):
         subprocess.run([*compiler, "-shared", *objects, "-o", str(target)], check=True)
 
 
-def _takes(compiler: list[str], flags: list[str]) -> bool:
-    done = subprocess.run([*compiler, *flags, "-E", "-x", "c++", os.devnull, "-o", os.devnull], capture_output=True)
-    return done.returncode == 0
+def _instructions(compiler: list[str], flags: list[str]) -> Optional[set[str]]:
+    """The extensions of x86-64 that the compiler uses with ``flags``, from AVX on; None if it refuses them."""
+    command = [*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return set(re.findall("__(AVX[^ ]*|FMA)__", done.stdout)) if done.returncode == 0 else None
 
 
 if __name__ == "__main__":  # the tests read the flags above

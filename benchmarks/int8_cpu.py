@@ -15,7 +15,6 @@ network would lose.
 """
 
 import argparse
-import json
 import logging
 import os
 import statistics
@@ -30,9 +29,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from torch import Tensor, nn
 
 from resnet_fast.bench.machine import available_cores, describe, load
-from resnet_fast.bench.runner import _Worker
-from resnet_fast.cli.console import console, table
-from resnet_fast.cli.demo.data import photographs
+from resnet_fast.bench.runner import Worker
+from resnet_fast.cli.console import console, table, write_json
+from resnet_fast.cli.demo.photographs import photographs
 from resnet_fast.export import export_onnx
 from resnet_fast.models.named import build
 
@@ -74,9 +73,7 @@ def main() -> None:
     columns = ("model", "batch", *_FILES, "static / ours", *(f"{name} error" for name in _FILES[1:]))
     console().print(table("int8 in ONNX Runtime, milliseconds a batch", columns, rows, columns[1:]))
     busy = {"load_before": before, "load_after": load()}
-    if options.json:
-        content = {"machine": describe(), "threads": options.threads, **busy, "results": results}
-        Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
+    write_json({"machine": describe(), "threads": options.threads, **busy, "results": results}, options.json)
 
 
 def crops(count: int, seed: int) -> Tensor:
@@ -136,7 +133,7 @@ def measure(
     with torch.inference_mode():
         reference = model.double()(pictures.double()).numpy()
     model.float()
-    workers: dict[str, _Worker] = {}
+    workers: dict[str, Worker] = {}
     times: dict[str, list[float]] = {name: [] for name in _FILES}
     with tempfile.TemporaryDirectory(prefix="resnet-fast-int8-") as root:
         try:
@@ -144,7 +141,7 @@ def measure(
                 folder = Path(root) / name
                 folder.mkdir()
                 os.symlink(path, folder / "model.onnx")
-                workers[name] = _Worker("onnxruntime", folder, threads)
+                workers[name] = Worker("onnxruntime", folder, threads)
             found = {name: _logits(worker, Path(root) / name, images) for name, worker in workers.items()}
             for name, worker in workers.items():  # from now on with the batch that is timed
                 np.save(Path(root) / name / "images.npy", images[:batch].numpy())
@@ -167,7 +164,7 @@ def measure(
     }
 
 
-def _logits(worker: _Worker, folder: Path, images: Tensor) -> np.ndarray:
+def _logits(worker: Worker, folder: Path, images: Tensor) -> np.ndarray:
     np.save(folder / "images.npy", images.numpy())
     worker.ask(f"load {folder}", _PATIENCE)
     return np.load(folder / "onnxruntime.npy")

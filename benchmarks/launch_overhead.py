@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
+from resnet_fast import ops
 from resnet_fast.bench.machine import describe, load
-from resnet_fast.kernels.triton import planner, prepared
-from resnet_fast.ops import inference as ops
+from resnet_fast.kernels.triton import prepared
+from resnet_fast.kernels.triton.tuning import planner
 from tests import fake_gpu
 from tests.fake_gpu import on_gpu
 
@@ -77,7 +78,7 @@ def measure(c: int, k: int, kernel: int, residual: bool) -> dict[str, float]:
     padding = [kernel // 2, kernel // 2]
     arguments: Any = (*tensors, [1, 1], padding, [1, 1], 1, True)
     # Without the look at prepared calls this is what the op did; OnGpu is seen through by is_cuda alone.
-    decided = ops._conv_bn_act
+    decided = ops.inference._conv_bn_act
     run, prepared.run = prepared.run, lambda *arguments: None
     keep, prepared.keep = prepared.keep, lambda *arguments: None
     launches_of, prepared.launches_of = prepared.launches_of, lambda *arguments: None
@@ -85,8 +86,8 @@ def measure(c: int, k: int, kernel: int, residual: bool) -> dict[str, float]:
         times = {"decided": microseconds(lambda: decided(*arguments), _DECIDED_CALLS)}
     finally:
         prepared.run, prepared.keep, prepared.launches_of = run, keep, launches_of
-    ops._conv_bn_act(*arguments)
-    times["prepared"] = microseconds(lambda: ops._conv_bn_act(*arguments), _CALLS)
+    ops.inference._conv_bn_act(*arguments)
+    times["prepared"] = microseconds(lambda: ops.inference._conv_bn_act(*arguments), _CALLS)
     times["op"] = microseconds(lambda: torch.ops.resnet_fast.conv_bn_act(*arguments), _CALLS)
     return times
 

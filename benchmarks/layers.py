@@ -18,47 +18,28 @@ from typing import Any, Optional
 import numpy as np
 import onnx
 import torch
-from matplotlib.figure import Figure
 from onnx import helper, numpy_helper
 from torch import nn
 
-from benchmarks.plot import COLUMNS, GRID, INK, save
+from benchmarks.layer_report import COLUMN_NAMES, NOTES, NUMBERS, conditions, draw, markdown, problems, rows, title
 from resnet_fast import accelerate
 from resnet_fast.bench import Bench, Measurement, prepare
 from resnet_fast.bench.machine import available_cores, describe, load
 from resnet_fast.bench.norms import randomise_batch_norm
+from resnet_fast.bench.roofline_chart import save_figure
 from resnet_fast.bench.worker import timed_round
 from resnet_fast.bench.workload import ONNX
 from resnet_fast.cli.console import console, table, write_json
-from resnet_fast.kernels import native
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import abi, library
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.models.named import UnknownNameError, build
 from resnet_fast.network.plan import Plan, last_plan
 from resnet_fast.utils.files import replacing
 
 OURS, PEER = "plan", "onnxruntime"
 
-KINDS = {
-    "1x1": ("#0b7285", "o"),
-    "3x3": ("#e8590c", "s"),
-    "3x3/2": ("#c2255c", "D"),
-    "stem": ("#5f3dc4", "^"),
-    "grouped": ("#2b8a3e", "v"),
-    "fc": ("#868e96", "P"),
-    "other": ("#343a40", "X"),
-}
-"""What a layer is called in the chart, with its colour and marker. A fully connected layer is a 1x1 of one pixel."""
-
 BANDWIDTH_BYTES = 2**28
 BANDWIDTH_METHOD = "torch.sum over 256 MiB of float32: reading alone, best of 5"
-NOTES = (
-    "GFLOP/s count the operations of a direct convolution. Winograd needs fewer, so it may exceed the peak.",
-    "ms in net: median over the calls of the whole model, with the caches as the layers before leave them.",
-    "ms alone, ORT alone: the same layer again and again, without a residual, each in a process of its own. ONNX "
-    "Runtime's has its image converted to the layout that it computes in and back wherever it wants another than NCHW.",
-    "FLOP/byte: the pixels that are needed, the weights and the result move once, without a residual.",
-)
-
 _OPSET, _IR = 18, 9
 
 
@@ -69,19 +50,19 @@ _OPSET, _IR = 18, 9
 class Layer:
     """A shape of convolution in a model."""
 
-    shape: library.Shape
+    shape: abi.Shape
     algorithm: str
     count: int  # in one call of the model
     seconds: float  # of one of them, in the model
 
 
-def flops(shape: library.Shape) -> int:
+def flops(shape: abi.Shape) -> int:
     """Operations of a direct convolution, a multiply-add counted as two."""
     s = shape
     return 2 * s.n * s.p * s.q * s.k * s.r * s.s * s.c // s.groups
 
 
-def moved_bytes(shape: library.Shape) -> int:
+def moved_bytes(shape: abi.Shape) -> int:
     """The least that has to be read and written, float32. A 1x1 window of stride 2 does not need every pixel."""
     s = shape
     rows = _needed(s.h, s.p, s.stride_h, s.r, s.dilation_h, s.pad_h)
@@ -95,8 +76,8 @@ def _needed(size: int, outputs: int, stride: int, window: int, dilation: int, pa
     return len(places & set(range(size)))
 
 
-def kind(shape: library.Shape) -> str:
-    """One of ``KINDS``."""
+def kind(shape: abi.Shape) -> str:
+    """One of ``layer_report.KINDS``."""
     s = shape
     window, stride = (s.r, s.s), (s.stride_h, s.stride_w)
     if s.groups > 1:
@@ -110,7 +91,7 @@ def kind(shape: library.Shape) -> str:
     return "other"
 
 
-def module(shape: library.Shape, seed: int) -> nn.Sequential:
+def module(shape: abi.Shape, seed: int) -> nn.Sequential:
     """The layer with random weights, as a block that ``accelerate`` fuses; its batch norm does no more than a bias."""
     s = shape
     torch.manual_seed(seed)
@@ -125,7 +106,7 @@ def module(shape: library.Shape, seed: int) -> nn.Sequential:
     return nn.Sequential(*layers).eval()
 
 
-def onnx_model(shape: library.Shape, layer: nn.Sequential) -> onnx.ModelProto:
+def onnx_model(shape: abi.Shape, layer: nn.Sequential) -> onnx.ModelProto:
     """``layer`` as an exporter writes it, its batch norm folded; a fully connected layer is a ``Gemm``."""
     s = shape
     weight: Any = layer[0].weight
@@ -203,13 +184,13 @@ def in_network(name: str, images: torch.Tensor, seed: int, seconds: float) -> li
 def _by_layer(timings: Iterable[library.Timing]) -> dict[tuple[bytes, str], list[library.Timing]]:
     result: dict[tuple[bytes, str], list[library.Timing]] = {}
     for timing in timings:
-        if timing.kind == library.CONV:
+        if timing.kind == abi.CONV:
             result.setdefault((bytes(timing.shape), timing.algorithm), []).append(timing)
     return result
 
 
 def alone(
-    bench: Bench, shape: library.Shape, *, rounds: int, seconds: float, seed: int, progress: Callable[[str], None]
+    bench: Bench, shape: abi.Shape, *, rounds: int, seconds: float, seed: int, progress: Callable[[str], None]
 ) -> list[Measurement]:
     """The layer under each provider of ``bench``."""
     with tempfile.TemporaryDirectory(prefix="resnet-fast-layers-") as name:
@@ -236,7 +217,7 @@ def bandwidth() -> float:
 
 
 def measure(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
-    """All of it, as in the JSON.
+    """Measure all layers; return what the JSON holds.
 
     Raises:
         ValueError: a model cannot be measured; the message names the argument.
@@ -307,119 +288,6 @@ def _with_shares(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**entry, "share": entry["count"] * entry["network_ms"] / total} for entry in entries]
 
 
-# --- showing ----------------------------------------------------------------------------------------------------------
-
-NUMBERS = {
-    "times": ("count", "d"),
-    "share": ("share", ".0%"),
-    "FLOP/byte": ("intensity", ".1f"),
-    "ms in net": ("network_ms", ".3f"),
-    "GFLOP/s": ("gflops", ".1f"),
-    "of peak": ("of_peak", ".0%"),
-    "ms alone": ("alone_ms", ".3f"),
-    "ORT alone": ("onnxruntime_ms", ".3f"),
-    "ORT/ours": ("ratio", ".2f"),
-}
-COLUMN_NAMES = ("layer", "algorithm", *NUMBERS)
-
-
-def rows(workload: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The cells of the table of a workload, under ``COLUMN_NAMES``."""
-    return [
-        (
-            label(entry),
-            entry["algorithm"],
-            *("" if entry[key] is None else format(entry[key], form) for key, form in NUMBERS.values()),
-        )
-        for entry in workload["layers"]
-    ]
-
-
-def label(entry: dict[str, Any]) -> str:
-    """A layer in words: ``56x56x64 → 128, 3x3/2, ReLU``, with the number of images in front if there are more."""
-    image = "x".join(map(str, entry["input"] if entry["input"][0] > 1 else entry["input"][1:]))
-    window = "x".join(map(str, entry["window"])) + ("" if entry["stride"] == [1, 1] else f"/{entry['stride'][0]}")
-    groups = f", {entry['groups']} groups" if entry["groups"] > 1 else ""
-    rest = (", ReLU" if entry["relu"] else "") + (", max-pool" if entry["pool"] else "")
-    return f"{image} → {entry['output'][3]}, {window}{groups}{rest}"
-
-
-def title(workload: dict[str, Any]) -> str:
-    size = workload["size"]
-    return f"{workload['model']}, batch {workload['batch']}, {size}x{size}, float32, {workload['threads']} threads"
-
-
-def conditions(result: dict[str, Any]) -> list[str]:
-    """What the numbers were taken on."""
-    machine = result["machine"]
-    return [
-        f"{machine['cpu']}, {machine['cores']} cores, kernels for {result['isa']}, {result['threads']} threads; "
-        f"load {result['load_before']} before, {result['load_after']} after",
-        f"peak of multiply-adds {result['peak_gflops']:.1f} GFLOP/s; memory {result['bandwidth_gb_s']:.1f} GB/s "
-        f"({result['bandwidth_method']})",
-    ]
-
-
-def problems(result: dict[str, Any]) -> list[str]:
-    """Why times are not there, each reason once."""
-    found = {
-        f"{entry['title']}: {entry['status']}: {entry['reason']}": None
-        for workload in result["workloads"]
-        for layer in workload["layers"]
-        for entry in layer["providers"]
-        if entry["status"] != "ok"
-    }
-    return list(found)
-
-
-def markdown(result: dict[str, Any]) -> str:
-    lines = ["# Layers", "", *(f"- {line}" for line in (*conditions(result), *NOTES, *problems(result)))]
-    for workload in result["workloads"]:
-        rules = ["---" if name not in NUMBERS else "---:" for name in COLUMN_NAMES]
-        lines += ["", f"## {title(workload)}", ""]
-        lines += [f"| {' | '.join(cells)} |" for cells in (COLUMN_NAMES, rules, *rows(workload))]
-    return "\n".join(lines) + "\n"
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """A roofline per workload: what peak and memory allow, and what each layer reaches in the network."""
-    workloads = result["workloads"]
-    count, columns = len(workloads), min(COLUMNS, len(workloads))
-    figure = Figure(figsize=(5.6 * columns, 4.2 * math.ceil(count / columns) + 0.8), layout="constrained")
-    panels = figure.subplots(math.ceil(count / columns), columns, squeeze=False).ravel()
-    for axes, workload in zip(panels, workloads, strict=False):
-        _panel(axes, workload, result["peak_gflops"], result["bandwidth_gb_s"])
-    for axes in panels[count:]:
-        axes.set_visible(False)
-    heading = f"{result['machine']['cpu']}, {result['threads']} threads, load {result['load_before']}"
-    figure.suptitle(heading, fontsize=10, color=INK)
-    figure.supxlabel(NOTES[0], fontsize=7, color=INK)
-    return figure
-
-
-def _panel(axes: Any, workload: dict[str, Any], peak_gflops: float, bandwidth_gb_s: float) -> None:
-    intensities = [entry["intensity"] for entry in workload["layers"]]
-    low, high = min(intensities) / 2, max(*intensities, peak_gflops / bandwidth_gb_s) * 2
-    axes.plot([low, high], [peak_gflops] * 2, color=INK, linewidth=1, label=f"peak {peak_gflops:.0f} GFLOP/s")
-    edge = peak_gflops / bandwidth_gb_s
-    line, name = [low * bandwidth_gb_s, peak_gflops], f"memory {bandwidth_gb_s:.0f} GB/s"
-    axes.plot([low, edge], line, color=INK, linewidth=1, linestyle="--", label=name)
-    for name, (color, marker) in KINDS.items():
-        entries = [entry for entry in workload["layers"] if entry["kind"] == name]
-        if entries:
-            points = [entry["intensity"] for entry in entries], [entry["gflops"] for entry in entries]
-            axes.scatter(*points, color=color, marker=marker, s=28, alpha=0.85, linewidths=0, label=name, zorder=3)
-    axes.set(xscale="log", yscale="log", xlim=(low, high))
-    axes.set_title(f"{workload['model']}, batch {workload['batch']}, {workload['dtype']}", fontsize=10, color=INK)
-    axes.set_xlabel("FLOP/byte", fontsize=8, color=INK)
-    axes.set_ylabel("GFLOP/s in the network", fontsize=8, color=INK)
-    axes.grid(color=GRID)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK, length=0, labelsize=8)
-    axes.legend(fontsize=7, frameon=False, labelcolor=INK, loc="lower right")
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -451,7 +319,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         with replacing(given.markdown) as temporary:
             temporary.write_text(markdown(result), encoding="utf-8")
     if given.svg:
-        save(draw(result), Path(given.svg))
+        save_figure(draw(result), Path(given.svg))
     for workload in result["workloads"]:
         out.print(table(title(workload), COLUMN_NAMES, rows(workload), list(NUMBERS)))
     for line in (*conditions(result), *NOTES):

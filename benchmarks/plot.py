@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
+
+from resnet_fast.bench.roofline_chart import save_figure
 
 INK, OURS, PEER, GRID = "#1f2933", "#0b7285", "#adb5bd", "#e9ecef"
 COLUMNS = 2
@@ -59,13 +60,7 @@ def main() -> None:
     parser.add_argument("result", type=Path, help="what bench --json wrote")
     parser.add_argument("chart", type=Path, help="the SVG or PNG file to write")
     arguments = parser.parse_args()
-    save(draw(json.loads(arguments.result.read_text())), arguments.chart)
-
-
-def save(figure: Figure, chart: Path) -> None:
-    """Write the figure to a file, which depends on nothing but what it shows."""
-    with matplotlib.rc_context({"svg.hashsalt": "resnet_fast"}):
-        figure.savefig(chart, metadata={"Date": None} if chart.suffix == ".svg" else {})
+    save_figure(draw(json.loads(arguments.result.read_text())), arguments.chart)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from resnet_fast.cli.demo.data import digits
+from resnet_fast.finetune.digits import digits
 
 
 def steps_wanted(default: int) -> int:

@@ -10,12 +10,10 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 
-from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.contract import Case, Pair
 from resnet_fast.kernels.folding import fold
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.kernels.reference import inference as reference
-
-Pair = tuple[int, int]
 
 _packs = PackCache()
 

@@ -1,19 +1,93 @@
-"""Classes whose forward runs a fused program: ``fused`` makes one of a class, ``accelerated_class`` derives one.
+"""``accelerate(model)``: the one line. ``restore`` undoes it.
 
-An accelerated module is the same object with the same children, parameters and buffers; only its class has changed,
-to a subclass that carries the name of the original. Its program is derived from its structure, so it is in no
-state_dict, is left out when the module is copied or pickled, and is made anew there.
+An accelerated module is the same object with the same children, parameters and buffers; only its class has changed, to
+a subclass that carries the name of the original and runs a fused program: ``fused`` makes one of a class,
+``accelerated_class`` derives one. The program follows from the module's structure, so it is in no state_dict, is left
+out when the module is copied or pickled, and is made anew there.
 """
 
+import copy
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from torch import nn
 
 from resnet_fast import network
-from resnet_fast.graph.program import PROGRAM, Fused, stock_wanted
-from resnet_fast.graph.programs import program_of, rebuild
+from resnet_fast.graph.conditions import Fused, stock_wanted
+from resnet_fast.graph.program import STATE, Traced, inlined, trace_forward
+from resnet_fast.graph.state import drop_state, rebuild, state_of
+from resnet_fast.kernels import packing
+from resnet_fast.utils.modules import check_module
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def accelerate(model: M, inplace: bool = True) -> M:
+    """Make the residual blocks, stem, pooling and classifier of ``model`` run fused, in eval and in training mode.
+
+    Works on torchvision's and timm's models and on your own: a module qualifies if its forward, traced, applies
+    convolution, batch norm, and possibly an addition and a ReLU, in this order. Everything else runs as before, as do
+    hooked modules and tracing; ``explain(model)`` says which and why. Parameters, buffers, state_dict
+    and results (up to rounding) stay the same. Calling it again brings the model up to date after you changed its code.
+
+    Args:
+        model: any module, in either mode.
+        inplace: False to leave ``model`` alone and return an accelerated copy.
+
+    Returns:
+        The accelerated module: ``model`` itself if ``inplace``.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    check_module(model)
+    if not inplace:
+        model = copy.deepcopy(model)
+    packing.clear_all()
+    traced: dict[nn.Module, Traced] = {}
+    called: set[nn.Module] = set()  # Sequentials whose children another's program calls itself
+    for module in _containers(model):
+        if module not in called or isinstance(module, Fused):
+            traced[module] = trace_forward(module)
+            called.update(inlined(module, traced[module].parts))
+    for module, forward in traced.items():
+        if not forward.reason and module not in called and not isinstance(module, Fused):
+            stock: Any = type(module)
+            module.__class__ = accelerated_class(stock)
+    # Programs are written when all children are what they will be, for unknown code is treated with more care; children
+    # first, whose programs may become part of their parents'.
+    for module, forward in reversed(traced.items()):
+        if isinstance(module, Fused):
+            rebuild(module, forward)
+    return model
+
+
+def restore(model: M, inplace: bool = True) -> M:
+    """Undo ``accelerate``: every module gets its stock class back. Parameters and buffers are not touched.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    check_module(model)
+    if not inplace:
+        model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, Fused):
+            drop_state(module)
+            module.__class__ = type(module).stock_class
+    return model
+
+
+def _containers(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules with children and a Python forward of their own class, parents before children."""
+    for module in model.modules():
+        scripted = type(module).__module__.startswith("torch.jit")
+        if any(True for _ in module.children()) and not scripted and "forward" not in module.__dict__:
+            yield module
+
+
+# --- the classes ------------------------------------------------------------------------------------------------------
 
 
 def fused(cls: Any) -> Any:
@@ -27,16 +101,16 @@ def fused(cls: Any) -> Any:
         plan = network.plan_for(self, args, kwargs)
         if plan is not None:
             return plan.run(*args, *kwargs.values())
-        program = program_of(self)
-        if self.training and program is not None:
-            program = program.in_training
-        if program is not None and program.takes(args, kwargs) and not program.refusal(self):
-            return program.function(self, *args, **kwargs)
+        state = state_of(self)
+        if state is not None:
+            program = state.training if self.training else state.eval
+            if program.takes(args, kwargs) and not program.refusal(self):
+                return program.function(self, *args, **kwargs)
         return stock.forward(self, *args, **kwargs)
 
     def getstate(self: nn.Module) -> Any:
         state = super(cls, self).__getstate__()
-        return {k: v for k, v in state.items() if k != PROGRAM} if isinstance(state, dict) else state
+        return {k: v for k, v in state.items() if k != STATE} if isinstance(state, dict) else state
 
     def setstate(self: nn.Module, state: Any) -> None:
         super(cls, self).__setstate__(state)
@@ -45,7 +119,7 @@ def fused(cls: Any) -> Any:
     def prepare_scriptable(self: nn.Module) -> nn.Module:
         """What ``torch.jit.script`` compiles: the stock class, over the same parameters."""
         plain = stock.__new__(stock)
-        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != PROGRAM})
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != STATE})
         plain._modules = dict(self._modules)
         return plain
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from resnet_fast.accelerate import check_module
 from resnet_fast.graph.guard import Guard
 from resnet_fast.kernels import packing
-from resnet_fast.kernels.triton import planner
+from resnet_fast.kernels.triton.tuning import planner
 from resnet_fast.utils.devices import MissingDeviceError, gpu_missing
+from resnet_fast.utils.modules import check_module
 
 _WARM_UP_CALLS = 3  # the first compiles and packs, the second launches what was prepared
 

@@ -20,12 +20,14 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.graph import functional
-from resnet_fast.kernels.contract import Case
+from resnet_fast.graph import batch_norm, functional
+from resnet_fast.kernels.contract import Case, nhwc
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.kernels.reference import quantised as reference_quantised
 from resnet_fast.kernels.reference.quantised import MOST_PRODUCTS, RANGE, REAL
-from resnet_fast.ops import inference as ops
+from resnet_fast.ops.checks import check_images, check_shapes, geometry_of
+from resnet_fast.ops.dispatch import QUANTISED, conv_case, implementation
+from resnet_fast.ops.registry import register
 
 _packs = PackCache()
 
@@ -96,7 +98,7 @@ def conv_bn_act(
     x: Tensor,
     x_scale: float,
     conv: nn.Conv2d,
-    bn: functional.BatchNorm,
+    bn: batch_norm.BatchNorm,
     residual: Optional[Tensor] = None,
     residual_scale: float = 1.0,
     out_scale: float = 1.0,
@@ -127,7 +129,7 @@ def conv_bn_act(
     """
     _check_quantised("x", x)
     weight, weight_scale = _packs.get((conv.weight,), x.dtype, lambda: quantise_weight(conv.weight, x.dtype))
-    bn_scale, shift = functional.fold_batch_norm(bn, conv.bias)
+    bn_scale, shift = batch_norm.fold_batch_norm(bn, conv.bias)
     scale, shift = _packs.get(
         (weight_scale, bn_scale, shift),
         x_scale,
@@ -168,16 +170,18 @@ def _check_real(name: str, dtype: torch.dtype) -> None:
 
 # --- the ops ----------------------------------------------------------------------------------------------------------
 
-ops.library.define(
-    "conv_quantised(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, float residual_scale, "
-    "float out_scale, int[2] stride, int[2] padding, int[2] dilation, int groups, bool relu, ScalarType out_dtype) "
-    "-> Tensor"
-)
-ops.library.define("quantise(Tensor x, float scale, ScalarType dtype) -> Tensor")
-ops.library.define("dequantise(Tensor x, float scale, ScalarType dtype) -> Tensor")
+
+def _conv_quantised(*operands: Any) -> Tensor:
+    x, weight, scale, shift, residual, residual_scale, out_scale, *numbers, relu, out_dtype = operands
+    geometry = geometry_of(*numbers)
+    _conv_output(*operands)
+    serving = implementation(conv_case("conv_quantised", x, weight, geometry), x, QUANTISED)
+    return serving.conv_quantised(
+        x, weight, scale, shift, residual, residual_scale, out_scale, *geometry, relu, out_dtype
+    )
 
 
-def _conv_quantised(
+def _conv_output(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -191,36 +195,9 @@ def _conv_quantised(
     groups: int,
     relu: bool,
     out_dtype: torch.dtype,
-) -> Tensor:
-    stride, padding, dilation = ((pair[0], pair[-1]) for pair in (stride, padding, dilation))
-    geometry = (stride, padding, dilation)
-    out = _checked(x, weight, scale, shift, residual, residual_scale, out_scale, geometry, groups, out_dtype)
-    kernel = (weight.shape[2], weight.shape[3])
-    case = Case("conv_quantised", x.device.type, x.dtype, x.shape[1], out[1], kernel, *geometry, groups)
-    return _implementation(case, x).conv_quantised(
-        x, weight, scale, shift, residual, residual_scale, out_scale, *geometry, groups, relu, out_dtype
-    )
-
-
-def _implementation(case: Case, x: Tensor) -> Any:
-    return reference_quantised if x.numel() == 0 else ops.QUANTISED[ops.implementation_for(case, ops.QUANTISED)]
-
-
-def _checked(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Optional[Tensor],
-    residual_scale: float,
-    out_scale: float,
-    geometry: tuple[Any, Any, Any],
-    groups: int,
-    out_dtype: torch.dtype,
 ) -> list[Any]:
-    """Shape of the result."""
-    out = ops.conv_output(x.shape, weight.shape, *geometry)
-    ops.check_operands(x, weight, scale, shift, residual, groups, out)
+    """Shape of the result, all operands checked."""
+    out = check_shapes(x, weight, scale, shift, residual, geometry_of(stride, padding, dilation, groups))
     _check_quantised("x", x)
     if weight.dtype is not x.dtype:
         raise RuntimeError(f"weight is {weight.dtype}, expected the dtype of x, {x.dtype}")
@@ -244,25 +221,8 @@ def _checked(
     return out
 
 
-def _conv_quantised_fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Optional[Tensor],
-    residual_scale: float,
-    out_scale: float,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    relu: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    stride, padding, dilation = ((pair[0], pair[-1]) for pair in (stride, padding, dilation))
-    geometry = (stride, padding, dilation)
-    out = _checked(x, weight, scale, shift, residual, residual_scale, out_scale, geometry, groups, out_dtype)
-    return _empty(x, out, out_dtype)
+def _conv_quantised_fake(*operands: Any) -> Tensor:
+    return _empty(operands[0], _conv_output(*operands), operands[-1])
 
 
 def _empty(x: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
@@ -272,7 +232,7 @@ def _empty(x: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
 def _quantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     _check_quantise(x, scale, dtype)
     case = Case("quantise", x.device.type, dtype, x.shape[1], x.shape[1])
-    return _nhwc(_implementation(case, x).quantise(x, scale, dtype))
+    return nhwc(implementation(case, x, QUANTISED).quantise(x, scale, dtype))
 
 
 def _quantise_fake(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -281,7 +241,7 @@ def _quantise_fake(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _check_quantise(x: Tensor, scale: float, dtype: torch.dtype) -> None:
-    ops.check_images(x.shape)
+    check_images(x.shape)
     _check_real("x", x.dtype)
     _check_scale("scale", scale)
     if dtype not in RANGE:
@@ -291,7 +251,7 @@ def _check_quantise(x: Tensor, scale: float, dtype: torch.dtype) -> None:
 def _dequantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     _check_dequantise(x, scale, dtype)
     case = Case("dequantise", x.device.type, x.dtype, x.shape[1], x.shape[1])
-    return _nhwc(_implementation(case, x).dequantise(x, scale, dtype))
+    return nhwc(implementation(case, x, QUANTISED).dequantise(x, scale, dtype))
 
 
 def _dequantise_fake(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -300,25 +260,24 @@ def _dequantise_fake(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _check_dequantise(x: Tensor, scale: float, dtype: torch.dtype) -> None:
-    ops.check_images(x.shape)
+    check_images(x.shape)
     _check_quantised("x", x)
     _check_scale("scale", scale)
     _check_real("dtype", dtype)
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _no_gradient(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError("8-bit ops have no gradient; call them under torch.no_grad() or on detached tensors")
 
 
-for _name, _kernel, _fake in (
-    ("conv_quantised", _conv_quantised, _conv_quantised_fake),
-    ("quantise", _quantise, _quantise_fake),
-    ("dequantise", _dequantise, _dequantise_fake),
-):
-    ops.library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"resnet_fast::{_name}", _fake, lib=ops.library)
-    torch.library.register_autograd(f"resnet_fast::{_name}", _no_gradient, lib=ops.library)
+register(
+    "conv_quantised(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, float residual_scale, "
+    "float out_scale, int[2] stride, int[2] padding, int[2] dilation, int groups, bool relu, ScalarType out_dtype) "
+    "-> Tensor",
+    *(_conv_quantised, _conv_quantised_fake, None, _no_gradient),
+)
+register("quantise(Tensor x, float scale, ScalarType dtype) -> Tensor", _quantise, _quantise_fake, None, _no_gradient)
+register(
+    "dequantise(Tensor x, float scale, ScalarType dtype) -> Tensor",
+    *(_dequantise, _dequantise_fake, None, _no_gradient),
+)

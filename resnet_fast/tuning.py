@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.accelerate import check_module
-from resnet_fast.graph.program import Fused
-from resnet_fast.kernels.native import choices, library, planner
-from resnet_fast.kernels.triton import planner as gpu_planner
+from resnet_fast.graph.conditions import Fused
+from resnet_fast.kernels.native import abi, library, planner
+from resnet_fast.kernels.triton.tuning import planner as gpu_planner
+from resnet_fast.utils.modules import check_module
 
 _WARM_UP_CALLS = 2
 
@@ -76,7 +76,7 @@ def _tune_gpu(model: nn.Module, example_input: Tensor, calls: int) -> Tuning:
         model(example_input)
     if not problems:
         raise ValueError("model ran no convolution in the Triton kernels: see explain(model)")
-    from resnet_fast.kernels.triton import measuring  # imports Triton, which is there: it has run
+    from resnet_fast.kernels.triton.tuning import measuring  # imports Triton, which is there: it has run
 
     device = example_input.device
     timer = measuring.Events(device)
@@ -106,14 +106,15 @@ def _tune_cpu(model: nn.Module, example_input: Tensor, calls: int) -> Tuning:
                 if algorithm == planner.ONEDNN:  # the last; ours would be timed outside their plan here
                     wanted = timing.algorithm == planner.ONEDNN and key in shapes
                 else:
-                    wanted = timing.kind == library.CONV
+                    wanted = timing.kind == abi.CONV
                 if wanted:
                     shapes.setdefault(key, {}).setdefault(timing.algorithm, []).append(timing.seconds)
     if not shapes:
         raise ValueError("model ran no convolution in the native kernels: see explain(model)")
     result = Tuning([_choice(shape, times) for shape, times in shapes.items()])
     planner.changed()
-    choices.add({key: name for choice in result.choices for key, name in _kept(choice).items()})
+    kept = {key: name for choice in result.choices for key, name in _kept(choice).items()}
+    planner.choices.add(planner.machine(), kept)
     return result
 
 

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from resnet_fast import explain
-from resnet_fast.export.compare import error_limit
+from resnet_fast import explain, ops
 from resnet_fast.graph import functional
-from resnet_fast.kernels import native
 from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import library, planner
-from resnet_fast.ops import inference as ops
+from resnet_fast.utils.tolerance import error_limit
 
 WINOGRAD = 5e-5
 """Error that Winograd's algorithm may have in float32, relative to the largest result: its transforms add and subtract
@@ -57,13 +56,13 @@ def check_model(stock: nn.Module, fast: nn.Module, images: Tensor) -> Iterator[C
         reference = precise(images.double())
         for hook in hooks:
             hook.remove()
-        yield _check("model", "", type(stock).__name__, reference, stock(images), fast(images))
+        yield check_results("model", "", type(stock).__name__, reference, stock(images), fast(images))
         for row in rows:
             if row.path in inputs:
                 x = inputs.pop(row.path).float()
                 block = [model.get_submodule(row.path) for model in (precise, stock, fast)]
                 results = (block[0](x.double()), block[1](x.clone()), block[2](x.clone()))
-                yield _check("block", row.path, row.kind, *results)
+                yield check_results("block", row.path, row.kind, *results)
 
 
 def check_layers(stock: nn.Module, images: Tensor) -> Iterator[Check]:
@@ -81,7 +80,7 @@ def check_layers(stock: nn.Module, images: Tensor) -> Iterator[Check]:
             result = functional.conv_bn_act(x, conv, bn, relu=False)
             served = _served_by(case, x, conv)
             detail = f"{_geometry(conv, x)}: {served}"
-            yield _check("layer", path, detail, reference, bn(conv(x)), result, "winograd" in served)
+            yield check_results("layer", path, detail, reference, bn(conv(x)), result, "winograd" in served)
 
 
 def _served_by(case: Case, x: Tensor, conv: nn.Conv2d) -> str:
@@ -94,18 +93,19 @@ def _served_by(case: Case, x: Tensor, conv: nn.Conv2d) -> str:
     return f"native {planner.choose(shape, torch.get_num_threads())}"
 
 
-def _check(
+def check_results(
     kind: str, path: str, detail: str, reference: Tensor, stock: Tensor, fast: Tensor, winograd: bool = True
 ) -> Check:
+    """One comparison, of results that are there: ``reference`` in float64, ``stock`` and ``fast`` in float32.
+
+    ``winograd``: whether Winograd's algorithm may have served ``fast``.
+    """
     stock_error, error = ((result.double() - reference).abs().max().item() for result in (stock, fast))
     scale = reference.abs().max().item()
-    return Check(kind, path, detail, scale, stock_error, error, fused_limit(stock_error, reference, winograd))
-
-
-def fused_limit(stock_error: float, reference: Tensor, winograd: bool = True) -> float:
-    """``error_limit``; where Winograd's algorithm may serve, at least what it is allowed."""
     limit = error_limit(stock_error, reference)
-    return max(limit, WINOGRAD * reference.abs().max().item()) if winograd and not library.unavailable() else limit
+    if winograd and not library.unavailable():
+        limit = max(limit, WINOGRAD * scale)
+    return Check(kind, path, detail, scale, stock_error, error, limit)
 
 
 def _keep_input(module: nn.Module, path: str, inputs: dict[str, Tensor]) -> Any:

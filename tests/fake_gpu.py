@@ -16,7 +16,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 
 from resnet_fast.kernels import streams
-from resnet_fast.kernels.triton import launch
+from resnet_fast.kernels.triton import device, operands
 
 
 class Started(NamedTuple):
@@ -139,16 +139,17 @@ def _record_stream(tensor: torch.Tensor, stream: _Stream) -> None:
 
 @contextlib.contextmanager
 def installed() -> Iterator[Driver]:
-    """Makes a fake GPU of compute capability 9.0 the active one, for Triton, for ``launch`` and for streams."""
+    """Makes a fake GPU of compute capability 9.0 the active one, for Triton, for our plans and for streams."""
     fake = _driver
     fake.reset()
     fake.started = None
     active = driver._active
     with (
-        mock.patch.multiple(
-            launch,
-            architecture=lambda device: "sm_90",
-            allocate=lambda x, shape: torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last),
+        mock.patch.object(device, "architecture", return_value="sm_90"),
+        mock.patch.object(
+            operands,
+            "allocate",
+            lambda x, shape: torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last),
         ),
         mock.patch.object(nvidia, "PyKernelArg", lambda nested_tuple, type: type),
         mock.patch.object(streams, "current", fake.get_current_stream),

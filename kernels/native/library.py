@@ -1,4 +1,4 @@
-"""The compiled kernels, through ctypes (which releases the GIL during a call). ``src/abi.h`` says what things mean.
+"""The compiled kernels, through ctypes (which releases the GIL during a call). ``abi.py`` has their interface.
 
 The library is one file beside this one, made by ``setup.py`` where there is a C++ compiler. It is linked to the
 OpenMP runtime by the name that torch ships its own under: torch is imported first, so both share one pool of threads.
@@ -14,85 +14,11 @@ from typing import NamedTuple, Optional
 
 import torch  # before the library is loaded: see above
 
+from resnet_fast.kernels.native import abi
+from resnet_fast.kernels.native.abi import ALGORITHMS, Op, Pass, Shape, Weight
 from resnet_fast.kernels.packing import clear_all
 
-ABI = 3
 LIBRARY = Path(__file__).with_name("_native.so")
-
-FLOAT32, BFLOAT16 = range(2)
-CONV, MAX_POOL, AVG_POOL, ADD, TO_NHWC, TO_NCHW = range(6)
-ALGORITHMS = ("gemm", "winograd2", "winograd4", "grouped", "direct", "winograd_stem")
-"""By their number in the interface."""
-
-_int = ctypes.c_int32
-_SIZES = "n h w c p q k r s stride_h stride_w pad_h pad_w dilation_h dilation_w groups relu pool"
-
-
-class Shape(ctypes.Structure):
-    """``rf_shape``."""
-
-    _fields_ = [("dtype", _int), *((name, _int) for name in _SIZES.split())]
-
-
-class Weight(ctypes.Structure):
-    """``rf_weight``."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        *((stride, ctypes.c_int64) for stride in ("group", "k", "c", "r", "s")),
-        ("is_double", _int),
-        ("reserved", _int),
-    ]
-
-
-class Ref(ctypes.Structure):
-    """``rf_ref``: bytes from the start of a buffer; buffer -1 is none."""
-
-    _fields_ = [("buffer", _int), ("reserved", _int), ("offset", ctypes.c_int64)]
-
-
-class Op(ctypes.Structure):
-    """``rf_op``."""
-
-    _fields_ = [
-        ("kind", _int),
-        ("algorithm", _int),
-        ("shape", Shape),
-        ("reserved", _int),
-        ("packed", ctypes.c_void_p),
-        ("shift", ctypes.c_void_p),
-        ("x", Ref),
-        ("residual", Ref),
-        ("y", Ref),
-        ("x_scale", ctypes.c_void_p),
-        ("x_shift", ctypes.c_void_p),
-        *((name, _int) for name in ("y_h", "y_w", "step_h", "step_w")),
-    ]
-
-
-ACTIVATING = ("gemm", "winograd2", "winograd4")
-"""Algorithms that read their input through a prologue."""
-SPREADING = ("gemm",)
-"""Algorithms that write every so many pixels of an image."""
-
-NOWHERE = Ref(-1, 0, 0)
-
-TAIL, TAIL_POOL, STATISTICS, GATE, TAIL_POOL_BACKWARD, BN_BACKWARD = range(6)
-MOST_SUMS = 3
-_PASS_SIZES = "kind n h w c relu"
-_OPERANDS = "x residual gate y residual_y scale shift residual_scale residual_shift mean residual_mean slope result"
-
-
-class Pass(ctypes.Structure):
-    """``rf_pass``."""
-
-    _fields_ = [
-        *((name, _int) for name in _PASS_SIZES.split()),
-        *((name, ctypes.c_void_p) for name in _OPERANDS.split()),
-        ("sums", ctypes.c_void_p * MOST_SUMS),
-    ]
-
 
 _library: Optional[ctypes.CDLL] = None
 _reason: Optional[str] = None
@@ -114,42 +40,16 @@ def unavailable() -> Optional[str]:
         except OSError as error:
             _reason = f"the compiled kernels cannot be loaded: {error}"
             return _reason
-        if library.rf_abi() != ABI:
+        if library.rf_abi() != abi.ABI:
             found = library.rf_abi()
-            _reason = f"the compiled kernels have interface {found}, expected {ABI}: install the package again"
+            _reason = f"the compiled kernels have interface {found}, expected {abi.ABI}: install the package again"
             return _reason
-        _declare(library)
+        abi.declare(library)
         wanted = os.environ.get("RESNET_FAST_ISA")
         if wanted:
             _select(library, wanted, f"RESNET_FAST_ISA is {wanted!r}, expected one that this CPU runs:")
         _library = library
     return _reason
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    shape = ctypes.POINTER(Shape)
-    library.rf_variant_name.restype = ctypes.c_char_p
-    library.rf_supports.argtypes = [shape, ctypes.c_int]
-    library.rf_products.argtypes = [shape, ctypes.c_int]
-    library.rf_products.restype = ctypes.c_int64
-    library.rf_packed_bytes.argtypes = [shape, ctypes.c_int]
-    library.rf_packed_bytes.restype = ctypes.c_int64
-    library.rf_pack.argtypes = [shape, ctypes.c_int, ctypes.POINTER(Weight), ctypes.c_void_p, ctypes.c_int]
-    library.rf_pack.restype = None
-    pointers, seconds = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_double)
-    library.rf_run.argtypes = [ctypes.POINTER(Op), ctypes.c_int, pointers, ctypes.c_int, seconds]
-    library.rf_run.restype = None
-    library.rf_run_pass.argtypes = [ctypes.POINTER(Pass), ctypes.c_int]
-    library.rf_run_pass.restype = None
-    library.rf_same.argtypes = [pointers, ctypes.POINTER(_int), ctypes.c_int, ctypes.c_void_p]
-    library.rf_peak.argtypes = [ctypes.c_int]
-    library.rf_peak.restype = ctypes.c_double
-    pointer = ctypes.c_void_p
-    library.rf_wgrad_supports.argtypes = [shape, ctypes.c_int]
-    library.rf_wgrad.argtypes = [shape, ctypes.c_int, *[pointer] * 5, ctypes.c_int]
-    library.rf_wgrad.restype = None
-    library.rf_gram.argtypes = [shape, *[pointer] * 5, ctypes.c_int]
-    library.rf_gram.restype = None
 
 
 def _select(library: ctypes.CDLL, wanted: str, complaint: str) -> None:
@@ -286,7 +186,7 @@ class Probes:
     def __init__(self, addresses: list[int], lengths: list[int]) -> None:
         self._count = len(addresses)
         self._addresses = (ctypes.c_void_p * self._count)(*addresses)
-        self._lengths = (_int * self._count)(*lengths)
+        self._lengths = (ctypes.c_int32 * self._count)(*lengths)
         self._held = b"".join(map(ctypes.string_at, addresses, lengths))
 
     def __len__(self) -> int:
@@ -332,7 +232,7 @@ def run_other(convolve: Callable[[], torch.Tensor], shape: Callable[[], Shape], 
     start = time.perf_counter()
     y = convolve()
     seconds = time.perf_counter() - start
-    _recorder.append(Timing(CONV, shape(), algorithm, seconds))
+    _recorder.append(Timing(abi.CONV, shape(), algorithm, seconds))
     return y
 
 

@@ -1,19 +1,28 @@
 """Which algorithm serves a convolution: what was measured on this machine for its shape, else a rule.
 
-``resnet_fast.tune`` measures. The choices are kept in a file of the user's (``choices.py``), and hold for a CPU, a
-shape and a number of threads.
+``resnet_fast.tune`` measures. The choices are kept in a file of the user's and hold for a CPU, a shape and a
+number of threads.
 """
 
 import contextlib
+import functools
+import platform
 from collections.abc import Iterator
 from typing import Optional
 
-from resnet_fast.kernels.native import choices, library
-from resnet_fast.kernels.native.library import Shape
+import torch
+
+from resnet_fast.kernels.choices import Choices, own_version
+from resnet_fast.kernels.native import abi, library
+from resnet_fast.kernels.native.abi import Shape
+from resnet_fast.utils.cpuinfo import first_processor
 
 ONEDNN = "onednn"
-CANDIDATES = (*library.ALGORITHMS, ONEDNN)
+CANDIDATES = (*abi.ALGORITHMS, ONEDNN)
 """What ``choose`` may answer: our algorithms, and PyTorch's."""
+
+choices = Choices("cpu-choices.json")
+"""What was measured: an algorithm for each shape, ``describe``, of each ``machine()``."""
 
 version = 0
 """Rises whenever ``choose`` may answer differently: whoever keeps an answer keeps this number with it."""
@@ -38,12 +47,12 @@ def choose_native(shape: Shape, threads: int) -> str:
     algorithm = choose(shape, threads)
     if algorithm != ONEDNN:
         return algorithm
-    return _measured(planned(describe(shape, threads)), shape, library.ALGORITHMS) or _rule(shape, threads)
+    return _measured(planned(describe(shape, threads)), shape, abi.ALGORITHMS) or _rule(shape, threads)
 
 
 def _measured(key: str, shape: Shape, candidates: tuple[str, ...]) -> Optional[str]:
     """The choice that is kept under ``key``, unless it is none of the candidates or cannot serve ``shape``."""
-    measured = choices.measured(key)
+    measured = choices.measured(machine(), key)
     return measured if measured in candidates and supports(shape, measured) else None
 
 
@@ -81,6 +90,20 @@ def describe(shape: Shape, threads: int) -> str:
 def planned(key: str) -> str:
     """The key of the fastest algorithm of ours, for a shape that PyTorch is faster for."""
     return f"{key}, planned"
+
+
+@functools.cache
+def machine() -> str:
+    """All that a measurement depends on beside the shape: CPU, instruction set, versions."""
+    versions = f"resnet-fast {own_version()} (interface {abi.ABI}), torch {torch.__version__}"
+    return f"{_cpu()}, {library.variant()}, {versions}"
+
+
+def _cpu() -> str:
+    found = first_processor()
+    # The name alone is a family on some virtual machines.
+    numbers = [found[key] for key in ("cpu family", "model", "stepping") if key in found]
+    return " ".join([found.get("model name") or platform.processor() or platform.machine(), *numbers])
 
 
 # Seconds that a core takes for a multiply-add and for an element that is transformed, and all cores together for a byte

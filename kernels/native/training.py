@@ -9,7 +9,11 @@ A step reads every weight once forward and once back, and then changes it: packs
 that is kept.
 """
 
+import ctypes
+import functools
 import itertools
+import os
+import platform
 import threading
 from ctypes import c_void_p
 from typing import NamedTuple, Optional
@@ -17,13 +21,13 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Case
-from resnet_fast.kernels.native import LARGEST, conv_shape, library, memory, passes, planner
-from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
+from resnet_fast.kernels.contract import Affine, Case, Gate, Geometry, Gradient, Pair, nhwc
+from resnet_fast.kernels.native import abi, library, passes, planner
+from resnet_fast.kernels.native.abi import ALGORITHMS, NOWHERE, Op, Ref, Shape
+from resnet_fast.kernels.native.inference import LARGEST, conv_shape
 from resnet_fast.kernels.native.passes import bn_backward, tail, tail_backward, tail_pool, tail_pool_backward
 from resnet_fast.kernels.native.wgrad import gram, wgrad
 from resnet_fast.kernels.native.wgrad import refusal as wgrad_refusal
-from resnet_fast.kernels.reference.training import Affine, Gate, Geometry, Gradient, Pair
 
 _FORWARD = ("conv_statistics", "conv_affine")
 _BACKWARD = ("dgrad", "dgrad_expand")
@@ -132,7 +136,7 @@ def _upsampling(dy: torch.Size, weight: torch.Size, geometry: Geometry, x: torch
         return None
     (n, k, p, q), (_, c, h, w) = dy, x
     sizes = (n, p, q, k, h, w, c, *weight[2:], -2, -2, 0, 0, *geometry.dilation)
-    shape = Shape(library.FLOAT32, *sizes, geometry.groups, 0, 0)
+    shape = Shape(abi.FLOAT32, *sizes, geometry.groups, 0, 0)
     return shape if library.supports(shape, "winograd4") else None
 
 
@@ -157,7 +161,7 @@ def _parts(dy: torch.Size, weight: torch.Size, geometry: Geometry, x: torch.Size
     parts = []
     for i, j in itertools.product(high, wide):
         sizes = (n, p, q, k, i.size, j.size, c, i.window, j.window, 1, 1, i.padding, j.padding, *dilation)
-        shape = Shape(library.FLOAT32, *sizes, geometry.groups, 0, 0)
+        shape = Shape(abi.FLOAT32, *sizes, geometry.groups, 0, 0)
         parts.append(_Part((i.pixels, j.pixels), (every, every, i.taps, j.taps), shape))
     return parts
 
@@ -193,6 +197,25 @@ def _phases(size: int, window: int, stride: int, padding: int, dilation: int) ->
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_MOST = 2**31 - 1  # an int
+
+
+@functools.cache
+def _keep_freed() -> None:
+    """Have the process keep the memory that it frees, as a training step needs the same again.
+
+    glibc maps every image of 32 MiB and more anew and hands it back at once, and of smaller ones all beyond 64 MiB.
+    New pages cost a fault and are filled with zeros first: a tenth of a step of ResNet-50 at batch 16. What the user
+    has set in the environment stands.
+    """
+    chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if platform.libc_ver()[0] == "glibc" and not chosen:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MOST)
+        libc.mallopt(_M_TRIM_THRESHOLD, _MOST)
+
+
 class _Memory(threading.local):
     """For packs: one thread's, as large as its largest."""
 
@@ -221,26 +244,26 @@ def _convolve(
     ``out`` is what is returned: it may be the residual, and where ``pixels`` are named, the result is these pixels of
     it, and there is no residual.
     """
-    memory.keep_freed()
+    _keep_freed()
     threads = torch.get_num_threads()
     algorithm = planner.choose_native(shape, threads)
-    if prologue is not None and algorithm not in library.ACTIVATING:
+    if prologue is not None and algorithm not in abi.ACTIVATING:
         x, prologue = passes.activate(x, prologue), None
-    if out is not None and pixels is not None and algorithm not in library.SPREADING:
+    if out is not None and pixels is not None and algorithm not in abi.SPREADING:
         out[(..., *pixels)] = _convolve(shape, x, weight, scale, shift, prologue=prologue, backward=backward)
         return out
-    x = _nhwc(x)
+    x = nhwc(x)
     if out is None:
         size = (shape.n, shape.k, shape.p, shape.q)
         out = torch.empty(size, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     packed = library.pack(shape, algorithm, weight.to(x.dtype), scale, backward, threads, _memory.packed)
     _memory.packed = packed
-    op = Op(library.CONV, ALGORITHMS.index(algorithm), shape, 0, packed.data_ptr())
+    op = Op(abi.CONV, ALGORITHMS.index(algorithm), shape, 0, packed.data_ptr())
     shift = torch.zeros(shape.k, device="cpu") if shift is None else shift.to(x.dtype).contiguous()
     op.shift, op.x, op.y, op.residual = shift.data_ptr(), Ref(0, 0, 0), Ref(1, 0, 0), NOWHERE
     buffers = [x.data_ptr(), out.data_ptr()]
     if residual is not None:
-        residual, op.residual = _nhwc(residual), Ref(2, 0, 0)
+        residual, op.residual = nhwc(residual), Ref(2, 0, 0)
         buffers.append(residual.data_ptr())
     if prologue is not None:
         prologue = Affine(*(vector.to(x.dtype).contiguous() for vector in prologue))
@@ -252,7 +275,3 @@ def _convolve(
         op.y.offset = (rows.start * op.y_w + columns.start) * shape.k * out.element_size()
     library.run((Op * 1)(op), 1, (c_void_p * len(buffers))(*buffers), threads)
     return out
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)

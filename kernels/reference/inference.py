@@ -14,9 +14,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from resnet_fast.kernels.contract import Case
-
-Pair = tuple[int, int]
+from resnet_fast.kernels.contract import Case, Pair
 
 
 def supports(case: Case) -> Optional[str]:

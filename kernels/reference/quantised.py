@@ -27,9 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Case
-
-Pair = tuple[int, int]
+from resnet_fast.kernels.contract import Case, Pair
 
 RANGE = {torch.int8: (-128.0, 127.0), torch.float8_e4m3fn: (-448.0, 448.0)}
 """The quantised dtypes, and their lowest and highest numbers."""

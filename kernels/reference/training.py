@@ -1,6 +1,6 @@
 """The definition of the primitives that training is made of, in plain PyTorch.
 
-``resnet_fast/ops/block_passes.py`` composes them into the forward and backward pass of a residual block. An
+``resnet_fast/ops/block.py`` composes them into the forward and backward pass of a residual block. An
 implementation (``triton.training``, ``native.training``) has the functions below, or those of them that its
 ``supports(case)`` covers (``case.op`` is the function's name), and is checked against these in float64.
 
@@ -16,60 +16,18 @@ z (Ioffe and Szegedy 2015, section 3): ``dbeta = total = sum(g)``, ``dgamma = rs
 ``c = a * total / M``. Nothing divides by gamma, which may be 0.
 """
 
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Case
-
-Pair = tuple[int, int]
-
-
-class Geometry(NamedTuple):
-    """What a convolution is given beside its tensors."""
-
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
-
-
-class Affine(NamedTuple):
-    """``x * scale + shift``, both ``[C]``."""
-
-    scale: Tensor
-    shift: Tensor
-
-
-class Gate(NamedTuple):
-    """The ReLU that a convolution's input came through, for the gradient to go back through.
-
-    ``affine`` and ``mean`` are those of the batch norm before it, whose input the convolution's input then is (raw);
-    both are None where the convolution's input is the ReLU's result.
-    """
-
-    affine: Optional[Affine] = None
-    mean: Optional[Tensor] = None
-
-
-class Gradient(NamedTuple):
-    """A gradient ``g [N, C, H, W]``, and what batch norm's backward pass needs of it: see above."""
-
-    g: Tensor
-    total: Optional[Tensor] = None
-    product: Optional[Tensor] = None
+from resnet_fast.kernels.contract import Affine, Case, Gate, Geometry, Gradient, Pair, nhwc, wide
 
 
 def supports(case: Case) -> Optional[str]:
     """None: the definition covers every case."""
     return None
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype of vectors and statistics beside ``x``."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -126,12 +84,12 @@ def tail(
     z = _apply(y, affine)
     if residual is not None:
         z = z + (residual if residual_affine is None else _apply(residual, residual_affine))
-    return _nhwc((F.relu(z) if relu else z).to(y.dtype))
+    return nhwc((F.relu(z) if relu else z).to(y.dtype))
 
 
 def tail_pool(y: Tensor, affine: Affine) -> Tensor:
     """``max_pool2d(relu(y * scale + shift), 3, 2, 1)``: the stem's tail. NaN wins."""
-    return _nhwc(F.max_pool2d(activate(y, affine), 3, 2, 1))
+    return nhwc(F.max_pool2d(activate(y, affine), 3, 2, 1))
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -151,7 +109,7 @@ def tail_backward(
         ``Gradient`` with ``total``, and ``product`` against ``y`` if that is given; and the product against
         ``residual``, if that is given (a raw one).
     """
-    g = _nhwc(grad) if out is None else torch.ops.aten.threshold_backward(_nhwc(grad), out, 0)
+    g = nhwc(grad) if out is None else torch.ops.aten.threshold_backward(nhwc(grad), out, 0)
     values = g.to(wide(g))
     gradient = Gradient(g, values.sum((0, 2, 3)), None if y is None else _product(values, y, mean))
     return gradient, None if residual is None else _product(values, residual, residual_mean)
@@ -164,7 +122,7 @@ def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[T
     """
     a = activate(y, affine)
     _, indices = torch.ops.aten.max_pool2d_with_indices(a, [3, 3], [2, 2], [1, 1])
-    g = torch.ops.aten.max_pool2d_with_indices_backward(_nhwc(grad), a, [3, 3], [2, 2], [1, 1], [1, 1], False, indices)
+    g = torch.ops.aten.max_pool2d_with_indices_backward(nhwc(grad), a, [3, 3], [2, 2], [1, 1], [1, 1], False, indices)
     return _gated(g, y, Gate(affine, mean))
 
 
@@ -225,7 +183,7 @@ def wgrad(dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geo
 
 def activate(x: Tensor, affine: Optional[Affine]) -> Tensor:
     """What a prologue makes of ``x``: ``relu(x * scale + shift)`` in the dtype of ``x``; ``x`` itself without one."""
-    return x if affine is None else _nhwc(F.relu(_apply(x, affine)).to(x.dtype))
+    return x if affine is None else nhwc(F.relu(_apply(x, affine)).to(x.dtype))
 
 
 def _apply(x: Tensor, affine: Affine) -> Tensor:
@@ -234,8 +192,8 @@ def _apply(x: Tensor, affine: Affine) -> Tensor:
 
 def _gated(dx: Tensor, x: Tensor, gate: Optional[Gate]) -> Gradient:
     if gate is None:
-        return Gradient(_nhwc(dx))
-    g = torch.ops.aten.threshold_backward(_nhwc(dx), activate(x, gate.affine), 0)
+        return Gradient(nhwc(dx))
+    g = torch.ops.aten.threshold_backward(nhwc(dx), activate(x, gate.affine), 0)
     values = g.to(wide(g))
     return Gradient(g, values.sum((0, 2, 3)), None if gate.mean is None else _product(values, x, gate.mean))
 
@@ -246,12 +204,8 @@ def _product(g: Tensor, y: Tensor, mean: Optional[Tensor]) -> Tensor:
 
 
 def _conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    return _nhwc(F.conv2d(x, weight.to(x.dtype), None, *geometry))
+    return nhwc(F.conv2d(x, weight.to(x.dtype), None, *geometry))
 
 
 def _channels(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)

@@ -1,41 +1,20 @@
-"""GPU (NVIDIA and AMD): the inference ops as Triton kernels.
+"""GPU (NVIDIA and AMD): every op as Triton kernels, each in a file of its own together with its plan.
 
-    support.py    which cases are covered
-    launch.py     from tensors to launches: layout, packs, tiles, grid, output
-    prepared.py   launches kept, so that a repeated call is little Python
-    planner.py    what was measured: our tiles against PyTorch's convolutions (cudnn.py), timed by measuring.py
-    pack.py       the shapes in which the kernels want to read weights and images
-    problem.py    a convolution as the products that the kernels make of it
-    tiles.py      tile sizes per architecture and shape class, read from tiles/*.json
-    cost.py       the static model that these were made with; gpus.py has its data
-    conv.py, gemm.py, parts.py, pool.py, classifier.py, epilogue.py    the kernels
-    descriptor.py, conv_descriptor.py, gemm_descriptor.py    the same convolutions through tensor descriptors
-    chain.py, chain_launch.py    two convolutions in one kernel
-    training.py   the primitives of training, and what belongs to them
-    quantised.py  the ops on 8-bit numbers, and what belongs to them
+    table.py        the ops, the files of their kernels, and which cases are covered
+    device.py       which GPU it is, and what it can do
+    plan.py         launches that are decided and not started; operands.py: the tensors that they are given
+    prepared.py     launches kept, so that a repeated call is little Python
+    pack.py         the shapes in which the kernels want to read weights and images
+    tiles.py        tile sizes per architecture and shape class, read from tiles/*.json
+    cost_model/     the static model that these were made with
+    tuning/         what was measured: our tiles against PyTorch's convolutions
 
-Importing this package imports neither Triton nor a kernel; the first call of an op does. No file may have an op's name,
-since importing it would make it the package's attribute in the op's place.
+    forward.py      convolutions: which of the following kernels serves one; problem.py, convolution.py: one of them
+    gemm.py, conv.py, gemm_descriptor.py, conv_descriptor.py (descriptor.py), split_k.py, epilogue.py
+    pool.py, classifier.py, chain.py        what else there is in a network
+    prologue.py, statistics.py, gram.py, tail.py    what training adds to the forward pass
+    dgrad.py, wgrad.py, tail_backward.py, gradient_epilogue.py    the backward pass
+    conv_quantised.py, requantise.py, quantise.py    8-bit numbers
+
+Importing this package imports neither Triton nor a kernel; the first call of an op does.
 """
-
-import importlib
-from typing import Any
-
-from resnet_fast.kernels.triton.support import chain_pays, supports
-
-_OPS = {
-    "conv_bn_act": "launch",
-    "conv_chain": "chain_launch",
-    "stem": "launch",
-    "global_avg_pool": "launch",
-    "head": "launch",
-}
-
-__all__ = [*_OPS, "chain_pays", "supports"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _OPS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = getattr(importlib.import_module(f"{__name__}.{_OPS[name]}"), name)
-    return globals()[name]

@@ -8,12 +8,16 @@ and stores them (epilogue.py), and multiplies them, still on the chip and alread
 BN rows of the second weight that belong to them. The second product's sums are kept for all its columns.
 
 The price: a program holds all channels of its pixels on both narrow sides, which bounds their numbers (tiles.py), and
-there is one program for each tile of rows only, which is too few for a small image (``support.chain_pays``).
+there is one program for each tile of rows only, which is too few for a small image (``table.chain_pays``).
 """
+
+from torch import Tensor
 
 import triton
 import triton.language as tl
+from resnet_fast.kernels.triton import device, operands, pack, tiles
 from resnet_fast.kernels.triton.epilogue import finish_tile, store_columns
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -83,3 +87,47 @@ def chain_kernel(
     finish_tile(
         z, z_ptr, z_ptr, next_scale_ptr, next_shift_ptr, rows * L, row_mask, 0, L, BM, BL, SPLIT, False, True
     )  # fmt: skip
+
+
+def plan_conv_chain(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor,
+    next_weight: Tensor,
+    next_scale: Tensor,
+    next_shift: Tensor,
+    target: str,
+) -> Plan:
+    """Both convolutions.
+
+    Raises:
+        ValueError: the architecture has no tile for so many channels (see ``table.supports``).
+    """
+    n, c, h, w = x.shape
+    k, last, rows = weight.shape[0], next_weight.shape[0], n * h * w
+    precision = device.precision_of(x.dtype, target)
+    tile = tiles.pick_chain(target, precision, c, last)
+    if tile is None:
+        raise ValueError(f"no tile of {target} for {precision} takes {c} channels in and {last} out")
+    y, z = operands.allocate(x, (n, k, h, w)), operands.allocate(x, (n, last, h, w))
+    x, residual = operands.nhwc(x), operands.nhwc(residual)
+    scale, shift, next_scale, next_shift = map(operands.vector, (scale, shift, next_scale, next_shift))
+    constants = tile.constants(c, last)
+    packed = pack.weight(weight, x.dtype, 1, 1, constants["BK"])
+    next_packed = pack.weight(next_weight, x.dtype, 1, 1, tile.columns)
+    launch = Launch(
+        chain_kernel,
+        (ceil_div(rows, tile.rows),),
+        (x, packed, scale, shift, residual, y, next_packed, next_scale, next_shift, z, rows),
+        {
+            "C": c,
+            "K": k,
+            "L": last,
+            "PRECISION": device.dot_precision(x.dtype, target),
+            "INDEX64": operands.index64(x, y),
+            **constants,
+        },
+    )
+    return Plan((launch,), (y, z))

@@ -9,7 +9,7 @@ reads come from the cache. They are bytes that two launches (pool.py, then a mat
 
     again = (classes / BN - 1) * bytes of the images + (images - 1) * bytes of the weight
 
-``launch.plan_head`` fuses up to 8 MiB of them. At 4 TB/s from the cache, they would take two microseconds, about what
+``plan_head`` fuses up to 8 MiB of them. At 4 TB/s from the cache, they would take two microseconds, about what
 a second launch would cost; both are assumptions, nothing was measured. In float16 with 1000 classes and BN = 32:
 
     ResNet-18, 1 image      1.6 MB     ResNet-50, 1 image      6.2 MB    one launch
@@ -22,8 +22,19 @@ There is no matrix product to speak of in one image times a matrix, so no tensor
 float32. Two launches use them, as the second is a 1x1 convolution of one pixel.
 """
 
+from typing import Optional
+
+from torch import Tensor
+
 import triton
 import triton.language as tl
+from resnet_fast.kernels.triton import operands, pack, tiles
+from resnet_fast.kernels.triton.forward import plan_conv_bn_act
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
+from resnet_fast.kernels.triton.pool import plan_global_avg_pool
+
+_TILE = (64, 32, 256, 8)  # pixels, classes, channels, warps: a 7x7 image in one step, on any GPU
+_READ_AGAIN = 8 * 2**20  # bytes up to which the head is one launch
 
 
 @triton.jit(do_not_specialize=["PIXELS"])
@@ -76,3 +87,45 @@ def head_kernel(
     if HAS_BIAS:
         y += tl.load(bias_ptr + classes, mask=class_mask, other=0.0)
     tl.store(y_ptr + image * K + classes, y.to(y_ptr.dtype.element_ty), mask=class_mask)
+
+
+def head(x: Tensor, weight: Tensor, bias: Optional[Tensor], target: str) -> Tensor:
+    """See ``reference.head``."""
+    y = plan_head(x, weight, bias, target).run()
+    return y.squeeze_(3).squeeze_(2)  # not a view, which autograd would not let the caller change in place
+
+
+def plan_head(x: Tensor, weight: Tensor, bias: Optional[Tensor], target: str) -> Plan:
+    """In one launch or two; leaves ``[N, K, 1, 1]``."""
+    x = operands.nhwc(x)
+    n, c, h, w = x.shape
+    k = weight.shape[0]
+    bm, bn, bc, warps = _TILE
+    read_again = (ceil_div(k, bn) - 1) * x.nbytes + (n - 1) * k * c * x.element_size()
+    if read_again > _READ_AGAIN:
+        pool = plan_global_avg_pool(x, target)
+        ones, zeros = pack.constants(weight)
+        conv = plan_conv_bn_act(
+            pool.result, pack.as_conv(weight), ones, zeros if bias is None else pack.vector(bias), None,
+            (1, 1), (0, 0), (1, 1), 1, False, target,
+        )  # fmt: skip
+        return Plan((*pool.launches, *conv.launches), conv.result)
+    y = operands.allocate(x, (n, k, 1, 1))
+    bn = min(bn, max(16, tiles.power_of_two(k)))
+    bc = min(bc, max(16, tiles.power_of_two(c)))
+    launch = Launch(
+        head_kernel,
+        (ceil_div(k, bn), n),
+        (x, pack.matrix(weight, x.dtype), None if bias is None else pack.vector(bias), y, h * w),
+        {
+            "C": c,
+            "K": k,
+            "HAS_BIAS": bias is not None,
+            "INDEX64": operands.index64(x, y),
+            "BM": bm,
+            "BN": bn,
+            "BC": bc,
+            "num_warps": warps,
+        },
+    )
+    return Plan((launch,), y)

@@ -33,9 +33,12 @@ or 8 channels, so that the S taps of one row lie side by side. The kernel then s
 
 import triton
 import triton.language as tl
+from resnet_fast.kernels.triton import operands, pack
+from resnet_fast.kernels.triton.convolution import Convolution, end_of
 from resnet_fast.kernels.triton.epilogue import finish_tile
-from resnet_fast.kernels.triton.parts import store_part
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 from resnet_fast.kernels.triton.prologue import activate, load_affine
+from resnet_fast.kernels.triton.split_k import store_part
 from resnet_fast.kernels.triton.statistics import store_with_statistics
 
 
@@ -201,3 +204,35 @@ def conv_kernel(
             acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, rows * (GROUPS * K), row_mask, first_column,
             K, BM, BN, SPLIT, HAS_RESIDUAL, RELU,
         )  # fmt: skip
+
+
+def plan_conv(conv: Convolution) -> Plan:
+    (n, k, p, q), (h, w), (r, s) = conv.y.shape, conv.size, conv.kernel
+    tile, (stride, padding, dilation, groups) = conv.tile, conv.geometry
+    if conv.kind == "stem":
+        # Few channels: all taps of one kernel row side by side.
+        _, h, row, pixel = conv.x.shape
+        c, s, padding, row_unit = s * pixel, 1, (0, 0), pack.ROW_UNIT
+    else:
+        pixel = row_unit = conv.x.shape[1]
+        c, row = pixel // groups, w
+    k //= groups
+    end = end_of(conv, r * s * ceil_div(c, tile.reduction))
+    launch = Launch(
+        conv_kernel,
+        (ceil_div(n * p * q, tile.rows) * ceil_div(k, tile.columns), groups, end.parts),
+        (conv.x, conv.packed, *end.operands, n, h, w, row * pixel // row_unit, p, q),
+        {
+            "C": c,
+            "K": k,
+            "GROUPS": groups,
+            "R": r,
+            "S": s,
+            **operands.window(stride, padding, dilation),
+            "PIXEL": pixel,
+            "ROW_UNIT": row_unit,
+            **end.constants,
+            **tile.constants(),
+        },
+    )
+    return end.plan(conv, launch)

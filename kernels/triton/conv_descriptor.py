@@ -12,15 +12,21 @@ negative coordinates even: what is outside arrives as zero, which is just what p
                                                                           0 a b c      row 0, pixels -1 to 2
 
 The price is that boxes seldom divide an image: what a box sticks out over is computed and not stored. With boxes over
-several images the sides may be small, so that large batches have little of that (``descriptor.box``).
+several images the sides may be small, so that large batches have little of that (``box``).
 
 The position in the loop over (r, s, block of channels) is carried in counters, as in conv.py. That loop is long, so
 filling its pipeline anew for each tile matters less than in gemm_descriptor.py, and it is not flattened.
 """
 
+import functools
+import math
+
 import triton
 import triton.language as tl
+from resnet_fast.kernels.triton import descriptor
+from resnet_fast.kernels.triton.convolution import Convolution
 from resnet_fast.kernels.triton.epilogue import finish_tile
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 
 
 @triton.jit(do_not_specialize=["N", "P", "Q"])
@@ -104,3 +110,49 @@ def conv_descriptor_kernel(
             acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, rows * K, row_mask, first_column,
             K, BM, BN, SPLIT, HAS_RESIDUAL, RELU,
         )  # fmt: skip
+
+
+def plan_conv_descriptor(conv: Convolution) -> Plan:
+    """A convolution of stride 1 in one group."""
+    (n, c, h, w), (_, k, p, q), (r, s) = conv.x.shape, conv.y.shape, conv.kernel
+    tile, (_, padding, dilation, _), numbers = conv.tile, conv.geometry, conv.numbers()
+    sides = box(n, p, q, tile.rows)
+    boxes = math.prod(ceil_div(size, side) for size, side in zip((n, p, q), sides))
+    tf32 = numbers["PRECISION"] == "tf32"
+    image = descriptor.describe(conv.x, (n, h, w, c), (*sides, tile.reduction), tf32)
+    launch = Launch(
+        conv_descriptor_kernel,
+        (descriptor.programs(boxes * ceil_div(k, tile.columns), tile, conv.target, conv.x),),
+        (image, descriptor.weight(conv.packed, tile, tf32), *conv.epilogue(), n, p, q),
+        {
+            "C": c,
+            "K": k,
+            "R": r,
+            "S": s,
+            "PAD_H": padding[0],
+            "PAD_W": padding[1],
+            "DILATION_H": dilation[0],
+            "DILATION_W": dilation[1],
+            **conv.constants(),
+            **numbers,
+            "SPECIALISE": tile.kernel == "specialised",
+            "TN": sides[0],
+            "TH": sides[1],
+            "TW": sides[2],
+            **tile.constants(),
+        },
+    )
+    return Plan((launch,), conv.y, image=conv.image)
+
+
+@functools.lru_cache(maxsize=4096)
+def box(n: int, p: int, q: int, size: int) -> tuple[int, int, int]:
+    """Images, rows and pixels of a box of ``size`` output pixels, which is a power of two, for ``[n, p, q]`` of them.
+
+    The sides are powers of two as well. Of all such boxes, the one that covers the images with the fewest copies; of
+    several, over the fewest images, then the squarest, as its neighbours then read most of the same pixels.
+    56x56 at 128 pixels: 2 images of 8x8, nothing wasted; of a single image 8x16, an eighth wasted.
+    """
+    powers = [1 << i for i in range(size.bit_length())]
+    boxes = [(size // (th * tw), th, tw) for th in powers for tw in powers if th * tw <= size]
+    return min(boxes, key=lambda b: (-(-n // b[0]) * -(-p // b[1]) * -(-q // b[2]), b[0], max(b[1:])))

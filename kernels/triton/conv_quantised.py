@@ -17,9 +17,22 @@ precision, where pack.pixels pads to 4. Its result is quantised after the max-po
 and saturating keep the order of numbers, so that gives the same as a max-pool of quantised numbers.
 """
 
+from typing import Optional
+
+import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
+from resnet_fast.kernels.contract import Pair, output_size
+from resnet_fast.kernels.reference.quantised import RANGE
+from resnet_fast.kernels.triton import operands, pack, tiles
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 from resnet_fast.kernels.triton.requantise import finish_quantised_tile
+
+PRECISIONS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+"""The lists of tiles."""
+_SHORTEST = 32  # elements of the inner dimension that an 8-bit instruction takes at least
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q"])
@@ -158,3 +171,67 @@ def conv_quantised_kernel(
         acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, residual_scale, inverse_scale, rows * (GROUPS * K), row_mask,
         first_column, K, BM, BN, SPLIT, HAS_RESIDUAL, RELU, REQUANTISE,
     )  # fmt: skip
+
+
+def plan_conv_quantised(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Optional[Tensor],
+    residual_scale: float,
+    out_scale: float,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    relu: bool,
+    out_dtype: torch.dtype,
+    target: str,
+    tile: Optional[tiles.Tile] = None,
+) -> Plan:
+    """``target`` is the architecture to choose the tile for, unless one is given."""
+    n, c, h, w = x.shape
+    k, _, r, s = weight.shape
+    p, q = output_size((h, w), (r, s), stride, padding, dilation)
+    x, y, residual = operands.nhwc(x), operands.allocate(x, (n, k, p, q), out_dtype), operands.nhwc(residual)
+    merge = pack.merged(groups, c // groups)
+    groups_before, groups = groups, groups // merge
+    c, k = c // groups, k // groups
+    tile = tile or tiles.pick(target, PRECISIONS[x.dtype], n * p * q, k, max(c, _SHORTEST), groups)
+    packed = pack.weight(weight, x.dtype, groups_before, merge, tile.reduction)
+    launch = Launch(
+        conv_quantised_kernel,
+        (ceil_div(n * p * q, tile.rows) * ceil_div(k, tile.columns), groups),
+        (
+            x, packed, operands.vector(scale), operands.vector(shift), y if residual is None else residual, y,
+            float(residual_scale), 1 / out_scale, n, h, w, p, q,
+        ),
+        {
+            "C": c,
+            "K": k,
+            "GROUPS": groups,
+            "R": r,
+            "S": s,
+            **operands.window(stride, padding, dilation),
+            "HAS_RESIDUAL": residual is not None,
+            "RELU": relu,
+            "REQUANTISE": out_dtype in RANGE,
+            "INDEX64": operands.index64(x, y),
+            **tile.constants(),
+            "UNROLL": _unrolled(target),
+        },
+    )  # fmt: skip
+    return Plan((launch,), y)
+
+
+def _unrolled(target: str) -> int:
+    """How many steps of the loop are written out as one.
+
+    In a loop of one product, for sm_8x, Triton 3.8 carries the first slice of both operands from step to step in
+    registers, one for every 8-bit number: 254 registers and 442 instructions for 64 products of a tile of 128 x 128 x
+    128. A loop of two products it leaves alone: 146 registers and 196 instructions for as many. On sm_120, whose
+    instructions are the same, it saves some of what a step costs beside its products. The others have instructions that
+    read shared memory themselves, and larger steps.
+    """
+    return 2 if target.startswith(("sm_8", "sm_12")) else 1

@@ -1,4 +1,4 @@
-"""Convolutions whose kernels read through tensor descriptors: which they are, and what they are launched with.
+"""Convolutions whose kernels read through tensor descriptors: which they are, the descriptors, the programs.
 
 A tile asks for them by the name of its ``kernel``: "descriptors", or "specialised", the same kernels with their warps
 specialised (gemm_descriptor.py). They are for inference at stride 1. Where they cannot serve, ``refusal`` says why, and
@@ -7,13 +7,11 @@ the pointer kernel takes the same tile; so a tile must also fit that one.
 
 import functools
 import math
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 
 from resnet_fast.kernels.triton import tiles
-from resnet_fast.kernels.triton.conv_descriptor import conv_descriptor_kernel
-from resnet_fast.kernels.triton.gemm_descriptor import gemm_descriptor_kernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # NVIDIA's compute capabilities. The copy engine came with 9.0. What Triton specialises well are programs whose sums lie
@@ -22,8 +20,6 @@ _CAPABILITIES = {"descriptors": range(90, 1000), "specialised": range(100, 120)}
 
 _ALIGNMENT = 16  # bytes, of a descriptor's address and strides
 _COORDINATES = 2**31  # they are int32
-
-_Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]  # kernel, grid, arguments, constants
 
 
 def refusal(
@@ -65,84 +61,6 @@ def refusal(
     return None
 
 
-def gemm(
-    tile: tiles.Tile,
-    target: str,
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    operands: tuple[torch.Tensor, ...],
-    constants: dict[str, Any],
-) -> _Launch:
-    """The launch of a 1x1 convolution without padding. operands: scale, shift, residual, y."""
-    n, c, h, w = x.shape
-    k, rows = packed.shape[0], n * h * w
-    work = -(-rows // tile.rows) * -(-k // tile.columns)
-    tf32 = constants["PRECISION"] == "tf32"
-    return (
-        gemm_descriptor_kernel,
-        (programs(work, tile, target, x),),
-        (_descriptor(x, (rows, c), (tile.rows, tile.reduction), tf32), _weight(packed, tile, tf32), *operands, rows),
-        {"C": c, "K": k, **constants, "SPECIALISE": tile.kernel == "specialised", **tile.constants()},
-    )
-
-
-def conv(
-    tile: tiles.Tile,
-    target: str,
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    operands: tuple[torch.Tensor, ...],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    constants: dict[str, Any],
-) -> _Launch:
-    """The launch of any other. operands: scale, shift, residual, y."""
-    n, c, h, w = x.shape
-    k, r, s, _ = packed.shape
-    p, q = operands[-1].shape[2:]
-    sides = box(n, p, q, tile.rows)
-    boxes = math.prod(-(-size // side) for size, side in zip((n, p, q), sides))
-    tf32 = constants["PRECISION"] == "tf32"
-    return (
-        conv_descriptor_kernel,
-        (programs(boxes * -(-k // tile.columns), tile, target, x),),
-        (
-            _descriptor(x, (n, h, w, c), (*sides, tile.reduction), tf32),
-            _weight(packed, tile, tf32),
-            *operands, n, p, q,
-        ),
-        {
-            "C": c,
-            "K": k,
-            "R": r,
-            "S": s,
-            "PAD_H": padding[0],
-            "PAD_W": padding[1],
-            "DILATION_H": dilation[0],
-            "DILATION_W": dilation[1],
-            **constants,
-            "SPECIALISE": tile.kernel == "specialised",
-            "TN": sides[0],
-            "TH": sides[1],
-            "TW": sides[2],
-            **tile.constants(),
-        },
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=4096)
-def box(n: int, p: int, q: int, size: int) -> tuple[int, int, int]:
-    """Images, rows and pixels of a box of ``size`` output pixels, which is a power of two, for ``[n, p, q]`` of them.
-
-    The sides are powers of two as well. Of all such boxes, the one that covers the images with the fewest copies; of
-    several, over the fewest images, then the squarest, as its neighbours then read most of the same pixels.
-    56x56 at 128 pixels: 2 images of 8x8, nothing wasted; of a single image 8x16, an eighth wasted.
-    """
-    powers = [1 << i for i in range(size.bit_length())]
-    boxes = [(size // (th * tw), th, tw) for th in powers for tw in powers if th * tw <= size]
-    return min(boxes, key=lambda b: (-(-n // b[0]) * -(-p // b[1]) * -(-q // b[2]), b[0], max(b[1:])))
-
-
 def programs(work: int, tile: tiles.Tile, target: str, x: torch.Tensor) -> int:
     """How many programs go through ``work`` tiles: as many as run side by side on the GPU.
 
@@ -164,12 +82,12 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _weight(packed: torch.Tensor, tile: tiles.Tile, tf32: bool) -> TensorDescriptor:
+def weight(packed: torch.Tensor, tile: tiles.Tile, tf32: bool) -> TensorDescriptor:
     k = packed.shape[0]
-    return _descriptor(packed, (k, packed.numel() // k), (tile.columns, tile.reduction), tf32)
+    return describe(packed, (k, packed.numel() // k), (tile.columns, tile.reduction), tf32)
 
 
-def _descriptor(x: torch.Tensor, shape: tuple[int, ...], block: tuple[int, ...], tf32: bool) -> TensorDescriptor:
+def describe(x: torch.Tensor, shape: tuple[int, ...], block: tuple[int, ...], tf32: bool) -> TensorDescriptor:
     """Of a contiguous ``x``, taken as of ``shape``. tf32: the copy rounds to it; matrix instructions would truncate."""
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     return TensorDescriptor(x, list(shape), strides, list(block), round_f32_to_tf32=tf32)

@@ -17,10 +17,22 @@ same accumulators, before the first one. Both matrices may be small numbers, for
 come multiplied by a power of two, which is taken out of the accumulators in between and at the end.
 """
 
+import math
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from resnet_fast.kernels.triton.gate import finish_gradient
+from resnet_fast.kernels.contract import Affine, Gate, Geometry, Gradient, Pair
+from resnet_fast.kernels.triton import device, operands, pack, tiles
+from resnet_fast.kernels.triton.gradient_epilogue import finish_gradient, plan_sum_rows
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 from resnet_fast.kernels.triton.prologue import activate, load_affine
+
+_SMALLEST = 2.0**-64  # of the largest numbers of dgrad_expand's matrices, which are made about 1
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q"])
@@ -74,7 +86,8 @@ def dgrad_kernel(
 
     C and K count the channels of one group. dy [N, P, Q, GROUPS * K]; w [GROUPS * C, R, S, ceil(K / BK) * BK] and
     q [C, ceil(C / BK) * BK], zero beyond K and C, to be multiplied by w_factor and q_factor [1]; x, residual, g
-    [N, H, W, GROUPS * C]; sums [1 or 2, tiles, GROUPS * C], see gate.py. STEP: taps from one of a class to its next.
+    [N, H, W, GROUPS * C]; sums [1 or 2, tiles, GROUPS * C], see gradient_epilogue.py. STEP: taps from one of a class to
+    its next.
     """
     COLUMN_TILES: tl.constexpr = (C + BN - 1) // BN
     BLOCKS: tl.constexpr = (K + BK - 1) // BK
@@ -232,3 +245,136 @@ def _subtract_input(
         acc = tl.dot(a, q, acc, input_precision=PRECISION)
     c = tl.load(c_ptr + columns, mask=columns < C, other=0.0)
     return -acc * q_factor - tl.where(taps > 0, c, 0.0)[None, :]
+
+
+def plan_dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    x: Tensor,
+    gate: Optional[Gate],
+    residual: Optional[Tensor],
+    target: str,
+) -> Plan:
+    k, c, groups = weight.shape[0], x.shape[1], geometry.groups
+    merge = pack.merged(groups, max(c, k) // groups)
+    geometry = geometry._replace(groups=groups // merge)
+    tile = _tile(target, x, k, geometry)
+    exchanged = weight.unflatten(0, (groups, k // groups)).transpose(1, 2).flatten(0, 1)
+    packed = pack.weight(exchanged, x.dtype, groups, merge, tile.reduction)
+    return _plan(dy, packed, weight.shape[2:], geometry, x, None, gate, residual, tile, target)
+
+
+def plan_dgrad_expand(
+    g: Tensor,
+    weight: Tensor,
+    q: Tensor,
+    c: Tensor,
+    stride: Pair,
+    x: Tensor,
+    prologue: Optional[Affine],
+    gate: Optional[Gate],
+    residual: Optional[Tensor],
+    target: str,
+) -> Plan:
+    """``weight`` and ``q`` are rounded to the dtype of ``x``, without loss of small numbers."""
+    geometry = Geometry(stride)
+    tile = _tile(target, x, weight.shape[0], geometry)
+    packed, w_factor = _scaled(weight, x.dtype, tile.reduction)
+    packed_q, q_factor = _scaled(q, x.dtype, tile.reduction)
+    second = _Second(prologue, packed_q, operands.vector(c), w_factor, q_factor)
+    return _plan(g, packed, (1, 1), geometry, x, second, gate, residual, tile, target)
+
+
+class _Second(NamedTuple):
+    """The second product of ``dgrad_expand``."""
+
+    prologue: Optional[Affine]
+    q: Tensor
+    c: Tensor
+    w_factor: Tensor
+    q_factor: Tensor
+
+
+def _plan(
+    dy: Tensor,
+    packed: Tensor,
+    kernel: tuple[int, ...],
+    geometry: Geometry,
+    x: Tensor,
+    second: Optional[_Second],
+    gate: Optional[Gate],
+    residual: Optional[Tensor],
+    tile: tiles.Tile,
+    target: str,
+) -> Plan:
+    dy, x = operands.nhwc(dy), operands.nhwc(x)
+    n, c, h, w = x.shape
+    k, p, q = dy.shape[1:]
+    stride, padding, dilation, groups = geometry
+    classes = stride[0] * stride[1]
+    row_tiles = ceil_div(_class_pixels(x, stride), tile.rows)
+    g = operands.allocate(x, (n, c, h, w))
+    prologue = None if second is None else second.prologue
+    affine, mean = gate or (None, None)
+    # A kernel does not read what is None, but without a gate it still computes where its row of sums would be.
+    sums = g if gate is None else operands.allocate_floats(x, (1 if mean is None else 2, classes * row_tiles, c))
+    launch = Launch(
+        dgrad_kernel,
+        (row_tiles * ceil_div(c // groups, tile.columns), classes, groups),
+        (
+            dy, packed, x, operands.nhwc(residual), g, *operands.vectors(prologue),
+            *((None,) * 4 if second is None else second[1:]),
+            *operands.vectors(affine), operands.vector(mean), sums, n, h, w, p, q,
+        ),
+        {
+            "C": c // groups,
+            "K": k // groups,
+            "GROUPS": groups,
+            "R": kernel[0],
+            "S": kernel[1],
+            **operands.window(stride, padding, dilation),
+            "STEP_H": stride[0] // math.gcd(stride[0], dilation[0]),
+            "STEP_W": stride[1] // math.gcd(stride[1], dilation[1]),
+            "EXPAND": second is not None,
+            "PROLOGUE": prologue is not None,
+            "HAS_RESIDUAL": residual is not None,
+            "GATE": gate is not None,
+            "AFFINE": affine is not None,
+            "PRODUCT": mean is not None,
+            "PRECISION": device.dot_precision(x.dtype, target),
+            "INDEX64": operands.index64(dy, x),
+            **tile.constants(split=False),
+        },
+    )  # fmt: skip
+    if gate is None:
+        return Plan((launch,), Gradient(g))
+    total = plan_sum_rows(sums, target)
+    return Plan((launch, *total.launches), Gradient(g, *total.result))
+
+
+def _tile(target: str, x: Tensor, k: int, geometry: Geometry) -> tiles.Tile:
+    stride, groups = geometry.stride, geometry.groups
+    programs = stride[0] * stride[1] * groups
+    key = f"dgrad_{device.precision_of(x.dtype, target)}"
+    return tiles.pick(target, key, _class_pixels(x, stride), x.shape[1] // groups, k // groups, programs)
+
+
+def _class_pixels(x: Tensor, stride: Pair) -> int:
+    """How many pixels of ``x`` one class has."""
+    n, _, h, w = x.shape
+    return n * ceil_div(h, stride[0]) * ceil_div(w, stride[1])
+
+
+def _scaled(matrix: Tensor, dtype: torch.dtype, block: int) -> tuple[Tensor, Tensor]:
+    """``[rows, columns]`` -> ``[columns, rows]`` in ``dtype``, divided by a power of two, rows padded with zeros to a
+    multiple of ``block``; and the power of two.
+
+    It brings the largest number to between a half and 1: float16 holds numbers below 6e-5 with fewer digits.
+    """
+    matrix = matrix.detach().float()
+    largest = matrix.abs().amax().clamp(min=_SMALLEST)
+    factor = largest / torch.frexp(largest).mantissa
+    factor = torch.where(factor.isfinite(), factor, 1.0).reshape(1)
+    packed = (matrix / factor).to(dtype).t()
+    return operands.vector(F.pad(packed, (0, -packed.shape[1] % block))), operands.vector(factor)

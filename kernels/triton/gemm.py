@@ -12,9 +12,11 @@ them; the weight is small enough to stay there anyway.
 
 import triton
 import triton.language as tl
+from resnet_fast.kernels.triton.convolution import Convolution, end_of
 from resnet_fast.kernels.triton.epilogue import finish_tile
-from resnet_fast.kernels.triton.parts import store_part
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 from resnet_fast.kernels.triton.prologue import activate, load_affine
+from resnet_fast.kernels.triton.split_k import store_part
 from resnet_fast.kernels.triton.statistics import store_with_statistics
 
 
@@ -100,3 +102,17 @@ def gemm_kernel(
             acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, rows * K, row_mask, first_column,
             K, BM, BN, SPLIT, HAS_RESIDUAL, RELU,
         )  # fmt: skip
+
+
+def plan_gemm(conv: Convolution) -> Plan:
+    """A 1x1 convolution of stride 1 without padding or groups."""
+    (_, c, *_), (n, k, p, q) = conv.x.shape, conv.y.shape
+    tile, rows = conv.tile, n * p * q
+    end = end_of(conv, ceil_div(c, tile.reduction))
+    launch = Launch(
+        gemm_kernel,
+        (ceil_div(rows, tile.rows) * ceil_div(k, tile.columns), end.parts),
+        (conv.x, conv.packed, *end.operands, rows),
+        {"C": c, "K": k, **end.constants, **tile.constants()},
+    )
+    return end.plan(conv, launch)

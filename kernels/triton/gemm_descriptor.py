@@ -20,7 +20,10 @@ The result is stored, and the residual read, through pointers, by the epilogue o
 
 import triton
 import triton.language as tl
+from resnet_fast.kernels.triton import descriptor
+from resnet_fast.kernels.triton.convolution import Convolution
 from resnet_fast.kernels.triton.epilogue import finish_tile
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -72,3 +75,19 @@ def gemm_descriptor_kernel(
             acc, y_ptr, residual_ptr, scale_ptr, shift_ptr, rows * K, row_mask, first_column,
             K, BM, BN, SPLIT, HAS_RESIDUAL, RELU,
         )  # fmt: skip
+
+
+def plan_gemm_descriptor(conv: Convolution) -> Plan:
+    """A 1x1 convolution of stride 1 without padding or groups."""
+    (n, c, h, w), k, tile = conv.x.shape, conv.y.shape[1], conv.tile
+    rows, numbers = n * h * w, conv.numbers()
+    work = ceil_div(rows, tile.rows) * ceil_div(k, tile.columns)
+    tf32 = numbers["PRECISION"] == "tf32"
+    image = descriptor.describe(conv.x, (rows, c), (tile.rows, tile.reduction), tf32)
+    launch = Launch(
+        gemm_descriptor_kernel,
+        (descriptor.programs(work, tile, conv.target, conv.x),),
+        (image, descriptor.weight(conv.packed, tile, tf32), *conv.epilogue(), rows),
+        {"C": c, "K": k, **conv.constants(), **numbers, "SPECIALISE": tile.kernel == "specialised", **tile.constants()},
+    )
+    return Plan((launch,), conv.y, image=conv.image)

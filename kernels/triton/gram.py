@@ -9,8 +9,16 @@ that is near the mean, which changes no covariance: that of its first pixels. Pr
 shifting would round. Sums over one program's rows are float32, and from there on everything is float64.
 """
 
+from typing import Optional
+
+import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
+from resnet_fast.kernels.contract import Affine, Pair
+from resnet_fast.kernels.triton import operands, tiles
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 from resnet_fast.kernels.triton.prologue import activate, load_affine
 
 
@@ -225,3 +233,47 @@ def covariance_kernel(
     upper = mask & (rows[:, None] <= columns[None, :])
     tl.store(out_ptr + rows[:, None] * C + columns[None, :], covariance, mask=upper)
     tl.store(out_ptr + columns[None, :] * C + rows[:, None], covariance, mask=upper)
+
+
+def plan_gram(x: Tensor, prologue: Optional[Affine], stride: Pair, target: str) -> Plan:
+    """Products of chunks of pixels, then their sum: mean ``[C]`` and covariance ``[C, C]``."""
+    data = tiles.load(target)
+    bn, bp, warps, stages = data["gram"]["ieee" if x.dtype == torch.float32 else "half"]
+    x = operands.nhwc(x)
+    n, c, h, w = x.shape
+    p, q = (h - 1) // stride[0] + 1, (w - 1) // stride[1] + 1
+    rows = n * p * q
+    bn = min(bn, max(16, tiles.power_of_two(c)))
+    blocks = ceil_div(c, bn)
+    # Two programs for every multiprocessor; a chunk is a whole number of steps of BP pixels.
+    chunks = max(1, 2 * data["multiprocessors"] // (blocks * (blocks + 1) // 2))
+    chunk = ceil_div(ceil_div(rows, chunks), bp) * bp
+    chunks = ceil_div(rows, chunk)
+    products = operands.allocate_floats(x, (chunks, c, c))
+    sums = operands.allocate_floats(x, (chunks, c))
+    pivot = operands.allocate_floats(x, (c,)) if x.dtype == torch.float32 else None
+    statistics = operands.allocate_floats(x, (1 + c, c))
+    multiply = Launch(
+        gram_kernel,
+        (blocks**2, chunks),
+        (x, *operands.vectors(prologue), products, sums, pivot, rows, chunk, h, w, p, q),
+        {
+            "C": c,
+            "STRIDE_H": stride[0],
+            "STRIDE_W": stride[1],
+            "PROLOGUE": prologue is not None,
+            "INDEX64": operands.index64(x, x),
+            "BN": bn,
+            "BP": bp,
+            "num_warps": warps,
+            "num_stages": stages,
+        },
+    )
+    bm, bn, warps = data["covariance"]
+    add = Launch(
+        covariance_kernel,
+        (ceil_div(c, bm), ceil_div(c, bn)),
+        (products, sums, pivot, statistics, rows, chunks),
+        {"C": c, "PIVOT": pivot is not None, "BM": bm, "BN": bn, "num_warps": warps},
+    )
+    return Plan((multiply, add), (statistics[0], statistics[1:]))

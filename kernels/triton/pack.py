@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from resnet_fast.kernels.packing import PackCache
 
+STEM_CHANNELS = 8  # so few that ``pixels`` takes them
 _GROUP_WIDTH = 32  # channels: a tensor core instruction is 16 wide, a memory sector 16 halves
 ROW_UNIT = 16  # elements to which a row of a padded image is rounded up, so that every row starts aligned
 

@@ -3,8 +3,15 @@
 Both only move data. Programs take blocks of channels, which are contiguous, times blocks of pixels.
 """
 
+from typing import Optional
+
+from torch import Tensor
+
 import triton
 import triton.language as tl
+from resnet_fast.kernels.contract import Affine
+from resnet_fast.kernels.triton import operands, tiles
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 from resnet_fast.kernels.triton.prologue import load_affine
 
 
@@ -85,3 +92,40 @@ def average_pool_kernel(
         total += tl.load(x_tile + first * C, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(total, axis=0) / PIXELS
     tl.store(y_ptr + image * C + channels, mean.to(y_ptr.dtype.element_ty), mask=channel_mask)
+
+
+def plan_tail_pool(y: Tensor, affine: Optional[Affine], target: str) -> Plan:
+    """The max-pool of ``relu(y * scale + shift)``, or of y itself."""
+    y = operands.nhwc(y)
+    n, c, h, w = y.shape
+    p, q = (h - 1) // 2 + 1, (w - 1) // 2 + 1
+    pooled = operands.allocate(y, (n, c, p, q))
+    bm, bn, warps = tiles.load(target)["max_pool"]
+    launch = Launch(
+        max_pool_kernel,
+        (ceil_div(n * p * q, bm), ceil_div(c, bn)),
+        (y, *operands.vectors(affine), pooled, n, h, w, p, q),
+        {
+            "C": c,
+            "PROLOGUE": affine is not None,
+            "INDEX64": operands.index64(y, pooled),
+            "BM": bm,
+            "BN": bn,
+            "num_warps": warps,
+        },
+    )
+    return Plan((launch,), pooled)
+
+
+def plan_global_avg_pool(x: Tensor, target: str) -> Plan:
+    x = operands.nhwc(x)
+    n, c, h, w = x.shape
+    y = operands.allocate(x, (n, c, 1, 1))
+    bm, bn, warps = tiles.load(target)["average_pool"]
+    launch = Launch(
+        average_pool_kernel,
+        (n, ceil_div(c, bn)),
+        (x, y, h * w),
+        {"C": c, "INDEX64": operands.index64(x, y), "BM": bm, "BN": bn, "num_warps": warps},
+    )
+    return Plan((launch,), y)

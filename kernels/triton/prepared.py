@@ -21,7 +21,7 @@ from typing import Any, Optional
 import torch
 
 from resnet_fast.kernels import packing, streams
-from resnet_fast.kernels.triton import planner
+from resnet_fast.kernels.triton.tuning import planner
 
 Call = Callable[[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor], Optional[torch.Tensor]]
 """Takes x, the residual, scale and shift, gives the result, or None where the call has to be decided anew.
@@ -193,16 +193,16 @@ def _key(
 
 
 def launches_of(
-    plans: Sequence[Any],
+    plan: Any,
     compiled: Sequence[Any],
     residual: Optional[torch.Tensor],
     scale: torch.Tensor,
     shift: torch.Tensor,
 ) -> Optional[Call]:
-    """``plans``, of the kind ``launch.Plan``, prepared for other images, scales and shifts of the same shapes.
+    """``plan``, of the kind ``plan.Plan``, prepared for other images, scales and shifts of the same shapes.
 
-    They were launched in this order as the binaries ``compiled``, and the last one's output is the result. A workspace
-    is allocated in every call, as the output is.
+    Its launches were the binaries ``compiled``, and its result is one tensor. A workspace is allocated in every call,
+    as the result is.
 
     A tensor descriptor of the image, which holds its address, is made anew in every call; Triton encodes it.
 
@@ -211,22 +211,21 @@ def launches_of(
     """
     import triton
 
-    image_of, y = plans[0].image, plans[-1].output
+    image_of, y, workspaces = plan.image, plan.result, plan.workspaces
     if image_of is None or not all(isinstance(one, triton.compiler.CompiledKernel) for one in compiled):
         return None
-    workspaces = [plan.workspace for plan in plans if plan.workspace is not None]
-    first = plans[0].args[0]
+    first = plan.launches[0].args[0]
     described = first if hasattr(first, "block_shape") else None
     images = [first if described is None else described.base, y, residual, None, None, *workspaces]
     vectors = {"scale_ptr": (_SCALE, scale.data_ptr()), "shift_ptr": (_SHIFT, shift.data_ptr())}
     if images[0].dtype != y.dtype:
         return None
     starts, owners, seen = [], [], set()
-    for plan, binary in zip(plans, compiled):
-        names = plan.kernel.arg_names
-        given = dict(zip(names, plan.args)) | plan.constants
+    for number, (launch, binary) in enumerate(zip(plan.launches, compiled)):
+        kernel, names = launch.kernel, launch.kernel.arg_names
+        given = dict(zip(names, launch.args)) | launch.constants
         simple = all(isinstance(kind, str) for kind in binary.src.signature.values())
-        if not simple or plan.kernel.launch_metadata is not None or not all(name in given for name in names):
+        if not simple or kernel.launch_metadata is not None or not all(name in given for name in names):
             return None
         fixed, slots = [], []
         for i, name in enumerate(names):
@@ -238,7 +237,7 @@ def launches_of(
                     owners.append(value.base)
             elif isinstance(value, torch.Tensor):
                 # A block's residual is often the very image, which the first kernel has in the first place.
-                known = images if i == 0 and plan is plans[0] else [None, *images[1:]]
+                known = images if i == 0 and number == 0 else [None, *images[1:]]
                 at = next((j for j, image in enumerate(known) if image is value), None)
                 if name in vectors and vectors[name][1] == value.data_ptr():
                     at = vectors[name][0]
@@ -251,8 +250,8 @@ def launches_of(
                     return None
             fixed.append(value)
         seen |= {at for _, at in slots}
-        grid = (*plan.grid, 1, 1)[:3]
-        starts.append((binary.run, grid, binary.function, binary.packed_metadata, plan.kernel, fixed, tuple(slots)))
+        grid = (*launch.grid, 1, 1)[:3]
+        starts.append((binary.run, grid, binary.function, binary.packed_metadata, kernel, fixed, tuple(slots)))
     if seen != {_SCALE, _SHIFT, *(j for j, image in enumerate(images) if image is not None)}:
         return None
     device = y.device.index if y.is_cuda else triton.runtime.driver.active.get_current_device()

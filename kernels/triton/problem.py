@@ -1,10 +1,8 @@
 """A convolution as the matrix products that the kernels make of it."""
 
+from resnet_fast.kernels.contract import Pair, output_size
 from resnet_fast.kernels.triton import pack
-from resnet_fast.kernels.triton.cost import Problem
-from resnet_fast.kernels.triton.support import STEM_CHANNELS
-
-Pair = tuple[int, int]
+from resnet_fast.kernels.triton.cost_model.cost import Problem
 
 
 def conv_problem(
@@ -25,9 +23,8 @@ def conv_problem(
     flags = residual, prologue, statistics
     if (r, s, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1):
         return Problem(precision, n * h * w, k, c, 1, "1x1", 1, *flags)
-    p = (h + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
-    q = (w + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
-    if not prologue and groups == 1 and c <= STEM_CHANNELS and s > 1 and dilation[1] == 1:
+    p, q = output_size((h, w), (r, s), stride, padding, dilation)
+    if not prologue and groups == 1 and c <= pack.STEM_CHANNELS and s > 1 and dilation[1] == 1:
         return Problem(precision, n * p * q, k, s * pack.pixel_width(c), 1, "stem", r, *flags)
     groups //= pack.merged(groups, c // groups)
     kind = "grouped" if groups > 1 else "rxs" if stride == (1, 1) else "strided"

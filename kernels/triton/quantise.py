@@ -3,8 +3,15 @@
 Both only move data. Within such a part, and at its end, the convolutions do this in their own kernels (requantise.py).
 """
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
+from resnet_fast.kernels.triton import operands, tiles
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 from resnet_fast.kernels.triton.requantise import requantise
 
 
@@ -31,3 +38,26 @@ def _block(INDEX64: tl.constexpr, BLOCK: tl.constexpr):
     if INDEX64:
         block = block.to(tl.int64)
     return block * BLOCK + tl.arange(0, BLOCK)
+
+
+def plan_quantise(x: Tensor, scale: float, dtype: torch.dtype, target: str) -> Plan:
+    """Of x ``[N, C, H, W]``, real."""
+    return _plan(quantise_kernel, x, dtype, 1 / scale, target)
+
+
+def plan_dequantise(x: Tensor, scale: float, dtype: torch.dtype, target: str) -> Plan:
+    """Of x ``[N, C, H, W]``, quantised."""
+    return _plan(dequantise_kernel, x, dtype, float(scale), target)
+
+
+def _plan(kernel: Any, x: Tensor, dtype: torch.dtype, factor: float, target: str) -> Plan:
+    x = operands.nhwc(x)
+    y = operands.allocate(x, tuple(x.shape), dtype)
+    block, warps = tiles.load(target)["quantise"]
+    launch = Launch(
+        kernel,
+        (ceil_div(x.numel(), block),),
+        (x, y, factor, x.numel()),
+        {"INDEX64": operands.index64(x, y), "BLOCK": block, "num_warps": warps},
+    )
+    return Plan((launch,), y)

@@ -9,8 +9,12 @@ The variance is of distances to the tile's own mean, not of squares: a mean that
 no accuracy.
 """
 
+from torch import Tensor
+
 import triton
 import triton.language as tl
+from resnet_fast.kernels.triton import operands, tiles
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 
 
 @triton.jit
@@ -104,3 +108,22 @@ def combine_kernel(partials_ptr, combined_ptr, PARTIALS, EACH, M, K: tl.constexp
     combined_ptr += tl.program_id(0).to(tl.int64) * (2 * K)
     tl.store(combined_ptr + columns, combined_mean, mask=column_mask)
     tl.store(combined_ptr + K + columns, combined_variance, mask=column_mask)
+
+
+def plan_combine(partials: Tensor, each: int, rows: int, target: str) -> Plan:
+    """``partials [n, 2, K]`` of ``each`` rows, ``rows`` in all, in rounds -> mean ``[K]`` and variance ``[K]``."""
+    bm, bn, warps = tiles.load(target)["combine"]
+    launches = []
+    while not launches or partials.shape[0] > 1:
+        count, _, k = partials.shape
+        combined = operands.allocate_floats(partials, (ceil_div(count, bm), 2, k))
+        launches.append(
+            Launch(
+                combine_kernel,
+                (combined.shape[0], ceil_div(k, bn)),
+                (partials, combined, count, each, rows),
+                {"K": k, "BM": bm, "BN": bn, "num_warps": warps},
+            )
+        )
+        partials, each = combined, each * bm
+    return Plan(tuple(launches), tuple(partials[0]))

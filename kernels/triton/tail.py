@@ -5,8 +5,15 @@ convolution's epilogue. It only moves data; programs take blocks of channels, wh
 pixels.
 """
 
+from typing import Optional
+
+from torch import Tensor
+
 import triton
 import triton.language as tl
+from resnet_fast.kernels.contract import Affine
+from resnet_fast.kernels.triton import operands, tiles
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 from resnet_fast.kernels.triton.prologue import load_affine
 
 
@@ -52,3 +59,34 @@ def tail_kernel(
     if RELU:
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out_ptr + offsets, z.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def plan_tail(
+    y: Tensor,
+    affine: Affine,
+    residual: Optional[Tensor],
+    residual_affine: Optional[Affine],
+    relu: bool,
+    target: str,
+) -> Plan:
+    """``relu(y * scale + shift + residual)``, the residual through an affine map of its own if there is one."""
+    y = operands.nhwc(y)
+    out = operands.allocate(y, tuple(y.shape))
+    rows, c = y.numel() // y.shape[1], y.shape[1]
+    bm, bn, warps = tiles.load(target)["tail"]
+    launch = Launch(
+        tail_kernel,
+        (ceil_div(rows, bm), ceil_div(c, bn)),
+        (y, *operands.vectors(affine), operands.nhwc(residual), *operands.vectors(residual_affine), out, rows),
+        {
+            "C": c,
+            "HAS_RESIDUAL": residual is not None,
+            "RESIDUAL_AFFINE": residual_affine is not None,
+            "RELU": relu,
+            "INDEX64": operands.index64(y, y),
+            "BM": bm,
+            "BN": bn,
+            "num_warps": warps,
+        },
+    )
+    return Plan((launch,), out)

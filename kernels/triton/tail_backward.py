@@ -1,13 +1,22 @@
 """Training's backward passes that only move data: through a block's tail, through the stem's, through batch norm.
 
 Where batch norm's sums are wanted, each program walks over its share of the pixels, adds BM of them at a time to BM
-rows of partial sums, and leaves the sum of these rows in the workspace that ``gate.py`` describes.
+rows of partial sums, and leaves the sum of these rows in the workspace that ``gradient_epilogue.py`` describes.
 """
+
+from typing import Optional
+
+from torch import Tensor
 
 import triton
 import triton.language as tl
-from resnet_fast.kernels.triton.gate import centred, passes
+from resnet_fast.kernels.contract import Affine, Gradient
+from resnet_fast.kernels.triton import operands, tiles
+from resnet_fast.kernels.triton.gradient_epilogue import centred, passes, plan_sum_rows
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 from resnet_fast.kernels.triton.prologue import activate, load_affine
+
+_WAVES = 2  # programs to aim at, for every multiprocessor, where their number is free
 
 
 @triton.jit(do_not_specialize=["M", "share"])
@@ -223,3 +232,92 @@ def bn_backward_kernel(
     y = tl.load(y_ptr + offsets, mask=mask, other=0.0)
     dy = a[None, :] * g - b[None, :] * centred(y, mean_ptr, channels, C, C % BN != 0) - c[None, :]
     tl.store(dy_ptr + offsets, dy.to(dy_ptr.dtype.element_ty), mask=mask)
+
+
+def plan_tail_backward(
+    grad: Tensor,
+    out: Optional[Tensor],
+    y: Optional[Tensor],
+    mean: Optional[Tensor],
+    residual: Optional[Tensor],
+    residual_mean: Optional[Tensor],
+    target: str,
+) -> Plan:
+    grad = operands.nhwc(grad)
+    g = grad if out is None else operands.allocate(grad, tuple(grad.shape))
+    n, c, h, w = grad.shape
+    grid, share, constants = _shares(target, n * h * w, c)
+    quantities = 1 + (y is not None) + (residual is not None)
+    sums = operands.allocate_floats(grad, (quantities, grid[0], c))
+    launch = Launch(
+        tail_backward_kernel,
+        grid,
+        (
+            grad, operands.nhwc(out), operands.nhwc(y), operands.vector(mean), operands.nhwc(residual),
+            operands.vector(residual_mean), g, sums, n * h * w, share,
+        ),
+        {
+            "C": c,
+            "RELU": out is not None,
+            "PRODUCT": y is not None,
+            "RESIDUAL_PRODUCT": residual is not None,
+            "INDEX64": operands.index64(grad, grad),
+            **constants,
+        },
+    )  # fmt: skip
+    total = plan_sum_rows(sums, target)
+    rest = list(total.result[1:])
+    gradient = Gradient(g, total.result[0], None if y is None else rest.pop(0))
+    return Plan((launch, *total.launches), (gradient, None if residual is None else rest.pop(0)))
+
+
+def plan_tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[Tensor], target: str) -> Plan:
+    grad, y = operands.nhwc(grad), operands.nhwc(y)
+    scale, shift = operands.vectors(affine)
+    n, c, h, w = y.shape
+    p, q = grad.shape[2:]
+    g = operands.allocate(y, (n, c, h, w))
+    winner = operands.allocate_bytes(y, (n, p, q, c))
+    bm, bn, warps = tiles.load(target)["max_pool"]
+    find = Launch(
+        pool_winner_kernel,
+        (ceil_div(n * p * q, bm), ceil_div(c, bn)),
+        (y, scale, shift, winner, n, h, w, p, q),
+        {"C": c, "INDEX64": operands.index64(y, y), "BM": bm, "BN": bn, "num_warps": warps},
+    )
+    grid, share, constants = _shares(target, n * h * w, c)
+    sums = operands.allocate_floats(y, (1 if mean is None else 2, grid[0], c))
+    gather = Launch(
+        pool_backward_kernel,
+        grid,
+        (grad, winner, y, scale, shift, operands.vector(mean), g, sums, n, h, w, p, q, share),
+        {"C": c, "PRODUCT": mean is not None, "INDEX64": operands.index64(y, y), **constants},
+    )
+    total = plan_sum_rows(sums, target)
+    return Plan((find, gather, *total.launches), Gradient(g, *total.result))
+
+
+def plan_bn_backward(
+    g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool, target: str
+) -> Plan:
+    g = operands.nhwc(g)
+    n, channels, h, w = g.shape
+    dy = g if overwrite else operands.allocate(g, (n, channels, h, w))
+    bm, bn, warps = tiles.load(target)["pointwise"]
+    launch = Launch(
+        bn_backward_kernel,
+        (ceil_div(n * h * w, bm), ceil_div(channels, bn)),
+        (g, operands.nhwc(y), *map(operands.vector, (mean, a, b, c)), dy, n * h * w),
+        {"C": channels, "INDEX64": operands.index64(g, g), "BM": bm, "BN": bn, "num_warps": warps},
+    )
+    return Plan((launch,), dy)
+
+
+def _shares(target: str, pixels: int, channels: int) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """For a kernel that sums over pixels: the grid, the pixels of each program, the constants."""
+    data = tiles.load(target)
+    bm, bn, warps = data["pointwise"]
+    columns = ceil_div(channels, bn)
+    most = ceil_div(_WAVES * data["multiprocessors"], columns)
+    share = ceil_div(ceil_div(pixels, most), bm) * bm
+    return (ceil_div(pixels, share), columns), share, {"BM": bm, "BN": bn, "num_warps": warps}

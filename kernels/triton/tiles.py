@@ -35,8 +35,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from resnet_fast.kernels.triton import cost, gpus
-from resnet_fast.kernels.triton.cost import Problem
+from resnet_fast.kernels.triton.cost_model import cost, gpus
+from resnet_fast.kernels.triton.cost_model.cost import Problem
 
 _FOLDER = Path(__file__).parent / "tiles"
 _NARROWEST = 16  # channels that a matrix instruction takes
@@ -58,12 +58,13 @@ class Tile(NamedTuple):
     kernel: str = "pointers"
     parts: int = 1
 
-    def constants(self) -> dict[str, Any]:
+    def constants(self, split: bool = True) -> dict[str, Any]:
+        """For a kernel; split: one that can finish a tile in two halves."""
         return {
             "BM": self.rows,
             "BN": self.columns,
             "BK": self.reduction,
-            "SPLIT": self.split,
+            **({"SPLIT": self.split} if split else {}),
             "num_warps": self.warps,
             "num_stages": self.stages,
         }

@@ -5,16 +5,27 @@ product of two matrices, both with one row per pixel, over their long side. Each
 c]`` of one tap, and walks over pixels BK at a time.
 
 There are few such tiles and hundreds of thousands of pixels, so the pixels are cut into parts, the second axis of the
-grid. Each part writes its sum into a layer of a workspace, and ``gate.sum_rows_kernel`` adds the layers in a fixed
-order. (Atomic adds would save the workspace and give other last bits in every run.)
+grid. Each part writes its sum into a layer of a workspace, and ``sum_rows_kernel`` (gradient_epilogue.py) adds the
+layers in a fixed order. (Atomic adds would save the workspace and give other last bits in every run.)
 
 The input ``a = prologue(x)`` is made as it is loaded. Images with very few channels come as ``pack.pixels`` lays them
 out, for which this kernel sees R x 1 taps, as ``conv.py`` does.
 """
 
+from typing import Optional
+
+from torch import Tensor
+
 import triton
 import triton.language as tl
+from resnet_fast.kernels.contract import Affine, Geometry
+from resnet_fast.kernels.triton import device, operands, pack, tiles
+from resnet_fast.kernels.triton.gradient_epilogue import plan_sum_rows
+from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 from resnet_fast.kernels.triton.prologue import activate, load_affine
+
+_PART = 1024  # pixels below which a part of the sum would not be worth its share of the workspace
+_WAVES = 2  # programs to aim at, for every multiprocessor
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "part_size"])
@@ -103,3 +114,67 @@ def wgrad_kernel(
     dw_ptr += (part * GROUPS + group) * (K * R * S * C)
     offsets = (outputs * (R * S * C))[:, None] + (tap * C + inputs)[None, :]
     tl.store(dw_ptr + offsets, acc, mask=(outputs < K)[:, None] & (inputs < C)[None, :])
+
+
+def wgrad(dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry, target: str) -> Tensor:
+    """See ``reference_training.wgrad``."""
+    dw = plan_wgrad(dy, x, prologue, weight, geometry, target).run()
+    k, channels, r, s = weight.shape
+    merge = dw.shape[-1] // channels
+    parts = dw.unflatten(1, (merge, -1)).unflatten(-1, (merge, channels)).diagonal(dim1=1, dim2=5).movedim(-1, 1)
+    return parts.reshape(k, r, s, channels).permute(0, 3, 1, 2)
+
+
+def plan_wgrad(
+    dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry, target: str
+) -> Plan:
+    """Leaves ``[groups, K, R, S, C]``, of merged groups, where only C of the right one count."""
+    stride, padding, dilation, groups = geometry
+    k, channels, r, s = weight.shape
+    dy = operands.nhwc(dy)
+    n, _, p, q = dy.shape
+    if groups == 1 and channels <= pack.STEM_CHANNELS and s > 1 and dilation[1] == 1 and prologue is None:
+        # Few channels: all taps of one kernel row side by side.
+        x, merge = pack.pixels(x, padding), 1
+        _, h, w, pixel = x.shape
+        c, s, padding, row_unit = s * pixel, 1, (0, 0), pack.ROW_UNIT
+    else:
+        x, merge = operands.nhwc(x), pack.merged(groups, max(channels, k // groups))
+        _, pixel, h, w = x.shape
+        c, row_unit = channels * merge, pixel
+    groups, k = groups // merge, k // groups * merge
+    pixels = n * p * q
+    key = f"wgrad_{device.precision_of(x.dtype, target)}"
+    tile = tiles.pick(target, key, k, c, pixels, groups * r * s * ceil_div(pixels, _PART))
+    programs = ceil_div(k, tile.rows) * ceil_div(c, tile.columns) * r * s
+    part = _part_size(pixels, programs * groups, tile.reduction, target)
+    parts = ceil_div(pixels, part)
+    sums = operands.allocate_floats(x, (1, parts, groups * k * r * s * c))
+    launch = Launch(
+        wgrad_kernel,
+        (programs, parts, groups),
+        (dy, x, *operands.vectors(prologue), sums, n, h, w, w * pixel // row_unit, p, q, part),
+        {
+            "C": c,
+            "K": k,
+            "GROUPS": groups,
+            "R": r,
+            "S": s,
+            **operands.window(stride, padding, dilation),
+            "PIXEL": pixel,
+            "ROW_UNIT": row_unit,
+            "PROLOGUE": prologue is not None,
+            "PRECISION": device.dot_precision(x.dtype, target),
+            "INDEX64": operands.index64(x, dy),
+            **tile.constants(split=False),
+        },
+    )
+    total = plan_sum_rows(sums, target) if parts > 1 else Plan((), sums)
+    dw = total.result.view(groups, k, *weight.shape[2:], -1)
+    return Plan((launch, *total.launches), dw[..., : channels * merge])
+
+
+def _part_size(pixels: int, programs: int, step: int, target: str) -> int:
+    """The pixels in one part of the sum, a multiple of ``step``, where one part has ``programs`` programs."""
+    parts = max(1, min(_WAVES * tiles.load(target)["multiprocessors"] // programs, pixels // _PART))
+    return ceil_div(ceil_div(pixels, parts), step) * step

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def norms_of(model: nn.Module) -> list[Any]:
-    """Its batch norms."""
+    """Return the batch norms of ``model``."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 

@@ -30,7 +30,7 @@ def version(package: str) -> Optional[str]:
 
 
 def missing(package: str) -> Optional[str]:
-    """Why ``package`` cannot be had from the environment, or None."""
+    """Return why ``package`` cannot be had from the environment, or None."""
     if version(package) is not None:
         return None
     return f"{package} is not installed: make bench-peers, and name the environment it makes in {VARIABLE}"

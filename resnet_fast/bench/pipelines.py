@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from resnet_fast.bench.moves import Move, Value
+from resnet_fast.bench.ledger import Move, Value
 
 MOST_CHANNELS = 256
 """Back to back, a program keeps all output channels of the second convolution for its rows: that many, at most."""
@@ -38,7 +38,7 @@ def eager(moves: Iterable[Move]) -> list[Kernel]:
 
 
 def _needs_sums(move: Move) -> bool:
-    """Whether it is a batch norm with batch statistics, forward or backward: it reads its images twice."""
+    """Return whether it is a batch norm with batch statistics, which reads its images twice, forward or backward."""
     images = [value.id for value in move.reads if value.image]
     return move.op.startswith("native_batch_norm") and len(images) > len(set(images))
 
@@ -98,7 +98,7 @@ class _Fusion:
             self._kernels.append(Kernel(move, 1))
 
     def _take(self, last: Move) -> list[Move]:
-        """What waits for ``last``, in order, and itself; it waits no more."""
+        """Take what waits for ``last``, in order, and ``last`` itself; it waits no more."""
         for value in last.writes:
             self._waiting.pop(value.id, None)
         fused: list[Move] = []

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from resnet_fast.bench import pipelines
-from resnet_fast.bench.moves import Move, Value
+from resnet_fast.bench.ledger import Move, Value
 from resnet_fast.bench.pipelines import Kernel
 from resnet_fast.bench.traffic import blocks, compare
-from resnet_fast.kernels.triton.gpus import Gpu
+from resnet_fast.kernels.triton.cost_model.gpus import Gpu
 
 NOTE = "A model: nothing was measured on a GPU."
 PIPELINES = {
@@ -88,7 +88,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Total:
-    """Of a pipeline.
+    """What a pipeline takes for the whole network.
 
     Attributes:
         blocks: bytes of images, as ``resnet-fast traffic`` counts them: of residual blocks, forward.
@@ -252,7 +252,7 @@ def _total(kernels: list[Kernel], costs: Iterable[Cost]) -> Total:
 
 
 def _limits(moves: list[Move], rate: float, bandwidth: float) -> dict[str, Cost]:
-    """By layer, in order: what its moves read that it has not made, and what they make for others, each once.
+    """Sum by layer, in order, what its moves read that it has not made, and make for others, each once.
 
     Backward, that leaves the gradients of its results, inputs and weights, its inputs and its weights. A kernel that
     keeps to this would have to make again what the layer's forward pass made for itself.
@@ -267,7 +267,7 @@ def _limits(moves: list[Move], rate: float, bandwidth: float) -> dict[str, Cost]
     result = {value.id for value in [move for move in moves if not move.backward][-1].writes}
 
     def wanted(value: Value, layer: str, backward: bool) -> bool:
-        """By another layer, or the caller: nothing reads the gradients of parameters."""
+        """Return whether another layer or the caller wants it; nothing reads the gradients of parameters."""
         elsewhere = readers.get(value.id, set()) - {layer}
         return bool(elsewhere) or value.id in result or (backward and value.id not in readers)
 

@@ -16,15 +16,19 @@ _SIZES = {"eager": 14, "compile": 16, "ours": 18, "back_to_back": 40}
 
 
 def save(result: Roofline, title: str, chart: Path) -> None:
-    """Write the chart to a file, whose content depends on nothing but what it shows.
+    """Draw the chart into a file.
 
     Args:
         title: what was predicted: model, GPU, mode, batch.
         chart: a path that ends in ``.svg`` or ``.png``.
     """
+    save_figure(_draw(result, title), chart, dpi=150)
+
+
+def save_figure(figure: Figure, chart: Path, dpi: float = 100) -> None:
+    """Write ``figure`` to an SVG or PNG file, whose content depends on nothing but what it shows."""
     with matplotlib.rc_context({"svg.hashsalt": "resnet_fast"}):
-        figure = _draw(result, title)
-        figure.savefig(chart, dpi=150, metadata={"Date": None} if chart.suffix == ".svg" else {})
+        figure.savefig(chart, dpi=dpi, metadata={"Date": None} if chart.suffix == ".svg" else {})
 
 
 def _draw(result: Roofline, title: str) -> Figure:

@@ -62,7 +62,7 @@ class Measurement:
         load_s: seconds until the first result, compilation included, and the import of libraries at the first workload.
         rounds_ms: median milliseconds of a call, per round.
         peak_mib: the most memory its process held, in MiB.
-        saved_bytes: what a training step's forward pass keeps for its backward pass (``saved.py``).
+        saved_bytes: what a training step's forward pass keeps for its backward pass (``training_step.saved_bytes``).
     """
 
     provider: str
@@ -84,7 +84,7 @@ class Measurement:
         return min(self.rounds_ms, default=None)
 
     def as_dict(self, ours: Optional["Measurement"] = None) -> dict[str, Any]:
-        """All of it, with the times' median and minimum; ``ratio`` is how many times ``ours`` the median is."""
+        """Return all of it, with the times' median and minimum; ``ratio`` is how many times ``ours`` the median is."""
         ratio = None
         if ours is not None and ours.median_ms and self.median_ms:
             ratio = self.median_ms / ours.median_ms
@@ -92,16 +92,17 @@ class Measurement:
 
 
 def unavailable(name: str, device: str = "cpu") -> Optional[str]:
-    """Why the provider ``name`` cannot run here, on ``device``, or None."""
-    module = provider(name)
-    if device not in module.DEVICES:
-        return f"runs on {' and '.join(module.DEVICES)}, not on {device}"
-    if module.APART:
-        return peer_environment.missing(module.NEEDS) or module.unavailable()
-    if module.NEEDS is not None and importlib.util.find_spec(module.NEEDS) is None:
-        extra = EXTRAS.get(module.NEEDS)
-        return f"{module.NEEDS} is not installed" + (f": pip install 'resnet-fast[{extra}]'" if extra else "")
-    return module.unavailable()
+    """Return why the provider ``name`` cannot run here, on ``device``, or None."""
+    asked = provider(name)
+    needs = asked.needs
+    if device not in asked.devices:
+        return f"runs on {' and '.join(asked.devices)}, not on {device}"
+    if needs is not None and asked.apart:
+        return peer_environment.missing(needs) or asked.unavailable()
+    if needs is not None and importlib.util.find_spec(needs) is None:
+        extra = EXTRAS.get(needs)
+        return f"{needs} is not installed" + (f": pip install 'resnet-fast[{extra}]'" if extra else "")
+    return asked.unavailable()
 
 
 def measure(
@@ -133,7 +134,7 @@ def measure(
         if bench.present:
             progress("preparing")
             if labels is None:
-                onnx = any(provider(name).ONNX for name in bench.present)
+                onnx = any(provider(name).onnx for name in bench.present)
                 prepare(folder, model, images, onnx=onnx, setting=setting)
             else:
                 prepare_training(folder, model, images, labels, setting)
@@ -150,7 +151,7 @@ class Bench:
     def __init__(self, providers: Sequence[str], threads: int, device: str = "cpu") -> None:
         self._threads = threads
         self._missing = {name: unavailable(name, device) for name in providers}
-        self._workers: dict[str, _Worker] = {}
+        self._workers: dict[str, Worker] = {}
         self._stack = contextlib.ExitStack()
 
     @property
@@ -183,14 +184,14 @@ class Bench:
         may take.
         """
         results = {
-            name: Measurement(name, provider(name).TITLE, "missing", reason or "")
+            name: Measurement(name, provider(name).title, "missing", reason or "")
             for name, reason in self._missing.items()
         }
         for name in sorted(self.present, key=lambda name: name not in _STOCK):  # the others are compared with stock's
-            progress(f"loading {provider(name).TITLE}")
+            progress(f"loading {provider(name).title}")
             try:
                 answer = self._worker(name).ask(f"{order} {folder}", patience)
-            except _WorkerError as error:
+            except WorkerError as error:
                 results[name] = replace(results[name], status="failed", reason=str(error))
                 self._end(name)
                 continue
@@ -202,10 +203,10 @@ class Bench:
         timed = [name for name, result in results.items() if result.status == "ok"]
         for index in range(rounds):
             for name in list(timed) if index % 2 == 0 else list(reversed(timed)):
-                progress(f"round {index + 1} of {rounds}: {provider(name).TITLE}")
+                progress(f"round {index + 1} of {rounds}: {provider(name).title}")
                 try:
                     answer = self._workers[name].ask(f"time {seconds}", _ROUND_SECONDS)
-                except _WorkerError as error:
+                except WorkerError as error:
                     results[name] = replace(results[name], status="failed", reason=str(error), rounds_ms=[])
                     self._end(name)
                     timed.remove(name)
@@ -217,10 +218,10 @@ class Bench:
                 )
         return list(results.values())
 
-    def _worker(self, name: str) -> "_Worker":
+    def _worker(self, name: str) -> "Worker":
         """The provider's process, started if it is not running."""
         if name not in self._workers:
-            self._workers[name] = _Worker(name, self._logs, self._threads)
+            self._workers[name] = Worker(name, self._logs, self._threads)
         return self._workers[name]
 
     def _end(self, name: str) -> None:
@@ -237,7 +238,7 @@ def _loosest(setting: Setting, results: dict[str, Measurement]) -> float:
 
 
 def _checked(result: Measurement, folder: Path, loosest: float = 0.0) -> Measurement:
-    """The result after loading: a wrong answer is not worth timing."""
+    """Check the result after loading: a wrong answer is not worth timing."""
     given, reference = np.load(folder / f"{result.provider}.npy"), np.load(folder / REFERENCE)
     given = given[: len(reference)]
     if given.shape != reference.shape:
@@ -252,7 +253,7 @@ def _checked(result: Measurement, folder: Path, loosest: float = 0.0) -> Measure
 
 
 def _checked_step(result: Measurement, folder: Path, loosest: float = 0.0) -> Measurement:
-    """The same for a training step's loss, gradients and running statistics."""
+    """Check a training step's loss, gradients and running statistics likewise."""
     with np.load(folder / f"{result.provider}.npz") as given, np.load(folder / TRAINING_REFERENCE) as reference:
         if given.keys() != reference.keys():
             return replace(result, status="inaccurate", reason=f"no {', '.join(reference.keys() ^ given.keys())}")
@@ -272,11 +273,11 @@ def _relative(given: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(given - reference) / np.linalg.norm(reference))
 
 
-class _WorkerError(RuntimeError):
+class WorkerError(RuntimeError):
     """A worker died or did not answer in time."""
 
 
-class _Worker:
+class Worker:
     """A provider's process. It is stopped by a signal whenever it is not asked.
 
     It stays alive between rounds, because loading it again (a minute for a compiler) would take longer than timing it.
@@ -287,7 +288,7 @@ class _Worker:
     def __init__(self, name: str, folder: Path, threads: int) -> None:
         self._log = folder / f"{name}.log"
         python, environment = sys.executable, dict(os.environ)
-        if provider(name).APART:
+        if provider(name).apart:
             python, environment = peer_environment.python(), peer_environment.environment(folder)
         environment["OMP_NUM_THREADS"] = str(threads)
         with self._log.open("wb") as log:
@@ -313,9 +314,9 @@ class _Worker:
         except BrokenPipeError:
             ready, answer = [stdout], b""
         if not ready:
-            raise _WorkerError(f"no answer within {timeout:.0f} s")
+            raise WorkerError(f"no answer within {timeout:.0f} s")
         if not answer:
-            raise _WorkerError(self._last_words())
+            raise WorkerError(self._last_words())
         self._stop()
         return json.loads(answer)
 

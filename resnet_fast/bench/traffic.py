@@ -2,8 +2,8 @@
 
 The model runs without data (on the ``meta`` device). Every operation reads each of its operands once and writes each of
 its results once, whatever its kernel keeps in caches and workspaces; a convolution reads the pixels that it needs, and
-batch norm by batch statistics reads its operands twice: for the sums, and to apply them. A chain counts as the
-primitives that ``ops/block_passes.py`` asks for and what it computes between them, so the count follows that code.
+batch norm by batch statistics reads its operands twice: for the sums, and to apply them. A block counts as the
+primitives that ``ops/block.py`` asks for and what it computes between them, so the count follows that code.
 Other fused ops need no mention here: they have operands like any.
 """
 
@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from resnet_fast import accelerate
-from resnet_fast.bench.moves import Ledger, Move, Place, pixels_needed
-from resnet_fast.bench.primitives import Primitives
-from resnet_fast.ops import block_passes as chains
-from resnet_fast.ops import residual_block
-from resnet_fast.ops.inference import conv_output
+from resnet_fast.bench.ledger import Ledger, Move, Place, pixels_needed
+from resnet_fast.bench.operands import Primitives
+from resnet_fast.kernels.contract import Geometry, nhwc
+from resnet_fast.ops import block_backward, block_forward, residual_block
+from resnet_fast.ops.checks import conv_output
 
 _aten, _ours = torch.ops.aten, torch.ops.resnet_fast
 _STRIDES = {_aten.convolution.default: 3, _ours.conv_bn_act.default: 5}
@@ -41,7 +41,7 @@ _FACTORIES = ("new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "z
 
 
 def compare(model: nn.Module, shape: Any, dtype: torch.dtype, backward: bool = False) -> dict[str, list[Move]]:
-    """What ``model(images)`` moves, operation by operation: "stock", and accelerated, "ours".
+    """Count what ``model(images)`` moves, operation by operation: "stock", and accelerated, "ours".
 
     Args:
         model: a stock one, in the mode that it is to be counted in. What eval mode computes from parameters alone
@@ -90,15 +90,17 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.ledger = Ledger()
         self._layers = layers
-        self._in_chain = False
+        self._in_block = False
         self._ready = not model.training  # whether what is made of parameters alone is made before
         self._head = 0  # the moves after the last one of the forward pass with parameters of a block
         for tensor, owner in _owners(model):
             self.ledger.own(tensor, owner)
 
     def moves(self) -> list[Move]:
-        """All, the head's told from the last block's: after that block's last parameters, it is what is no addition or
-        ReLU, but a pooling."""
+        """Return all moves, the head's told from the last block's.
+
+        After that block's last parameters, the head is what is neither an addition nor a ReLU, but a pooling.
+        """
         return [
             replace(move, place=Place("", move.layer))
             if i >= self._head and not move.pointwise and not move.backward
@@ -115,7 +117,7 @@ class _Counter(TorchDispatchMode):
         return gradients
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._in_chain:  # below autograd already, where nothing else takes operations apart
+        if self._in_block:  # below autograd already, where nothing else takes operations apart
             with self:
                 result = func.decompose(*args, **(kwargs or {}))
             if result is not NotImplemented:
@@ -127,9 +129,9 @@ class _Counter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if func is _ours.residual_block.default:
-            self._chain(place, args, made)
+            self._training_block(place, args, made)
         elif func is _ours.residual_block_backward.default:
-            self._chain_backward(place, args, made)
+            self._block_backward(place, args, made)
         elif func is _aten.convolution_backward.default:
             self._convolution_backward(place, args, made)
         elif not func.is_view and func is not _aten.detach.default:
@@ -159,7 +161,7 @@ class _Counter(TorchDispatchMode):
         self.ledger.add(place, name, reads, writes, flops, pointwise)
 
     def _convolution_backward(self, place: Place, args: Any, made: list[Tensor]) -> None:
-        """Its gradients are made by kernels of their own."""
+        """Enter a kernel for each gradient of a convolution."""
         grad, x, weight, _, stride, *_, wanted = args
         value, flops = self.ledger.value, 2 * grad.numel() * weight[0].numel()
         pixels = value(x, pixels_needed(x, weight, stride, grad.shape))
@@ -182,7 +184,7 @@ class _Counter(TorchDispatchMode):
         if func.namespace != "resnet_fast":
             return 0
         if func is _ours.stem.default:
-            convolved = conv_output(args[0].shape, args[1].shape, (2, 2), (3, 3), (1, 1))
+            convolved = conv_output(args[0].shape, args[1].shape, Geometry((2, 2), (3, 3)))
             return 2 * torch.Size(convolved).numel() * args[1][0].numel()
         # Its weights, each with the result that it gives.
         matrices = [tensor for tensor in given if tensor.dim() > 1 and self.ledger.contents(tensor).owner]
@@ -210,26 +212,26 @@ class _Counter(TorchDispatchMode):
             layer = self._layers.get(owned[0].layer, source.layer) if owned else source.layer
         return Place(owned[0].block if owned else follows.block, layer)
 
-    # --- chains ---
+    # --- blocks in training ---
 
-    def _chain(self, place: Place, args: Any, made: list[Tensor]) -> None:
+    def _training_block(self, place: Place, args: Any, made: list[Tensor]) -> None:
         x, residual, weights, scales, shifts, *plain = args
-        chain = residual_block.chain_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
+        block = residual_block.block_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
         self.ledger.at = place
         with self._seen():
-            result = chains.forward(chain, _nhwc(x), _nhwc(residual), Primitives(self.ledger, chain).pick)
+            result = block_forward.forward(block, nhwc(x), nhwc(residual), Primitives(self.ledger, block).pick)
         self._same(made, [result.out, *result.statistics, *result.saved])
 
-    def _chain_backward(self, place: Place, args: Any, made: list[Tensor]) -> None:
+    def _block_backward(self, place: Place, args: Any, made: list[Tensor]) -> None:
         grad, x, residual, out, weights, scales, shifts, *plain, saved, flags = args
-        chain = residual_block.chain_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
+        block = residual_block.block_of(self._real(weights), self._real(scales), self._real(shifts), *plain)
         wanted = residual_block._wanted(flags)
         vectors = iter(self._real([tensor for tensor in saved if tensor.dim() != 4]))
         saved = [tensor if tensor.dim() == 4 else next(vectors) for tensor in saved]
         self.ledger.at = place
         with self._seen():
-            pick = Primitives(self.ledger, chain).pick
-            found = chains.backward(chain, _nhwc(grad), _nhwc(x), _nhwc(residual), out, saved, wanted, pick)
+            pick = Primitives(self.ledger, block).pick
+            found = block_backward.backward(block, nhwc(grad), nhwc(x), nhwc(residual), out, saved, wanted, pick)
             for gradient in found.weights:
                 if gradient is not None:
                     self.ledger.contents(gradient).parameter = True
@@ -247,13 +249,13 @@ class _Counter(TorchDispatchMode):
 
     @contextmanager
     def _seen(self) -> Iterator[None]:
-        """What a chain does between its primitives is counted like everything else."""
-        self._in_chain = True
+        """Count what a block does between its primitives like everything else."""
+        self._in_block = True
         try:
             with self:
                 yield
         finally:
-            self._in_chain = False
+            self._in_block = False
 
     def _real(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The images have no data, but what is decided by statistics needs some: of zeros, none are lost."""
@@ -277,10 +279,6 @@ def _owners(model: nn.Module) -> Iterator[tuple[Tensor, Place]]:
                 break
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             yield tensor, Place(above, path)
-
-
-def _nhwc(x: Any) -> Any:
-    return None if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
 def _spread(made: list[Tensor], wanted: Sequence[bool]) -> list[Any]:

@@ -1,17 +1,12 @@
-"""A training step, and what shows that it was right."""
+"""A training step, what shows that it was right, and what it keeps between its two passes."""
 
 import contextlib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from resnet_fast.bench.saved import saved_bytes
-from resnet_fast.bench.workload import autocast, load_images, load_labels, load_model
 
 LEARNING_RATE, MOMENTUM = 1e-4, 0.9
 """A rate so small that the model is the same in the last round as in the first, but for its weights' versions."""
@@ -62,10 +57,32 @@ class Step:
             return saved_bytes(self._model, self._images)
 
 
-def load_step(folder: Path, threads: int, change: Callable[[nn.Module], Any] = lambda model: None) -> Step:
-    """The step of the workload in ``folder``, weights and images in channels_last, after ``change`` to its model."""
-    torch.set_num_threads(threads)
-    layout: Any = {"memory_format": torch.channels_last}
-    model = load_model(folder).to(**layout)
-    change(model)
-    return Step(model, load_images(folder).to(**layout), load_labels(folder), autocast(folder))
+def saved_bytes(model: nn.Module, images: Tensor) -> int:
+    """Bytes that autograd holds between ``model(images)`` and its backward pass.
+
+    Storages are counted once, however many tensors share them, and whole. The model's parameters and buffers are left
+    out: they are there anyway. The images are not: a caller could let go of them, were it not for the backward pass.
+
+    Args:
+        model: in the mode that it is to be measured in; its running statistics move as in any call.
+        images: ``[N, C, H, W]``.
+    """
+    own = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+    held: list[Tensor] = []  # so that no storage's address is used again while they are counted
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.append(tensor.detach())
+        sizes[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return held[-1]  # not a result itself, whose graph would hold it: neither would ever be freed
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = nn.functional.cross_entropy(
+            model(images), torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        )
+        del loss
+    return sum(size for storage, size in sizes.items() if storage not in own)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

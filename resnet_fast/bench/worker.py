@@ -1,8 +1,8 @@
 """One provider in a process of its own: ``python worker.py PROVIDER THREADS``.
 
 The provider's file is run by its path, so that ``resnet_fast``, and with it PyTorch, is imported by those providers
-alone that need it: the others' memory is their own. Some providers' Python is of another environment (apart.py), which
-has numpy alone in common with this one's.
+alone that need it: the others' memory is their own. Some providers' Python is of another environment
+(peer_environment.py), which has numpy alone in common with this one's.
 
 The process does what the lines on stdin say, and answers each on stdout with a line of JSON:
 
@@ -42,7 +42,9 @@ def main(name: str, threads: str) -> None:
 
     del sys.path[0]  # this file's folder
     provider = runpy.run_path(str(Path(__file__).with_name("providers") / f"{name}.py"))
-    if not provider["APART"]:  # where the package is installed, its folder holds that environment's libraries as well
+    if not provider.get(
+        "APART"
+    ):  # where the package is installed, its folder holds that environment's libraries as well
         sys.path.insert(0, str(ROOT))
     run: Any = None
     for line in sys.stdin:

@@ -4,11 +4,13 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from resnet_fast.bench.training_step import Step
 
 MODEL, ONNX, IMAGES, REFERENCE = "model.pt", "model.onnx", "images.npy", "reference.npy"
 LABELS, TRAINING_REFERENCE = "labels.npy", "reference.npz"
@@ -18,7 +20,7 @@ _REFERENCE_IMAGES = 16  # the results of the first ones are compared; float64 on
 
 
 class Setting(NamedTuple):
-    """Where and in which precision a workload runs. The files hold float32 all the same."""
+    """The device and the precision that a workload runs in. The files hold float32 all the same."""
 
     device: str = "cpu"
     dtype: str = "float32"  # of weights and images
@@ -56,8 +58,6 @@ def prepare_training(
         images: ``[N, C, H, W]``, float32.
         labels: ``[N]``, int64.
     """
-    from resnet_fast.bench.training_step import Step
-
     _write(folder, model, images, setting)
     np.save(folder / LABELS, labels.numpy())
     precise = Step(_precise(folder), images.double(), labels)
@@ -85,19 +85,19 @@ def load_setting(folder: Path) -> Setting:
 
 
 def load_model(folder: Path) -> nn.Module:
-    """The model of the workload in ``folder``, in the mode that it was saved in, where and as the setting says."""
+    """Load the model of the workload in ``folder``, in the mode that it was saved in, where and as the setting says."""
     device, dtype, _ = load_setting(folder)
     return _stored_model(folder).to(device, getattr(torch, dtype))
 
 
 def load_images(folder: Path) -> Tensor:
-    """The images of the workload in ``folder``, ``[N, C, H, W]``, likewise."""
+    """Load the images of the workload in ``folder``, ``[N, C, H, W]``, likewise."""
     device, dtype, _ = load_setting(folder)
     return torch.from_numpy(np.load(folder / IMAGES)).to(device, getattr(torch, dtype))
 
 
 def load_labels(folder: Path) -> Tensor:
-    """Of the images of a training workload, ``[N]``, int64."""
+    """Load the labels of a training workload, ``[N]``, int64."""
     return torch.from_numpy(np.load(folder / LABELS)).to(load_setting(folder).device)
 
 
@@ -105,6 +105,20 @@ def autocast(folder: Path) -> "contextlib.AbstractContextManager[None]":
     """Mixed precision, if the workload in ``folder`` is to be trained in it."""
     device, _, dtype = load_setting(folder)
     return contextlib.nullcontext() if dtype is None else torch.autocast(device, getattr(torch, dtype))
+
+
+def load_channels_last(folder: Path, threads: int) -> tuple[nn.Module, Tensor]:
+    """Load model and images of the workload in ``folder``, both in channels_last, to run on ``threads``."""
+    torch.set_num_threads(threads)
+    layout: Any = {"memory_format": torch.channels_last}
+    return load_model(folder).to(**layout), load_images(folder).to(**layout)
+
+
+def load_step(folder: Path, threads: int, change: Callable[[nn.Module], Any] = lambda model: None) -> Step:
+    """Load the step of the workload in ``folder``, all in channels_last, after ``change`` to its model."""
+    model, images = load_channels_last(folder, threads)
+    change(model)
+    return Step(model, images, load_labels(folder), autocast(folder))
 
 
 def to_numpy(result: Tensor) -> np.ndarray:

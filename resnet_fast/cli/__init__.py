@@ -1,10 +1,8 @@
 """The command ``resnet-fast``: one module per command, each of which imports what it needs only when it runs.
 
-app.py             the commands, and what becomes of an exception
-models.py          models and weights by name
-numerics.py        the accelerated model against float64, layer by layer
-options.py         options that several commands share
-output.py          JSON for programs, tables for people
+app.py         the commands, and what becomes of an exception
+options.py     options that several commands share, and models by name
+console.py     JSON for programs, tables for people
 """
 
 from collections.abc import Sequence

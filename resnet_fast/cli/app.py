@@ -1,9 +1,11 @@
 """The commands, and what becomes of an exception: a line on stderr and an exit code."""
 
+import functools
+import inspect
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Annotated, Optional
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -17,6 +19,7 @@ from resnet_fast.cli import (
     finetune,
     gpu,
     loadtest,
+    options,
     roofline,
     serve,
     traffic,
@@ -27,13 +30,53 @@ from resnet_fast.cli.demo import command as demo
 
 OK, ERROR, USAGE, VERIFICATION_FAILED, MISSING, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
+
+class Command(typer.core.TyperCommand):
+    """A command whose help has a section for each ``rich_help_panel``, and in the list of commands a whole sentence."""
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        return " ".join((self.help or "").partition("\n\n")[0].split()).partition(". ")[0].removesuffix(".") + "."
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is None:
+                continue
+            if param.param_type_name == "argument":
+                sections.setdefault("Arguments", []).append((param.metavar or record[0], record[1]))
+            else:
+                sections.setdefault(getattr(param, "rich_help_panel", None) or "Options", []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def _with_common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The ``command`` with the options of all: what they do, their callbacks and ``run`` do."""
+    signature = inspect.signature(command)
+    common = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in (("quiet", options.Quiet), ("debug", options.Debug))
+        if name not in signature.parameters
+    ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(**{name: value for name, value in given.items() if name in signature.parameters})
+
+    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in signature.parameters.values()]
+    run.__signature__ = signature.replace(parameters=[*own, *common])  # type: ignore[attr-defined]
+    return run
+
+
 app = typer.Typer(
     name="resnet-fast",
     help="ResNets with convolution, batch norm, residual add and ReLU fused: check, measure, train, export.",
-    epilog="Exit codes: 0 ok, 1 error, 2 usage, 3 verification failed, 4 something is missing on this machine.",
-    rich_markup_mode="markdown",  # which joins the lines of a paragraph
+    epilog="Exit codes: 0 ok, 1 error, 2 wrong usage, 3 a check failed, 4 something is missing on this machine, "
+    "130 interrupted by Ctrl-C.",
+    rich_markup_mode=None,  # rich's tables cut the names of options at 80 columns
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -52,7 +95,7 @@ for command in (
     serve.serve,
     loadtest.loadtest,
 ):
-    app.command()(command)
+    app.command(cls=Command)(_with_common_options(command))
 
 
 def _version(wanted: bool) -> None:

@@ -18,34 +18,43 @@ CLASSES = 1000  # ImageNet's, which every model here has
 
 
 def bench(
-    model: Annotated[
-        Optional[list[str]], typer.Option("--model", help="A model, as resnet50 or timm:resnet50d; repeatable.")
+    models: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="MODEL", help="Torchvision models, e.g. resnet50, or timm models, e.g. timm:resnet50d."),
     ] = None,
-    batch: Annotated[Optional[list[int]], typer.Option("--batch", min=1, help="Images a call; repeatable.")] = None,
-    size: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 224,
+    model: Annotated[
+        Optional[list[str]], typer.Option("--model", metavar="MODEL", help="One more MODEL; repeatable.")
+    ] = None,
+    batch: Annotated[
+        Optional[list[int]], typer.Option("--batch", metavar="N", min=1, help="Images in a call; repeatable.")
+    ] = None,
+    size: options.Size = 224,
     training: Annotated[
         bool, typer.Option("--training", help="Time a training step: forward, backward, SGD with momentum.")
     ] = False,
     frozen_bn: options.FrozenBatchNorm = False,
     provider: Annotated[
-        Optional[str], typer.Option("--providers", help="Some of them, with commas: ours,onnxruntime.")
+        Optional[str],
+        typer.Option(
+            "--providers", metavar="NAMES", help="Time only these, with commas between them: ours,onnxruntime."
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Each provider is timed this often, in turn.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Length of a provider's turn.")] = 1.0,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each provider has its turn.")] = 5,
+    seconds: Annotated[float, typer.Option(metavar="N", min=0.0, help="The length of a provider's turn.")] = 1.0,
     threads: options.Threads = None,
     seed: options.Seed = 0,
     json: options.Json = None,
-    debug: options.Debug = False,
 ) -> None:
     """Time this package and its peers on the same model, each in a process of its own, in alternating rounds.
 
     By default resnet18 and resnet50 at batch 1, with random weights and batch norm statistics. Every result is
-    compared with float64 PyTorch before it is timed. Ratio is a peer's median time over ours.
+    compared with float64 PyTorch before it is timed. The ratio is a peer's median time divided by ours.
 
-    With --training, at batch 16, also what the forward pass keeps for the backward pass, parameters and buffers apart.
+    With --training, by default at batch 16, the table also has what the forward pass keeps for the backward pass,
+    without parameters and buffers.
     """
     if frozen_bn and not training:
-        raise typer.BadParameter("needs --training", param_hint="--frozen-bn")
+        raise typer.BadParameter("is for --training alone", param_hint="--frozen-bn")
     import torch
 
     from resnet_fast.bench import measure
@@ -53,7 +62,6 @@ def bench(
     from resnet_fast.bench.norms import freeze_batch_norm, randomise_batch_norm, settle_relus
     from resnet_fast.bench.providers import NAMES, TRAINING, provider_names
     from resnet_fast.bench.traffic import blocks, compare
-    from resnet_fast.cli.models import build
     from resnet_fast.export import VerificationError
     from resnet_fast.export.metadata import channels_of
 
@@ -68,8 +76,8 @@ def bench(
     if busy is not None and busy > 0.5:
         out.print(f"[yellow]this machine is busy (load {busy}): the times below are too long[/]")
     workloads: list[dict[str, Any]] = []
-    for name in model or ["resnet18", "resnet50"]:
-        stock = build(name, seed=seed)
+    for name in [*(models or []), *(model or [])] or ["resnet18", "resnet50"]:
+        stock = options.build(name, seed=seed)
         randomise_batch_norm(stock, seed)
         if training:
             settle_relus(stock.train())

@@ -1,9 +1,8 @@
 """What a command says: JSON for programs, on stdout or in a file, and tables for people, on stderr."""
 
-import json
-import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Optional
 
 from rich import box
@@ -11,11 +10,56 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+_quiet = False
+
+
+def set_quiet(wanted: bool) -> None:
+    """Have ``console`` print nothing, or everything again; errors are printed without it."""
+    global _quiet
+    _quiet = wanted
+
+
+def quiet() -> bool:
+    """Whether ``--quiet`` was given."""
+    return _quiet
+
 
 def console() -> Console:
     """A console on stderr, so that stdout carries nothing but JSON."""
     # A log file has no width: do not break a table's lines at the 80 columns that rich assumes.
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 140)
+    return Console(stderr=True, quiet=_quiet, highlight=False, width=None if sys.stderr.isatty() else 140)
+
+
+@contextmanager
+def stages(console: Console, title: str) -> Iterator[Callable[[str, int, Optional[int]], None]]:
+    """A spinner, and a bar for each stage that the yielded function is told of: its name, steps done, and steps."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        bars.add_task(title, total=None)
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: Optional[int]) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield tell
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[str] = ()) -> Table:
@@ -35,23 +79,12 @@ def write_json(data: Any, target: Optional[str]) -> None:
     """Write ``data`` to the file ``target``, whole or not at all; ``-`` is stdout, None is nowhere."""
     if target is None:
         return
-    text = json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    from resnet_fast.utils.files import json_text, replacing
+
+    text = json_text(data)
     if target == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
         return
-    from resnet_fast.utils.files import replacing
-
     with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with what JSON has no number for (NaN, infinities) as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

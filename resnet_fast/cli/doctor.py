@@ -6,7 +6,7 @@ from resnet_fast.cli import options
 from resnet_fast.cli.console import console, table, write_json
 
 
-def doctor(json: options.Json = None, debug: options.Debug = False) -> None:
+def doctor(json: options.Json = None) -> None:
     """Show versions and devices, which implementation serves which op here, and why the others do not."""
     from resnet_fast.bench.machine import describe
 
@@ -71,8 +71,8 @@ def _compiled(native: dict[str, Any]) -> str:
 def _services(devices: list[str]) -> list[dict[str, Any]]:
     import torch
 
+    from resnet_fast import ops
     from resnet_fast.kernels.contract import Case
-    from resnet_fast.ops import inference as ops
 
     geometries: list[tuple[str, str, tuple]] = [
         ("conv 1x1", "conv_bn_act", (256, 64)),

@@ -1,13 +1,21 @@
-"""``resnet-fast export``: a checkpoint as a checked ONNX file."""
+"""``resnet-fast export``: a checkpoint as a checked ONNX file, or as models for NVIDIA Triton Inference Server."""
 
-from collections.abc import Collection
+import json as json_format
 from pathlib import Path
-from typing import Annotated, Any, Optional, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
-from resnet_fast.cli import options, repository
-from resnet_fast.cli.console import console, write_json
+from resnet_fast.cli import options
+from resnet_fast.cli.console import console, stages, table, write_json
+from resnet_fast.utils.names import IoDtype, Method, PrecisionName, Target
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from resnet_fast.export.quantise import Quantisation
+
+_INPUTS, _INT8, _SERVER = "What the file takes and gives", "8 bits", "NVIDIA Triton Inference Server"
 
 
 def export(
@@ -15,95 +23,166 @@ def export(
     output: Annotated[Optional[Path], typer.Argument(metavar="OUTPUT", help="The ONNX file to write.")] = None,
     weights: options.Weights = None,
     num_classes: options.Classes = None,
-    precision: Annotated[
-        str, typer.Option(metavar="fp32|fp16|bf16|int8", help="Of the weights and the arithmetic.")
-    ] = "fp32",
-    io_dtype: Annotated[
-        str, typer.Option(metavar="fp32|fp16", help="What the file takes, unless it takes pictures, and gives.")
-    ] = "fp32",
-    preprocess: Annotated[
-        Optional[str],
+    precision: Annotated[PrecisionName, typer.Option(help="The type of the weights and the arithmetic.")] = "fp32",
+    opset: Annotated[
+        Optional[int],
         typer.Option(
-            metavar="resize|normalise",
-            help="Have the file take uint8 pictures [batch, height, width, channels]: of any size, which it resizes, "
-            "crops and normalises, or of the network's size.",
+            metavar="N", help="The ONNX opset: 18 or higher, for bf16 22 or higher; by default the lowest of these."
         ),
     ] = None,
-    softmax: Annotated[bool, typer.Option("--softmax", help="Give probabilities in place of logits.")] = False,
-    top_k: Annotated[Optional[int], typer.Option(min=1, help="Also give the N best scores and their classes.")] = None,
-    opset: Annotated[
-        Optional[int], typer.Option(help="ONNX opset: 18 or higher, for bf16 22 or higher; by default the lowest.")
+    io_dtype: Annotated[
+        IoDtype,
+        typer.Option(
+            help="The type of what the file takes, unless it takes pictures, and gives.", rich_help_panel=_INPUTS
+        ),
+    ] = "fp32",
+    preprocess: Annotated[
+        Optional[Literal["resize", "normalise"]],
+        typer.Option(
+            help="Have the file take uint8 pictures [batch, height, width, channels]: of any size, which it resizes, "
+            "crops and normalises, or of the network's size, which it normalises.",
+            rich_help_panel=_INPUTS,
+        ),
     ] = None,
-    size: Annotated[Optional[int], typer.Option(min=1, help="Height and width of the images.")] = None,
-    static_batch: Annotated[bool, typer.Option("--static-batch", help="Fix the batch size to 1.")] = False,
+    size: Annotated[
+        Optional[int],
+        typer.Option(
+            metavar="PIXELS",
+            min=1,
+            help="Height and width of the images; by default the model's.",
+            rich_help_panel=_INPUTS,
+        ),
+    ] = None,
+    static_batch: Annotated[
+        bool, typer.Option("--static-batch", help="Fix the batch size to 1.", rich_help_panel=_INPUTS)
+    ] = False,
+    mean: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="NUMBERS",
+            help="The mean of each channel, of images in [0, 1], e.g. 0.485,0.456,0.406.",
+            rich_help_panel=_INPUTS,
+        ),
+    ] = None,
+    std: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="NUMBERS",
+            help="The standard deviation of each channel, e.g. 0.229,0.224,0.225.",
+            rich_help_panel=_INPUTS,
+        ),
+    ] = None,
+    softmax: Annotated[
+        bool, typer.Option("--softmax", help="Give probabilities in place of logits.", rich_help_panel=_INPUTS)
+    ] = False,
+    top_k: Annotated[
+        Optional[int],
+        typer.Option(
+            metavar="N", min=1, help="Also give the N best scores and their classes.", rich_help_panel=_INPUTS
+        ),
+    ] = None,
     classes: Annotated[
         Optional[Path],
-        typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Class names, one a line, for the metadata."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help="The names of the classes, one a line, for the metadata.",
+            rich_help_panel=_INPUTS,
+        ),
     ] = None,
-    mean: Annotated[Optional[str], typer.Option(help="Per channel, as 0.485,0.456,0.406, of images in [0, 1].")] = None,
-    std: Annotated[Optional[str], typer.Option(help="Per channel, as 0.229,0.224,0.225, of images in [0, 1].")] = None,
-    verify: Annotated[bool, typer.Option(help="Run the file and compare with float64 PyTorch.")] = True,
+    verify: Annotated[bool, typer.Option(help="Run the file and compare it with float64 PyTorch.")] = True,
     images: options.Images = None,
     tensorrt: options.TensorRT = None,
     calibration: Annotated[
         Optional[Path],
-        typer.Option(exists=True, metavar="PATH", help="int8: a folder of images, or .npy, .npz, .pt with images."),
+        typer.Option(
+            exists=True,
+            metavar="PATH",
+            help="What to take the ranges from: a folder of images, or .npy, .npz or .pt with images.",
+            rich_help_panel=_INT8,
+        ),
     ] = None,
     calibration_method: Annotated[
-        str, typer.Option(metavar="max|percentile|entropy|mse", help="int8: where to clip.")
+        Method, typer.Option(help="How to choose where a range ends.", rich_help_panel=_INT8)
     ] = "mse",
     ranges: Annotated[
         Optional[Path],
         typer.Option(
-            exists=True, dir_okay=False, metavar="FILE", help="int8: JSON of ranges; by default a --qat checkpoint's."
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help="A JSON file of ranges in place of calibration; by default those in the checkpoint of --qat.",
+            rich_help_panel=_INT8,
         ),
     ] = None,
     target: Annotated[
-        str, typer.Option(metavar="tensorrt|cpu", help="int8: what will run it; cpu is ONNX Runtime's kernels.")
+        Target,
+        typer.Option(help="What will run the file; cpu stands for ONNX Runtime's kernels.", rich_help_panel=_INT8),
     ] = "tensorrt",
     validation: Annotated[
         Optional[Path],
-        typer.Option(exists=True, metavar="PATH", help="int8: images to judge by, best with labels (class folders)."),
+        typer.Option(
+            exists=True,
+            metavar="PATH",
+            help="Images to judge by, best with labels (folders named after classes).",
+            rich_help_panel=_INT8,
+        ),
     ] = None,
     max_accuracy_drop: Annotated[
         Optional[float],
         typer.Option(
-            help="int8: points of top-1 that may be lost; the most sensitive layers fall back until it holds."
+            metavar="POINTS",
+            help="How much top-1 accuracy may be lost; the most sensitive layers stay in float32 until it holds.",
+            rich_help_panel=_INT8,
         ),
     ] = None,
-    sensitivity: Annotated[bool, typer.Option("--sensitivity", help="int8: the error of each layer alone.")] = False,
-    triton_repository: repository.Folder = None,
-    name: repository.Name = None,
-    max_batch: repository.MaxBatch = 16,
-    queue_delay: repository.QueueDelay = 1000,
-    instances: repository.Instances = 1,
-    overwrite: repository.Overwrite = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Measure the error of each layer alone.", rich_help_panel=_INT8)
+    ] = False,
+    triton_repository: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="FOLDER", help="The model repository to write to, new or existing.", rich_help_panel=_SERVER
+        ),
+    ] = None,
+    name: Annotated[
+        Optional[str],
+        typer.Option(metavar="NAME", help="The model's name there; by default MODEL's.", rich_help_panel=_SERVER),
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option(metavar="N", min=1, help="The most images in a batch.", rich_help_panel=_SERVER)
+    ] = 16,
+    queue_delay: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Microseconds that a request waits for others.", rich_help_panel=_SERVER),
+    ] = 1000,
+    instances: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Copies of the model on each GPU, or on the CPU.", rich_help_panel=_SERVER
+        ),
+    ] = 1,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model of that name.", rich_help_panel=_SERVER)
+    ] = False,
     json: options.Json = None,
-    debug: options.Debug = False,
 ) -> None:
     """Write a model as an ONNX file of standard operators, checked against PyTorch before it takes its place.
 
     With --triton-repository it goes, as two models, into a repository for NVIDIA Triton Inference Server instead.
     """
-    from resnet_fast.cli.models import build, published_weights
-    from resnet_fast.cli.quantisation import read_ranges, show_quantisation, stages
-    from resnet_fast.cli.verify_file import as_json, described
+    from resnet_fast.cli.verify import as_json, described
     from resnet_fast.export import export_onnx
     from resnet_fast.export.metadata import channels_of
-    from resnet_fast.export.precision import IO, PRECISIONS
-    from resnet_fast.export.quantise import Method, Target
+    from resnet_fast.export.precision import PRECISIONS
     from resnet_fast.finetune.checkpoint import classes_in
+    from resnet_fast.serving import write_repository
 
     if (output is None) == (triton_repository is None):
-        raise typer.BadParameter("give OUTPUT or --triton-repository, one of them", param_hint="OUTPUT")
+        raise typer.BadParameter("give OUTPUT or --triton-repository, and not both", param_hint="OUTPUT")
     if static_batch and triton_repository is not None:
         raise typer.BadParameter("does not fit --triton-repository", param_hint="--static-batch")
-    _check_name(precision, PRECISIONS, "--precision")
-    _check_name(io_dtype, IO, "--io-dtype")
-    _check_name(calibration_method, get_args(Method), "--calibration-method")
-    _check_name(target, get_args(Target), "--target")
-    if preprocess is not None:
-        _check_name(preprocess, ("resize", "normalise"), "--preprocess")
     lowest = PRECISIONS[precision].lowest_opset
     if opset is not None and opset < lowest:
         raise typer.BadParameter(f"{opset} is below {lowest}, the lowest for {precision}", param_hint="--opset")
@@ -114,8 +193,8 @@ def export(
 
     if names is None and weights is not None and Path(weights).is_file():
         names = classes_in(Path(weights)) or None
-    stock = build(model, weights=weights, num_classes=num_classes or (len(names) if names else None))
-    known_ranges = read_ranges(ranges, weights) if precision == "int8" or ranges is not None else None
+    stock = options.build(model, weights=weights, num_classes=num_classes or (len(names) if names else None))
+    known_ranges = _read_ranges(ranges, weights) if precision == "int8" or ranges is not None else None
     out = console()
     with stages(out, f"exporting {model}") as progress:
         arguments: dict[str, Any] = {
@@ -128,7 +207,7 @@ def export(
             "opset": opset,
             "input_size": None if size is None else (channels_of(stock) or 3, size, size),
             "classes": names,
-            "weights": published_weights(model, weights),
+            "weights": options.published_weights(model, weights),
             "mean": means,
             "std": deviations,
             "verify": verify,
@@ -144,9 +223,20 @@ def export(
             "progress": progress,
         }
         if triton_repository is not None:
-            written = repository.write(
-                stock, model, triton_repository, name, max_batch, queue_delay, instances, overwrite, arguments
-            )
+            try:
+                written = write_repository(
+                    stock,
+                    triton_repository,
+                    name=name or model.rpartition(":")[2],
+                    architecture=model,
+                    max_batch=max_batch,
+                    queue_delay=queue_delay,
+                    instances=instances,
+                    overwrite=overwrite,
+                    **arguments,
+                )
+            except FileExistsError as error:
+                raise FileExistsError(str(error).replace("overwrite=True", "--overwrite")) from error
             result = written.export
         else:
             assert output is not None
@@ -154,17 +244,12 @@ def export(
     for line in described(result):
         out.print(line)
     if result.quantisation is not None:
-        show_quantisation(out, result.quantisation)
+        _show_quantisation(out, result.quantisation)
     served: dict[str, Any] = {}
     if written is not None:
         out.print(f"[bold]{written.folder}[/]: {' and '.join(written.models)}; {written.readme} says how to go on")
         served = {"repository": str(written.folder), "models": written.models, "runtime": written.runtime}
     write_json({"model": model, **as_json(result), **served}, json)
-
-
-def _check_name(name: str, known: Collection[str], option: str) -> None:
-    if name not in known:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint=option)
 
 
 def _numbers(text: Optional[str], option: str) -> Optional[list[float]]:
@@ -174,3 +259,49 @@ def _numbers(text: Optional[str], option: str) -> Optional[list[float]]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{text!r}, expected numbers with commas between them", param_hint=option) from None
+
+
+def _read_ranges(file: Optional[Path], weights: Optional[str]) -> Optional[dict[str, float]]:
+    """``{"layer1.0.conv1.input": 3.2, ...}`` from the JSON ``file``, else from the checkpoint that ``weights`` names.
+
+    Quantisation-aware training leaves them there, under ``ranges``. None if there are none.
+    """
+    if file is None:
+        from resnet_fast.finetune.qat import load_ranges
+
+        return load_ranges(weights) or None if weights is not None and Path(weights).is_file() else None
+    try:
+        ranges = json_format.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise typer.BadParameter(f"{str(file)!r} is not JSON: {error}", param_hint="--ranges") from error
+    if not isinstance(ranges, dict) or not all(isinstance(amax, (int, float)) for amax in ranges.values()):
+        raise typer.BadParameter(f"{str(file)!r} does not hold an object of names and numbers", param_hint="--ranges")
+    return ranges
+
+
+def _show_quantisation(console: "Console", quantisation: "Quantisation") -> None:
+    """Errors and accuracy of an int8 file, its layers if they were measured, and those that fell back."""
+    judgement = quantisation.judgement
+    if judgement is not None:
+        console.print(
+            f"int8 for {quantisation.target}, on {judgement.images} images of the {quantisation.judged_by}: "
+            f"logits {judgement.logit_error:.3g} of their size from float32, "
+            f"the same first class in {100 * judgement.agreement:.2f} %"
+        )
+        if judgement.accuracy is not None and judgement.float_accuracy is not None:
+            console.print(
+                f"top-1 {100 * judgement.accuracy:.2f} %, in float32 {100 * judgement.float_accuracy:.2f} %: "
+                f"{judgement.drop:.2f} points lost"
+            )
+    if quantisation.reduce_range:
+        console.print("weights have 7 bits, because this processor has no VNNI")
+    rows = [
+        (layer.path, layer.precision, f"{layer.logit_error:.2e}")
+        for layer in sorted(quantisation.layers, key=lambda layer: -(layer.logit_error or 0))
+        if layer.logit_error is not None
+    ]
+    if rows:
+        title = "relative error of the logits with one layer in int8, largest first"
+        console.print(table(title, ("layer", "precision", "error"), rows, ("error",)))
+    if quantisation.fall_back:
+        console.print(f"not in int8: {', '.join(quantisation.fall_back)}")

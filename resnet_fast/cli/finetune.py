@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resnet_fast.cli import options
-from resnet_fast.cli.console import console, table, write_json
+from resnet_fast.cli.console import console, quiet, table, write_json
 from resnet_fast.finetune.arguments import SettingError, Settings
 
 if TYPE_CHECKING:
@@ -33,13 +33,11 @@ Source = Annotated[
 ]
 
 
-def finetune(
-    context: typer.Context, data: Source, json: options.Json = None, debug: options.Debug = False, **_: Any
-) -> None:
+def finetune(context: typer.Context, data: Source, json: options.Json = None, **_: Any) -> None:
     """Train a model on your images, from published weights, from a checkpoint, or from scratch.
 
     Writes last.pt and best.pt after each epoch, metrics.csv, metrics.json and curves.png, and at the end results.json
-    and the confusion matrix. Several processes: torchrun --nproc-per-node N -m resnet_fast.finetune DATA ...
+    and the confusion matrix. For several processes: torchrun --nproc-per-node N -m resnet_fast.finetune DATA ...
     """
     import torch
 
@@ -53,7 +51,7 @@ def finetune(
             settings = Settings(**checkpoint.load(Path(settings.resume))["settings"]).resumed(given)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        with processes(settings.device) as here, _log(here), _terminable():
+        with processes(settings.device) as here, logged(here), _terminable():
             images = open_data(data, settings)
             model = _model(settings, images)
             folder = _output(settings) if here.first else Path()
@@ -89,7 +87,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 def _model(settings: Settings, data: "Data") -> "nn.Module":
     """The model with the weights that it starts from, and a last layer for the classes of ``data``."""
-    from resnet_fast.cli.models import build, published_weights
+    from resnet_fast.cli.options import build, published_weights
     from resnet_fast.finetune.checkpoint import classes_in
     from resnet_fast.finetune.data import check_classes
     from resnet_fast.finetune.weights import head_fits, load_weights
@@ -97,7 +95,7 @@ def _model(settings: Settings, data: "Data") -> "nn.Module":
 
     name, weights, classes = settings.model, settings.weights, len(data.classes)
     if settings.qat and weights is None:
-        raise SettingError("qat", "is for a trained model, expected --weights too")
+        raise SettingError("qat", "is for a trained model, so --weights is needed too")
     if weights is None or settings.resume is not None:
         return build(name, num_classes=classes, seed=settings.seed)
     file = Path(weights)
@@ -143,13 +141,13 @@ def _output(settings: Settings) -> Path:
 
 
 @contextmanager
-def _log(here: "Processes") -> Iterator[None]:
+def logged(here: "Processes") -> Iterator[None]:
     """Progress on stderr, from the first process; warnings from all."""
     logger = logging.getLogger("resnet_fast.finetune")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if here.world == 1 else f"[{here.rank}] %(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO if here.first else logging.WARNING)
+    logger.setLevel(logging.INFO if here.first and not quiet() else logging.WARNING)
     try:
         yield
     finally:

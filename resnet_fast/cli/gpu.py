@@ -1,27 +1,30 @@
 """``resnet-fast gpu``: is everything right, repeatable and fast on this machine's GPU?"""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
 from resnet_fast.cli import options
 from resnet_fast.cli.console import console, table, write_json
 
-DEVICES = ("cuda", "cpu")
-
 
 def gpu(
-    out: Annotated[Path, typer.Option("--out", help="Folder of the report.")] = Path("runs/gpu"),
-    device: Annotated[str, typer.Option(help="cuda, or cpu to try the suite itself.")] = "cuda",
-    minutes: Annotated[float, typer.Option(min=0.1, help="For all of it; what there is no time for is left out.")] = 10,
-    quick: Annotated[bool, typer.Option("--quick", help="Small cases and models.")] = False,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where to write the report.")] = Path("runs/gpu"),
+    device: Annotated[
+        Literal["cuda", "cpu"], typer.Option(help="The GPU, or the CPU to try the suite itself.")
+    ] = "cuda",
+    minutes: Annotated[
+        float, typer.Option(metavar="N", min=0.1, help="Time for all of it; what there is no time for is left out.")
+    ] = 10,
+    quick: Annotated[bool, typer.Option("--quick", help="Take small cases and models.")] = False,
     part: Annotated[
         Optional[list[str]],
-        typer.Option("--part", help="numerics, repeats, layers, inference, training or peers alone; repeatable."),
+        typer.Option(
+            "--part", metavar="NAME", help="Only numerics, repeats, layers, inference, training or peers; repeatable."
+        ),
     ] = None,
     json: options.Json = None,
-    debug: options.Debug = False,
 ) -> None:
     """Check and measure the kernels on a GPU, for the first time or again: numerics, repeatability, layers, models.
 
@@ -37,8 +40,6 @@ def gpu(
     from resnet_fast.export import VerificationError
     from resnet_fast.utils.devices import require_gpu
 
-    if device not in DEVICES:
-        raise typer.BadParameter(f"{device!r}, expected one of {', '.join(DEVICES)}", param_hint="--device")
     if device == "cuda":
         require_gpu("--device cuda")
     terminal = console()

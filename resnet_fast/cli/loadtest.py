@@ -12,19 +12,23 @@ def loadtest(
     url: Annotated[
         str, typer.Argument(metavar="URL", help="The server: host:port for HTTP, grpc://host:port for gRPC.")
     ],
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model's name there.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The name of the model on the server.")],
     concurrency: Annotated[
-        Optional[list[int]], typer.Option("--concurrency", min=1, help="Requests under way at a time; repeatable.")
+        Optional[list[int]],
+        typer.Option("--concurrency", metavar="N", min=1, help="Requests under way at a time; repeatable."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images a request.")] = 1,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of measurement at each concurrency.")] = 5.0,
-    size: Annotated[int, typer.Option(min=1, help="Height and width of the images, where the model takes any.")] = 224,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a request.")] = 1,
+    seconds: Annotated[
+        float, typer.Option(metavar="N", min=0.1, help="How long to measure at each concurrency.")
+    ] = 5.0,
+    size: Annotated[
+        int, typer.Option(metavar="PIXELS", min=1, help="Height and width of the images, where the model takes any.")
+    ] = 224,
     shared_memory: Annotated[
-        bool, typer.Option("--shared-memory", help="Pass images through memory; for a server on this machine.")
+        bool, typer.Option("--shared-memory", help="Pass images through shared memory, to a server on this machine.")
     ] = False,
     seed: options.Seed = 0,
     json: options.Json = None,
-    debug: options.Debug = False,
 ) -> None:
     """Send a model on NVIDIA Triton Inference Server random images from several clients, and time the answers.
 

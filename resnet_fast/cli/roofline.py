@@ -1,75 +1,87 @@
 """``resnet-fast roofline``: how long a network would take on a GPU, by a model."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
 from resnet_fast.cli import options
 from resnet_fast.cli.console import console, table, write_json
+from resnet_fast.utils.names import Dtype
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from resnet_fast.bench.roofline import Cost, Roofline
 
-DTYPES = ("float16", "bfloat16", "float32")
-MODES = ("eval", "train")
 CHARTS = (".svg", ".png")
 _SHORT = {"back_to_back": "b2b"}
 
 
 def roofline(
-    gpu: Annotated[str, typer.Option(help="A GPU by its short name, as h100, a100 or mi300x.")] = "h100",
-    model: Annotated[str, typer.Option(help="A model, as resnet50 or timm:resnet50d.")] = "resnet50",
-    batch: Annotated[int, typer.Option(min=1, help="Images a call or step.")] = 128,
-    mode: Annotated[str, typer.Option(help="eval: a forward pass. train: a forward and a backward pass.")] = "eval",
-    dtype: Annotated[str, typer.Option(help=f"Of images and weights: {', '.join(DTYPES)}.")] = "float16",
-    size: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 224,
+    model: Annotated[
+        Optional[str], typer.Argument(metavar="MODEL", help=f"{options.MODEL_HELP} By default resnet50.")
+    ] = None,
+    model_option: Annotated[Optional[str], typer.Option("--model", metavar="MODEL", help="The same as MODEL.")] = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="A GPU by its short name, e.g. h100, a100 or mi300x.")
+    ] = "h100",
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a call or training step.")] = 128,
+    mode: Annotated[
+        Literal["eval", "train"],
+        typer.Option(help="Predict a forward pass, or a training step: a forward and a backward pass."),
+    ] = "eval",
+    dtype: Annotated[Dtype, typer.Option(help="The type of images and weights.")] = "float16",
+    size: options.Size = 224,
     back_to_back: Annotated[
-        bool, typer.Option("--back-to-back", help="Also with each block's end fused with the next block's begin.")
+        bool,
+        typer.Option("--back-to-back", help="Also predict the end of each block fused with the begin of the next."),
     ] = False,
     compute_efficiency: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Share of the peak rate that kernels reach.")
+        float,
+        typer.Option(metavar="SHARE", min=0.01, max=1.0, help="The share of the GPU's peak rate that kernels reach."),
     ] = 0.7,
     memory_efficiency: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Share of the memory's bandwidth that kernels reach.")
+        float,
+        typer.Option(
+            metavar="SHARE", min=0.01, max=1.0, help="The share of the memory's bandwidth that kernels reach."
+        ),
     ] = 0.85,
     launch: Annotated[
-        float, typer.Option(min=0.0, help="Microseconds of every launch in which the GPU does nothing.")
+        float, typer.Option(metavar="US", min=0.0, help="Microseconds at every launch in which the GPU does nothing.")
     ] = 2.0,
     json: options.Json = None,
     plot: Annotated[
-        Optional[str], typer.Option(metavar="FILE", help="Also draw it: a file that ends in .svg or .png.")
+        Optional[str], typer.Option(metavar="FILE", help="Also draw it, to a file that ends in .svg or .png.")
     ] = None,
-    debug: options.Debug = False,
 ) -> None:
-    """Predict a network's time and traffic on a GPU, layer by layer. A model: nothing is measured, no GPU is needed.
+    """Predict a network's time and traffic on a GPU, layer by layer. Nothing is measured, and no GPU is needed.
 
-    Operations are counted as by `traffic`. A kernel takes as long as its arithmetic at the GPU's peak rate or its bytes
-    at its memory's bandwidth, whichever is longer, each at an efficiency that is the same for all: for eager PyTorch,
-    for a pipeline like torch.compile's (cuDNN, and fused pointwise passes) and for ours. The limit has efficiencies of
-    1 and no launches, and of each layer reads inputs and writes results once. Caches are ignored.
+    Operations are counted as the command traffic does. A kernel takes as long as its arithmetic at the GPU's peak rate
+    or its bytes at its memory's bandwidth, whichever is longer, each at an efficiency that is the same for all: for
+    eager PyTorch, for a pipeline like torch.compile's (cuDNN, and fused pointwise passes) and for ours. The limit has
+    efficiencies of 1 and no launches, and of each layer reads inputs and writes results once. Caches are ignored.
     """
     import torch
 
     from resnet_fast.bench.roofline import Assumptions, predict
-    from resnet_fast.cli.models import build
     from resnet_fast.export.metadata import channels_of
-    from resnet_fast.kernels.triton.gpus import GPUS
+    from resnet_fast.kernels.triton.cost_model.gpus import GPUS
     from resnet_fast.utils.files import replacing
     from resnet_fast.utils.optional import require
 
-    for option, value, known in (("--gpu", gpu, GPUS), ("--mode", mode, MODES), ("--dtype", dtype, DTYPES)):
-        if value not in known:
-            raise typer.BadParameter(f"{value!r}, expected one of {', '.join(known)}", param_hint=option)
+    if gpu not in GPUS:
+        raise typer.BadParameter(f"{gpu!r}, expected one of {', '.join(GPUS)}", param_hint="--gpu")
+    if model is not None and model_option is not None:
+        raise typer.BadParameter("is the same as MODEL, give one of them", param_hint="--model")
+    model = model or model_option or "resnet50"
     if plot is not None and not plot.endswith(CHARTS):
         raise typer.BadParameter(f"{plot!r}, expected a name that ends in {' or '.join(CHARTS)}", param_hint="--plot")
     if back_to_back and mode == "train":
-        raise typer.BadParameter("is for --mode eval", param_hint="--back-to-back")
+        raise typer.BadParameter("is for --mode eval alone", param_hint="--back-to-back")
     if plot is not None:
         require("matplotlib", "--plot")
     with torch.device("meta"):  # without numbers, which nobody needs
-        stock = build(model).train(mode == "train")
+        stock = options.build(model).train(mode == "train")
     shape = (batch, channels_of(stock) or 3, size, size)
     assumptions = Assumptions(compute_efficiency, memory_efficiency, launch)
     result = predict(stock, shape, getattr(torch, dtype), GPUS[gpu], assumptions, back_to_back)

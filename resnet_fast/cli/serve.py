@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from resnet_fast.cli import options
-from resnet_fast.cli.console import console
+from resnet_fast.cli.console import console, quiet, write_json
 
 
 def serve(
@@ -15,21 +15,30 @@ def serve(
     ],
     model: Annotated[
         Optional[list[str]],
-        typer.Option("--model", help="Load this one; repeatable. By default all whose backend the server has."),
+        typer.Option(
+            "--model", metavar="NAME", help="Load this model; repeatable. By default all whose backend the server has."
+        ),
     ] = None,
-    address: Annotated[str, typer.Option(help="Network interface to listen at; 0.0.0.0 is all.")] = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    grpc_port: Annotated[int, typer.Option(min=1, max=65535)] = 8001,
-    metrics_port: Annotated[int, typer.Option(min=1, max=65535)] = 8002,
+    address: Annotated[
+        str, typer.Option(metavar="IP", help="The network interface to listen at; 0.0.0.0 is all.")
+    ] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="The port for HTTP.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="The port for gRPC.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="The port for metrics.")] = 8002,
     argument: Annotated[
         Optional[list[str]],
-        typer.Option("--argument", help="One more for the server itself, as --argument=--log-verbose=1; repeatable."),
+        typer.Option(
+            "--argument",
+            metavar="TEXT",
+            help="One more argument for the server itself, e.g. --argument=--log-verbose=1; repeatable.",
+        ),
     ] = None,
-    debug: options.Debug = False,
+    json: options.Json = None,
 ) -> None:
-    """Start the server on models that `resnet-fast export --triton-repository` wrote; Ctrl-C stops it.
+    """Start NVIDIA's server on models that resnet-fast export --triton-repository wrote; Ctrl-C stops it.
 
-    The server is the one that `make server` installed, or the one on PATH. Its log goes to stdout and stderr.
+    The server is the one that make server installed, or the one on PATH. Its log goes to stdout and stderr, with
+    --quiet its errors alone. With --json, addresses and models are written when the server is ready.
     """
     import signal
 
@@ -53,10 +62,12 @@ def serve(
             http_port=http_port,
             grpc_port=grpc_port,
             metrics_port=metrics_port,
-            arguments=argument or (),
+            arguments=[*(("--log-info=0", "--log-warning=0") if quiet() else ()), *(argument or ())],
         ) as server:
             server.wait(seconds=float("inf"))
             out.print(f"[bold]ready[/]: {', '.join(server.models)} at http://{server.http} and grpc://{server.grpc}")
+            addresses = {"http": server.http, "grpc": server.grpc, "metrics": server.metrics}
+            write_json({"repository": str(repository), "models": server.models, **addresses}, json)
             try:
                 code = server.process.wait()
             except KeyboardInterrupt:

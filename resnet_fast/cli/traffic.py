@@ -7,21 +7,19 @@ import typer
 
 from resnet_fast.cli import options
 from resnet_fast.cli.console import console, table, write_json
+from resnet_fast.utils.names import Dtype
 
 if TYPE_CHECKING:
-    from resnet_fast.bench.moves import Move
-
-DTYPES = ("float32", "float16", "bfloat16")
+    from resnet_fast.bench.ledger import Move
 
 
 def traffic(
     model: options.Model,
-    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 128,
-    size: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 224,
-    dtype: Annotated[str, typer.Option(help=f"Of images and weights: {', '.join(DTYPES)}.")] = "float16",
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a training step.")] = 128,
+    size: options.Size = 224,
+    dtype: Annotated[Dtype, typer.Option(help="The type of images and weights.")] = "float16",
     frozen_bn: options.FrozenBatchNorm = False,
     json: options.Json = None,
-    debug: options.Debug = False,
 ) -> None:
     """Count the bytes that a model's forward pass in training moves, stock and accelerated, without running it.
 
@@ -32,12 +30,9 @@ def traffic(
 
     from resnet_fast.bench.norms import norms_of
     from resnet_fast.bench.traffic import blocks, compare
-    from resnet_fast.cli.models import build
     from resnet_fast.export.metadata import channels_of
 
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"{dtype!r}, expected one of {', '.join(DTYPES)}", param_hint="--dtype")
-    stock = build(model).train()
+    stock = options.build(model).train()
     for norm in norms_of(stock):
         norm.train(not frozen_bn)
     moves = compare(stock, (batch, channels_of(stock) or 3, size, size), getattr(torch, dtype))

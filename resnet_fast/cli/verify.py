@@ -1,46 +1,51 @@
 """``resnet-fast verify``: is the accelerated model as exact as the stock one, or a file as the model behind it?"""
 
-from typing import Annotated, Optional
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from rich.markup import escape
 
 from resnet_fast.cli import options
 from resnet_fast.cli.console import console, table, write_json
+
+if TYPE_CHECKING:
+    from resnet_fast.export import ExportResult
 
 
 def verify(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...|FILE.onnx", help="Models, as resnet18 resnet50 timm:resnet50d, or a file of export."
+            metavar="MODEL...|FILE.onnx",
+            help="Models, e.g. resnet18 resnet50 timm:resnet50d, or a file that export wrote.",
         ),
     ],
     layers: Annotated[bool, typer.Option("--layers", help="Also check every different convolution by itself.")] = False,
     model: Annotated[
         Optional[str],
-        typer.Option(metavar="MODEL", help="For a file: the model that it was made from, to compare with."),
+        typer.Option(metavar="MODEL", help="For a file: the model that it was made from, to compare it with."),
     ] = None,
     images: options.Images = None,
     tensorrt: options.TensorRT = None,
     weights: options.Weights = None,
     num_classes: options.Classes = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images.")] = 2,
-    size: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 224,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a call.")] = 2,
+    size: options.Size = 224,
     seed: options.Seed = 0,
     json: options.Json = None,
-    debug: options.Debug = False,
 ) -> None:
-    """Compare an accelerated model with the stock one, both against float64: whole, and block by block.
+    """Compare an accelerated model and the stock one with float64, as a whole and block by block.
 
-    An error may be twice what stock float32 has itself, plus 8 eps of the largest result. Without --weights, the
+    An error may be twice the stock model's own in float32, plus 8 eps of the largest result. Without --weights, the
     weights are random, and so are all parameters and statistics of the batch norms.
 
-    A FILE.onnx of resnet-fast export goes through ONNX's checker, ONNX Runtime at batch 1, 2 and 7, and TensorRT-RTX
-    where it is installed; with --model and --weights, it is compared with that model in float64, on --images as well.
+    A FILE.onnx that resnet-fast export wrote goes through ONNX's checker, ONNX Runtime at batch 1, 2 and 7, and
+    TensorRT-RTX where it is installed; with --model and --weights, it is compared with that model in float64, on
+    --images as well.
     """
     if any(name.endswith(".onnx") for name in models):
-        from resnet_fast.cli.verify_file import verify_file
-
         if len(models) > 1:
             raise typer.BadParameter(f"a file is verified by itself, not {len(models)} at once", param_hint="FILE.onnx")
         if model is None:
@@ -56,14 +61,11 @@ def verify(
         )
         return
 
-    from dataclasses import asdict
-
     import torch
 
     from resnet_fast import accelerate, explain
     from resnet_fast.bench.norms import randomise_batch_norm
-    from resnet_fast.cli.models import build
-    from resnet_fast.export.compare import VerificationError
+    from resnet_fast.export.file_checks import VerificationError
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.verify import Check, check_layers, check_model
 
@@ -73,7 +75,7 @@ def verify(
     out = console()
     results: dict[str, list[Check]] = {}
     for name in models:
-        stock = build(name, weights=weights, num_classes=num_classes, seed=seed)
+        stock = options.build(name, weights=weights, num_classes=num_classes, seed=seed)
         if weights is None:
             randomise_batch_norm(stock, seed)
         shape = (batch, channels_of(stock) or 3, size, size)
@@ -114,3 +116,73 @@ def _refuse(reason: str, **given: object) -> None:
     for name, value in given.items():
         if value is not None:
             raise typer.BadParameter(reason, param_hint=f"--{name.replace('_', '-')}")
+
+
+# --- a file -----------------------------------------------------------------------------------------------------------
+
+
+def verify_file(
+    path: str,
+    *,
+    model: Optional[str],
+    weights: Optional[str],
+    num_classes: Optional[int],
+    images: Optional[Path],
+    tensorrt: Optional[bool],
+    json: Optional[str],
+) -> None:
+    """Verify the file and say what was found; ``model`` is the name of what it was made from."""
+    from resnet_fast.export import verify_onnx
+
+    stock = None if model is None else options.build(model, weights=weights, num_classes=num_classes)
+    out = console()
+    with out.status(f"verifying {path}"):
+        result = verify_onnx(path, stock, images=images, tensorrt=tensorrt)
+    for line in described(result):
+        out.print(line)
+    write_json(as_json(result), json)
+
+
+def described(result: "ExportResult") -> list[str]:
+    """Lines for people, in rich's markup."""
+    counts = ", ".join(f"{count} {name}" for name, count in result.op_counts.items())
+    size = f"{result.size / 1e6:.1f} MB"
+    lines = [f"[bold]{escape(str(result.path))}[/]: {result.precision}, {size}, opset {result.opset}, {counts}"]
+    if result.method is None:
+        lines.append("[yellow]not verified[/]")
+    elif result.tolerance is None:
+        lines.append(
+            f"{result.method}: finite; an image alone and in a batch differ by {result.batch_error:.2g}. "
+            "[yellow]Not compared with a model[/]: --model NAME --weights FILE"
+        )
+    else:
+        errors = ", ".join(f"{error:.2g} at batch {batch}" for batch, error in result.max_errors.items())
+        lines.append(
+            f"{result.method}, against float64 PyTorch: {errors}; allowed {result.tolerance:.2g} "
+            f"({'fp32' if result.precision == 'int8' else result.precision} PyTorch itself: {result.torch_error:.2g})"
+        )
+    if result.images:
+        lines.append(
+            f"{result.images} pictures: {result.image_error:.2g} from float64 PyTorch, the same best class in "
+            f"{result.top1_agreement:.2%}"
+        )
+    if result.engine is not None:
+        engine = result.engine
+        lines.append(
+            f"TensorRT-RTX {engine.version}: parsed, and an engine of {engine.size / 1e6:.1f} MB built; it has "
+            f"{engine.kernels} kernels, {engine.fused} of {engine.convolutions} convolutions with their ReLU inside"
+            + (f", {engine.int8_convolutions} in int8" if engine.int8_convolutions else "")
+        )
+    return lines
+
+
+def as_json(result: "ExportResult") -> dict[str, Any]:
+    """Without the engine's list of layers, but with what was counted of them."""
+    data = {**asdict(result), "path": str(result.path)}
+    if (engine := result.engine) is not None:
+        del data["engine"]["layers"]
+        data["engine"] |= {
+            name: getattr(engine, name)
+            for name in ("kernels", "convolutions", "int8_convolutions", "fused", "fused_add")
+        }
+    return data

@@ -9,24 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor, fx, nn
 
+from resnet_fast.export.file_checks import VerificationError, check_best, check_shape, is_softmax, metadata_of
 from resnet_fast.export.precision import INT8, PRECISIONS, Precision, precision_of, rounded
-from resnet_fast.export.reading import metadata_of
-from resnet_fast.export.runner import Runner
-from resnet_fast.export.samples import Sample, noise, pictures
+from resnet_fast.export.runner import Runner, Sample, noise, pictures
+from resnet_fast.utils.tolerance import error_limit
 
 INT8_LIMIT = 0.5
 """Of the largest result. Rounding to 8 bits gives far less (0.01 to 0.05 in a trained network, up to 0.2 in a deep one
 that was never trained), and a file that computes nothing but zeros gives 1. What int8 costs is measured on images of
 the user (``quantise``); on noise, no closer limit would hold for every network."""
-
-
-class VerificationError(RuntimeError):
-    """A result is further from float64 than the precision explains."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +47,6 @@ class Comparison:
     image_error: Optional[float] = None
     image_limit: Optional[float] = None
     top1_agreement: Optional[float] = None
-
-
-def error_limit(stock_error: float, reference: Tensor, eps: float = 2.0**-23) -> float:
-    """The largest error allowed beside ``stock_error``, PyTorch's own in the same precision; both against float64.
-
-    Twice, because another order of summation and a folded batch norm round elsewhere, not more often, and the largest
-    of many rounding errors varies by less than that between two such orders. The floor, 8 eps of the largest result,
-    is for outputs so few that PyTorch's largest error may be small by luck: a result that went through a dozen
-    roundings lies within it, and no mistake in the arithmetic does.
-    """
-    return 2 * stock_error + 8 * eps * reference.abs().max().item()
 
 
 def compare(
@@ -114,7 +98,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Result:
-    """Of one batch, ``[N, classes]``: the file's, float64's and that of PyTorch in the file's precision."""
+    """The results of one batch, ``[N, classes]``: the file's, float64's and PyTorch's in the file's precision."""
 
     found: Tensor
     reference: Tensor
@@ -193,32 +177,8 @@ def _check_arithmetic(runner: Runner, peer: nn.Module, samples: Sequence[Sample]
 
 
 def _head_of(runner: Runner) -> Callable[[Tensor], Tensor]:
-    """From logits to the file's first output."""
+    """Return what makes the file's first output of logits."""
     return functools.partial(torch.softmax, dim=1) if is_softmax(runner) else lambda logits: logits
-
-
-def is_softmax(runner: Runner) -> bool:
-    return runner.outputs[0] == "probabilities"
-
-
-def check_shape(found: np.ndarray, reference: Tensor) -> None:
-    if found.shape != tuple(reference.shape):
-        raise VerificationError(
-            f"ONNX Runtime gives shape {list(found.shape)} at batch {len(reference)}, expected {list(reference.shape)}"
-        )
-
-
-def check_best(given: dict[str, np.ndarray]) -> None:
-    """``scores`` and ``classes``, where the file gives them, are the first output's largest values and their places."""
-    if "scores" not in given:
-        return
-    values, scores, classes = given.values()
-    expected = -np.sort(-values, axis=1)[:, : scores.shape[1]]
-    found = np.take_along_axis(values, classes, axis=1)
-    if not (np.array_equal(scores, expected) and np.array_equal(found, expected)):
-        raise VerificationError(
-            f"scores and classes are not the {scores.shape[1]} largest values at batch {len(values)} and their places"
-        )
 
 
 def _check_error(error: float, limit: float, batch: int, method: str, said: str) -> None:

@@ -1,17 +1,46 @@
-"""Batch norm folded into the convolution before it, in float64, on a graph that ``torch.export`` made.
+"""The plain PyTorch model behind an export, and its batch norms folded into the convolutions before them, in float64.
 
-On the graph, not on the modules: it shows which batch norm follows which convolution in any model, whatever its
-blocks are called, and a convolution whose result is used twice is seen as such.
+Folding works on the graph that ``torch.export`` makes, not on the modules: it shows which batch norm follows which
+convolution in any model, whatever its blocks are called, and a convolution whose result is used twice is seen as such.
 """
 
+import copy
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from resnet_fast.accelerated import restore
+
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv2d.padding)
 _BATCH_NORM = torch.ops.aten.batch_norm.default
+_LARGEST_FILE = 2**31 - 1  # bytes: the limit of a protobuf message
+
+
+def stock_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, in eval mode, whose forward is plain PyTorch.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: a weight is not in float32 or has no values, or they do not fit into one ONNX file.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, expected a torch.nn.Module")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(f"model has {name} in {tensor.dtype}, expected torch.float32: call model.float() first")
+        if tensor.is_meta:
+            raise ValueError(f"model has {name} on the meta device, expected values")
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if size > _LARGEST_FILE:
+        raise ValueError(
+            f"model has {size / 1e9:.1f} GB of weights, expected less than 2.1 GB, the limit of one ONNX file; "
+            "weights in a file beside it are not supported"
+        )
+    stock = restore(copy.deepcopy(model)).cpu().eval().requires_grad_(False)
+    thaw(stock)
+    return stock
 
 
 def thaw(model: nn.Module) -> None:
@@ -97,7 +126,7 @@ def _value(graph_module: fx.GraphModule, node: Any) -> Optional[Tensor]:
 
 
 def _owner(graph_module: fx.GraphModule, conv: fx.Node) -> str:
-    """Where the folded tensors go: the convolution's own module, or a new one if other nodes share its weight."""
+    """Name the module for the folded tensors: the convolution's own, or a new one if other nodes share its weight."""
     weight = conv.args[1]
     assert isinstance(weight, fx.Node)
     readers = [

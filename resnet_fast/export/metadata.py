@@ -38,7 +38,7 @@ class Metadata:
     target: Optional[str] = None
 
     def preprocessing(self, resize: bool = True) -> Preprocess:
-        """What makes the network's input of a picture of bytes, of any size or, without ``resize``, of its own.
+        """Return what makes the network's input of a picture of bytes, of any size or, without ``resize``, of its own.
 
         Raises:
             ValueError: nobody said how to normalise.
@@ -80,7 +80,7 @@ class Metadata:
 
     @classmethod
     def read(cls, properties: Mapping[str, str]) -> "Metadata":
-        """What ``write`` wrote into ``properties``.
+        """Read what ``write`` wrote into ``properties``.
 
         Raises:
             ValueError: something in it is missing or is not what ``write`` writes; files of others have nothing of it.
@@ -113,7 +113,7 @@ def gather(
     std: Optional[Sequence[float]],
     weights: Any,
 ) -> Metadata:
-    """What the caller says, else what ``weights`` (a torchvision enum member) says, else what a timm model says."""
+    """Gather what the caller says, else ``weights`` (a torchvision enum member), else a timm model."""
     known = {**_from_timm(model), **_from_weights(weights)}
     given = {"input_size": input_size, "classes": classes, "mean": mean, "std": std}
     known.update({name: value for name, value in given.items() if value is not None})

@@ -190,7 +190,7 @@ class OnnxModel:
             self._stream.synchronize()
 
     def explain(self) -> str:
-        """What runs where, one line for each provider: how many nodes of the graph it took, or why it is not in use."""
+        """Tell in a line for each provider how many nodes of the graph it took, or why it is not in use."""
         nodes = dict.fromkeys(self.providers, 0)
         for part in self._session.get_provider_graph_assignment_info():
             nodes[part.ep_name] = nodes.get(part.ep_name, 0) + len(part.get_nodes())
@@ -243,7 +243,7 @@ class OnnxModel:
 
 
 def _device(device: Union[str, torch.device, None]) -> torch.device:
-    """With its index if it is a GPU, as tensors have it."""
+    """Return the device, a GPU with its index, as tensors have it."""
     reason = gpu_missing()
     if device is None:
         device = "cpu" if reason else "cuda"
@@ -291,7 +291,7 @@ def _signature(path: Path, session: Any) -> tuple[Argument, tuple[Argument, ...]
 
 
 def _result(outputs: Sequence[Argument]) -> Callable[..., Any]:
-    """What makes the result of a call from the tensors of all outputs."""
+    """Return what makes the result of a call from the tensors of all outputs."""
     if len(outputs) == 1:
         return lambda tensor: tensor
     return namedtuple("Outputs", [out.name for out in outputs], rename=True)

@@ -41,7 +41,7 @@ class ProviderError(RuntimeError):
 
 
 def refusal(runtime: ModuleType, provider: str) -> Optional[str]:
-    """Why ``provider`` cannot be used, as far as its libraries tell, or None.
+    """Return why ``provider`` cannot be used, as far as its libraries tell, or None.
 
     Loads the libraries of a GPU provider, which are then those that ONNX Runtime finds.
     """
@@ -100,7 +100,7 @@ def explained(refused: dict[str, str]) -> str:
 
 
 def gpu_options(device_index: int, stream: int) -> Options:
-    """What both GPU providers take: the device, and the CUDA stream, by its address, that all work goes to."""
+    """Return what both GPU providers take: the device, and the CUDA stream, by its address, for all work."""
     return {"device_id": str(device_index), "has_user_compute_stream": "1", "user_compute_stream": str(stream)}
 
 
@@ -127,7 +127,7 @@ def tensorrt_options(
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except Exception as error:
-        raise ValueError(f"path is {str(path)!r}, which is no ONNX file: {error}") from error
+        raise ValueError(f"path is {str(path)!r}, which is not an ONNX file: {error}") from error
     weights = {tensor.name for tensor in graph.initializer}
     source, *others = [value for value in graph.input if value.name not in weights] or [None]
     if source is None or others:
@@ -189,7 +189,7 @@ def _usual(fixed: list[Optional[int]]) -> list[list[int]]:
 
 
 def _digest(path: Path, graph: onnx.GraphProto) -> str:
-    """Of the file and of those beside it that hold its weights, if any do."""
+    """Hash the file and those beside it that hold its weights, if any do."""
     beside = {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
     content = hashlib.sha256()
     for file in (path, *(path.parent / name for name in sorted(beside))):

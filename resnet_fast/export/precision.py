@@ -19,7 +19,7 @@ INT8 = "int8"
 
 @dataclass(frozen=True)
 class Precision:
-    """In what a file keeps its weights and computes.
+    """A number format in which a file keeps its weights and computes.
 
     ``lowest_opset``: 18 is what torch.onnx writes whenever less is asked for, with no more than a line in the log; 22
     is the first in which convolution and pooling admit bfloat16.
@@ -127,7 +127,7 @@ def nearest(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def explained(stock: nn.Module) -> Iterator[None]:
-    """What PyTorch raises while it exports ``stock``, as a RuntimeError of one line."""
+    """Turn what PyTorch raises while it exports ``stock`` into a RuntimeError of one line."""
     try:
         yield
     except Exception as error:
@@ -137,7 +137,7 @@ def explained(stock: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's remarks: a failure is an exception, and what it converted to is checked afterwards."""
+    """Keep the exporter silent: a failure is an exception, and what it converted to is checked afterwards."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

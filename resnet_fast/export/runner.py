@@ -1,7 +1,12 @@
-"""ONNX files in ONNX Runtime on the CPU; those in a type that it has no kernels for, as the same graph in float32."""
+"""ONNX files in ONNX Runtime on the CPU, and what they are run with: noise, and pictures of the user.
+
+Those in a type that ONNX Runtime has no kernels for are run as the same graph in float32.
+"""
 
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -10,11 +15,16 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 from onnx_ir.tape import Tape
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from resnet_fast.export.metadata import Metadata
 from resnet_fast.export.precision import Precision
 from resnet_fast.utils.optional import require
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+_IO = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def session(path: Union[str, os.PathLike], threads: int = 0) -> Any:
@@ -31,7 +41,7 @@ def session(path: Union[str, os.PathLike], threads: int = 0) -> Any:
 
 
 def open_session(source: Union[str, bytes], subject: str, threads: int = 0) -> Any:
-    """The same of a path or a file's content; ``subject`` is what the message begins with if it cannot be loaded."""
+    """Open a session on a path or a file's content; ``subject`` begins the message if it cannot be loaded."""
     runtime = require("onnxruntime", "running an ONNX file")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
@@ -71,7 +81,7 @@ class Runner:
         self.outputs: Sequence[str] = [value.name for value in self._session.get_outputs()]
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Its outputs by name; ``images`` are converted to the type that it takes."""
+        """Return the outputs by name; ``images`` are converted to the type that the file takes."""
         fed = np.ascontiguousarray(images, dtype=_NUMPY[self._input.type])
         return dict(zip(self.outputs, self._session.run(None, {self._input.name: fed}), strict=True))
 
@@ -112,3 +122,83 @@ def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, low: ir.DataType) ->
         if user is not first:
             user.replace_input_with(index, rounded)
     graph.insert_after(node, tape.nodes)
+
+
+# --- what it is given -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One batch, as the file takes it and as the network reads it.
+
+    ``fed`` is uint8 ``[N, height, width, C]``, or float ``[N, C, height, width]``; ``precise`` and ``single`` are
+    ``[N, C, height, width]`` in float64 and float32.
+    """
+
+    fed: np.ndarray
+    precise: Tensor
+    single: Tensor
+
+
+def noise(metadata: Metadata, batches: Sequence[int]) -> list[Sample]:
+    """A sample of each batch size, from a fixed seed; no two images are the same.
+
+    Pictures of any size are given wide, tall and small, so that they are both enlarged and reduced.
+    """
+    generator = torch.Generator().manual_seed(0)
+    channels, height, width = metadata.input_size
+    samples = []
+    for index, batch in enumerate(batches):
+        if metadata.preprocess is None:
+            samples.append(_plain(metadata, torch.randn(batch, channels, height, width, generator=generator)))
+            continue
+        if (resize := metadata.preprocess.resize) is not None:
+            height, width = [(resize + 31, 2 * resize), (resize + 64, resize + 1), (resize // 2 + 1, resize)][index % 3]
+        shape = (batch, height, width, channels)
+        samples.append(_pictured(metadata, torch.randint(256, shape, dtype=torch.uint8, generator=generator)))
+    return samples
+
+
+def pictures(metadata: Metadata, files: Sequence[Path]) -> Iterator[Sample]:
+    """One sample for each of ``files``, resized and cropped as the metadata says where the graph does not do it."""
+    mode = {1: "L", 3: "RGB"}.get(metadata.input_size[0])
+    if mode is None:
+        raise ValueError(f"input_size is {metadata.input_size}, expected 1 or 3 channels, as pictures have")
+    preprocess = metadata.preprocess or metadata.preprocessing()
+    for file in files:
+        try:
+            with Image.open(file) as opened:
+                pixels = np.array(opened.convert(mode))
+        except OSError as error:
+            raise ValueError(f"images has {str(file)!r}, expected a picture: {error}") from error
+        image = torch.from_numpy(pixels).view(1, *pixels.shape[:2], -1)
+        if metadata.preprocess is None:
+            yield _plain(metadata, preprocess(image))
+        elif preprocess.resize is None:  # the client resizes, and gives bytes
+            whole = metadata.preprocessing()
+            plain = type(whole)(whole.crop, (0.0,) * image.shape[3], (1 / 255,) * image.shape[3], whole.resize)
+            yield _pictured(metadata, plain(image).round().byte().permute(0, 2, 3, 1))
+        else:
+            yield _pictured(metadata, image)
+
+
+def find_pictures(folder: Union[str, os.PathLike], name: str = "images") -> list[Path]:
+    """Files in ``folder``, which was given as the argument ``name``, and below with the name of a picture, in order.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no picture in it.
+    """
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+    if not found:
+        raise FileNotFoundError(f"{name} is {str(folder)!r}, expected a folder with pictures in it or below")
+    return found
+
+
+def _plain(metadata: Metadata, images: Tensor) -> Sample:
+    given = images.to(_IO[metadata.io_dtype])
+    return Sample(given.numpy(), given.double(), given.float())
+
+
+def _pictured(metadata: Metadata, images: Tensor) -> Sample:
+    assert metadata.preprocess is not None
+    return Sample(images.numpy(), metadata.preprocess(images, torch.float64), metadata.preprocess(images))

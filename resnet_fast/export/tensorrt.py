@@ -51,7 +51,7 @@ class EngineLayer:
 
     @property
     def is_int8(self) -> bool:
-        """Whether it multiplies int8 by int8: what it reads first, and its weights."""
+        """Whether the layer multiplies int8 by int8: what it reads first, and its weights."""
         return [*self.inputs.values()][:1] == ["Int8"] == [*self.constants.values()][:1]
 
 
@@ -120,7 +120,7 @@ class EngineReport:
 
 
 def available() -> bool:
-    """Whether ``build`` can run: both packages of the extra ``tensorrt`` are installed."""
+    """Return whether ``build`` can run: both packages of the extra ``tensorrt`` are installed."""
     return all(find_spec(package) is not None for package in _PACKAGES)
 
 
@@ -144,7 +144,7 @@ def build(
 
     Raises:
         FileNotFoundError: there is no file ``path``.
-        ValueError: ``path`` is no ONNX file, or an argument does not fit its inputs; the message names it.
+        ValueError: ``path`` is not an ONNX file, or an argument does not fit its inputs; the message names it.
         MissingPackageError: the extra ``tensorrt`` is not installed.
         EngineError: TensorRT refuses the file, crashes on it, or takes too long.
     """
@@ -173,9 +173,9 @@ def _load(path: Union[str, os.PathLike]) -> onnx.ModelProto:
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:
-        raise ValueError(f"path is {str(path)!r}, which is no ONNX file: {error}") from error
+        raise ValueError(f"path is {str(path)!r}, which is not an ONNX file: {error}") from error
     if not model.graph.node:
-        raise ValueError(f"path is {str(path)!r}, which is no ONNX file: it has no graph")
+        raise ValueError(f"path is {str(path)!r}, which is not an ONNX file: it has no graph")
     return model
 
 

@@ -15,7 +15,7 @@ NO_GPU = "cudaError 35"
 
 
 def main() -> None:
-    # Not from this folder, where files.py or graph.py would hide packages of such names.
+    # Not from this folder, where one of our files would hide a package of its name, such as tensorrt.
     sys.path[:] = [folder for folder in sys.path if folder != os.path.dirname(os.path.abspath(__file__))]
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the library prints is no part of the answer
@@ -69,7 +69,7 @@ def build(path: str, shapes: dict[str, list[list[int]]]) -> dict[str, Any]:
 
 
 def refusal(error: Any) -> str:
-    """What the parser says about one node."""
+    """Return what the parser says about one node."""
     text = telling(error.desc().splitlines())
     return f"node {error.node_name()!r} ({error.node_operator()}): {text}" if error.node_name() else text
 

@@ -11,9 +11,10 @@ import onnx_ir as ir
 import torch
 from torch import fx, nn
 
-from resnet_fast.export.borders import attach_input, attach_outputs
-from resnet_fast.export.compare import VerificationError, compare
-from resnet_fast.export.graph_edits import tidy
+from resnet_fast.export.compare import compare
+from resnet_fast.export.file_checks import VerificationError
+from resnet_fast.export.folding import stock_copy
+from resnet_fast.export.graph_edits import attach_input, attach_outputs, tidy
 from resnet_fast.export.metadata import Metadata, gather
 from resnet_fast.export.precision import (
     INT8,
@@ -30,10 +31,10 @@ from resnet_fast.export.precision import (
 )
 from resnet_fast.export.preprocessing import Preprocess, attach_preprocessing
 from resnet_fast.export.quantise import Images, Method, Progress, Target, quantise
-from resnet_fast.export.samples import find_pictures
-from resnet_fast.export.stock import stock_copy
+from resnet_fast.export.runner import find_pictures
 from resnet_fast.export.verify import ExportResult, compared, engine_of, inspect
 from resnet_fast.utils.files import replacing
+from resnet_fast.utils.names import IoDtype, PrecisionName
 from resnet_fast.utils.optional import require
 
 
@@ -41,8 +42,8 @@ def export_onnx(
     model: nn.Module,
     path: Union[str, os.PathLike],
     *,
-    precision: str = "fp32",
-    io_dtype: Optional[str] = None,
+    precision: PrecisionName = "fp32",
+    io_dtype: Optional[IoDtype] = None,
     preprocess: Union[bool, Literal["normalise"], Preprocess] = False,
     softmax: bool = False,
     top_k: Optional[int] = None,
@@ -102,7 +103,7 @@ def export_onnx(
             int8 file, see ``quantise``. It needs ``calibration`` or ``ranges``.
 
     Raises:
-        TypeError: ``model`` is no module, or does not map one tensor to one tensor of shape ``[batch, classes]``.
+        TypeError: ``model`` is not a module, or does not map one tensor to one tensor of shape ``[batch, classes]``.
         ValueError: an argument has a value that cannot be exported, or a weight is too large for ``precision``; the
             message names it.
         OSError: ``path`` cannot be written, or there are no ``images``.

@@ -8,14 +8,13 @@ from typing import Optional, Union
 from torch import nn
 
 from resnet_fast.export import tensorrt as rtx
-from resnet_fast.export.compare import Comparison, VerificationError, compare
-from resnet_fast.export.file_checks import check_batches
+from resnet_fast.export.compare import Comparison, compare
+from resnet_fast.export.file_checks import VerificationError, check_batches, check_file, metadata_of, opset_of
+from resnet_fast.export.folding import stock_copy
 from resnet_fast.export.metadata import Metadata, channels_of
 from resnet_fast.export.precision import folded, precision_of
 from resnet_fast.export.quantise import Quantisation
-from resnet_fast.export.reading import check_file, metadata_of, opset_of
-from resnet_fast.export.samples import find_pictures
-from resnet_fast.export.stock import stock_copy
+from resnet_fast.export.runner import find_pictures
 from resnet_fast.export.tensorrt import EngineError, EngineReport
 from resnet_fast.utils.optional import require
 
@@ -112,7 +111,7 @@ def verify_onnx(
 def inspect(
     path: Union[str, os.PathLike], opset: Optional[int] = None
 ) -> tuple[ExportResult, Metadata, tuple[int, ...]]:
-    """What can be read from the file, after ONNX's checker has seen it, and the batch sizes to run it with.
+    """Read what the file says, after ONNX's checker has seen it, and the batch sizes to run it with.
 
     Args:
         opset: what it must be; by default any that its precision admits.
@@ -141,7 +140,7 @@ def compared(result: ExportResult, comparison: Comparison) -> ExportResult:
 
 
 def engine_of(path: Union[str, os.PathLike], metadata: Metadata, wanted: Optional[bool]) -> Optional[EngineReport]:
-    """What TensorRT-RTX builds of the file; None unless ``wanted``, or None is, it is installed and may take the file.
+    """Have TensorRT-RTX build the file; None unless ``wanted``, or if that is None, unless it is there and may take it.
 
     Raises:
         VerificationError: TensorRT refuses it.

@@ -9,7 +9,6 @@ loading.py         batches in an order that depends on seed and epoch alone
 weights.py         a checkpoint into a model, whose last layer may be another
 freezing.py        which parameters learn, and which batch norms keep their statistics
 qat.py             quantisation-aware training: a model that computes with the rounding of its int8 export
-residuals.py       what the shortcuts of a model's blocks add, which is rounded too
 recipe.py          optimizer, schedule, average of the weights
 distributed.py     the processes that torchrun started
 sync_batch_norm.py statistics over all processes, on a CPU too

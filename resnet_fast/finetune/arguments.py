@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, Optional
 
 from typer import Option
@@ -9,13 +10,9 @@ from typer import Option
 _NOT_THE_RECIPE = {"resume", "output", "overwrite", "device", "workers", "threads", "log_interval"}
 """What a resumed run may change: it has no influence on the result, beyond the rounding of another device."""
 
-_DATA, _AUGMENTATION, _RECIPE, _FREEZING, _QUANTISATION, _EXECUTION = (
-    "Data",
-    "Augmentation",
-    "Optimisation",
-    "What learns",
-    "Quantisation",
-    "Execution",
+_data, _augmentation, _recipe, _freezing, _quantisation, _execution = (
+    partial(Option, rich_help_panel=panel)
+    for panel in ("Data", "Augmentation", "Optimisation", "What learns", "Quantisation", "Execution")
 )
 
 
@@ -24,14 +21,14 @@ class Settings:
     """What a run is asked for, in plain values, so that a checkpoint can hold them."""
 
     model: Annotated[
-        str, Option(metavar="MODEL", help="A torchvision model, as resnet50, or a timm model, as timm:resnet26.")
+        str, Option(metavar="MODEL", help="A torchvision model, e.g. resnet50, or a timm model, e.g. timm:resnet26.")
     ] = "resnet18"
     weights: Annotated[
         Optional[str],
         Option(
             metavar="FILE|NAME",
-            help="Where to start: a checkpoint (.pt, .pth, .safetensors), or the name of published weights, as "
-            "DEFAULT. Without it, training starts from scratch.",
+            help="Where to start: a checkpoint (.pt, .pth, .safetensors), or published weights by name, e.g. DEFAULT. "
+            "Without it, training starts from scratch.",
         ),
     ] = None
     new_head: Annotated[
@@ -39,150 +36,133 @@ class Settings:
     ] = False
     output: Annotated[
         Optional[str],
-        Option(metavar="FOLDER", help="By default the first of runs/finetune, runs/finetune-2, ... that is free."),
+        Option(
+            metavar="FOLDER",
+            help="Where to write; by default the first of runs/finetune, runs/finetune-2, ... that is free.",
+        ),
     ] = None
-    overwrite: Annotated[bool, Option("--overwrite", help="Even if FOLDER has a checkpoint.")] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="Start anew even if FOLDER has a checkpoint.")] = False
     resume: Annotated[
         Optional[str],
-        Option(metavar="FILE", help="Go on from a last.pt, with its options; the losses are those without the stop."),
+        Option(metavar="FILE", help="Go on from a last.pt, with its options, as if the run had never stopped."),
     ] = None
 
     image_size: Annotated[
         Optional[int],
-        Option(min=8, help="Height and width; by default 224 for folders, 32 else.", rich_help_panel=_DATA),
+        _data(metavar="N", min=8, help="Height and width of the images; by default 224 for folders, else 32."),
     ] = None
     val_fraction: Annotated[
         float,
-        Option(
+        _data(
+            metavar="N",
             min=0.0,
             max=1.0,
-            help="Of each class, where a folder has no train/ and val/ of its own.",
-            rich_help_panel=_DATA,
+            help="The share of each class to validate on, where a folder has no train/ and val/ of its own.",
         ),
     ] = 0.2
-    batch_size: Annotated[int, Option(min=1, help="Images in a step of one process.", rich_help_panel=_DATA)] = 64
+    batch_size: Annotated[int, _data(metavar="N", min=1, help="Images in a step of one process.")] = 64
     workers: Annotated[
         Optional[int],
-        Option(min=0, help="Processes that load images; by default one a core, at most 8.", rich_help_panel=_DATA),
+        _data(metavar="N", min=0, help="Processes that load images; by default one for each core, at most 8."),
     ] = None
 
     auto_augment: Annotated[
-        Optional[Literal["ra", "ta_wide", "augmix"]],
-        Option(help="RandAugment, TrivialAugment or AugMix.", rich_help_panel=_AUGMENTATION),
+        Optional[Literal["ra", "ta_wide", "augmix"]], _augmentation(help="RandAugment, TrivialAugment or AugMix.")
     ] = None
-    random_erase: Annotated[float, Option(min=0.0, max=1.0, help="Probability.", rich_help_panel=_AUGMENTATION)] = 0.0
-    mixup_alpha: Annotated[float, Option(min=0.0, help="0 is none.", rich_help_panel=_AUGMENTATION)] = 0.0
+    random_erase: Annotated[
+        float, _augmentation(metavar="N", min=0.0, max=1.0, help="The probability that a part of an image is erased.")
+    ] = 0.0
+    mixup_alpha: Annotated[float, _augmentation(metavar="N", min=0.0, help="The strength of mixup; 0 is none.")] = 0.0
     cutmix_alpha: Annotated[
         float,
-        Option(min=0.0, help="0 is none; with mixup, one of both for each batch.", rich_help_panel=_AUGMENTATION),
+        _augmentation(
+            metavar="N", min=0.0, help="The strength of cutmix; 0 is none. With mixup, each batch gets one of both."
+        ),
     ] = 0.0
-    label_smoothing: Annotated[float, Option(min=0.0, max=1.0, rich_help_panel=_AUGMENTATION)] = 0.0
+    label_smoothing: Annotated[
+        float, _augmentation(metavar="N", min=0.0, max=1.0, help="The share of a label that goes to all classes.")
+    ] = 0.0
 
-    epochs: Annotated[int, Option(min=1, rich_help_panel=_RECIPE)] = 10
-    opt: Annotated[Literal["adamw", "sgd"], Option(help="SGD has Nesterov's momentum.", rich_help_panel=_RECIPE)] = (
-        "adamw"
-    )
+    epochs: Annotated[int, _recipe(metavar="N", min=1, help="How often to go through the images.")] = 10
+    opt: Annotated[Literal["adamw", "sgd"], _recipe(help="The optimizer; sgd has Nesterov's momentum.")] = "adamw"
     lr: Annotated[
         Optional[float],
-        Option(
+        _recipe(
+            metavar="N",
             min=0.0,
-            help="The highest; by default 0.001 for adamw, 0.05 for sgd, a hundredth of it with --qat.",
-            rich_help_panel=_RECIPE,
+            help="The highest learning rate; by default 0.001 for adamw, 0.05 for sgd, a hundredth of that with --qat.",
         ),
     ] = None
-    momentum: Annotated[float, Option(min=0.0, max=1.0, help="Of sgd.", rich_help_panel=_RECIPE)] = 0.9
+    momentum: Annotated[float, _recipe(metavar="N", min=0.0, max=1.0, help="The momentum of sgd.")] = 0.9
     weight_decay: Annotated[
         Optional[float],
-        Option(
-            min=0.0,
-            help="Not of biases and norms; by default 0.05 for adamw, 0.0001 for sgd.",
-            rich_help_panel=_RECIPE,
-        ),
+        _recipe(metavar="N", min=0.0, help="Not for biases and norms; by default 0.05 for adamw, 0.0001 for sgd."),
     ] = None
     warmup_epochs: Annotated[
         Optional[float],
-        Option(
+        _recipe(
+            metavar="N",
             min=0.0,
-            help="The learning rate rises, then falls as a cosine; by default a tenth of the epochs.",
-            rich_help_panel=_RECIPE,
+            help="How long the learning rate rises, before it falls as a cosine; by default a tenth of the epochs.",
         ),
     ] = None
-    grad_accum_steps: Annotated[
-        int, Option(min=1, help="Batches in a step of the optimizer.", rich_help_panel=_RECIPE)
-    ] = 1
-    clip_grad_norm: Annotated[Optional[float], Option(min=0.0, rich_help_panel=_RECIPE)] = None
+    grad_accum_steps: Annotated[int, _recipe(metavar="N", min=1, help="Batches in a step of the optimizer.")] = 1
+    clip_grad_norm: Annotated[
+        Optional[float], _recipe(metavar="N", min=0.0, help="The largest norm that gradients may have.")
+    ] = None
     model_ema: Annotated[
-        bool,
-        Option(
-            "--model-ema",
-            help="Keep a moving average of the weights; it decides which epoch is best.",
-            rich_help_panel=_RECIPE,
-        ),
+        bool, _recipe("--model-ema", help="Keep a moving average of the weights; it decides which epoch is best.")
     ] = False
-    model_ema_decay: Annotated[float, Option(min=0.0, max=1.0, help="After a warm-up.", rich_help_panel=_RECIPE)] = (
-        0.999
-    )
+    model_ema_decay: Annotated[
+        float, _recipe(metavar="N", min=0.0, max=1.0, help="How slowly the average moves, after a warm-up.")
+    ] = 0.999
     amp: Annotated[
-        Optional[Literal["bf16", "fp16"]],
-        Option(help="Mixed precision; fp16 with a gradient scaler.", rich_help_panel=_RECIPE),
+        Optional[Literal["bf16", "fp16"]], _recipe(help="Train in mixed precision; fp16 has a gradient scaler.")
     ] = None
 
     freeze: Annotated[
         Optional[str],
-        Option(
+        _freezing(
             metavar="NAMES",
-            help="Modules that do not learn, as conv1,bn1,layer1; nor do their batch norms' statistics change.",
-            rich_help_panel=_FREEZING,
+            help="Modules that do not learn, e.g. conv1,bn1,layer1; nor do their batch norms' statistics change.",
         ),
     ] = None
-    freeze_bn: Annotated[
-        bool,
-        Option("--freeze-bn", help="No batch norm learns or changes its statistics.", rich_help_panel=_FREEZING),
-    ] = False
+    freeze_bn: Annotated[bool, _freezing("--freeze-bn", help="No batch norm learns or changes its statistics.")] = False
 
     qat: Annotated[
         bool,
-        Option(
+        _quantisation(
             "--qat",
             help="Quantisation-aware: learn with the rounding of an int8 export, which takes the ranges from the "
             "checkpoint. For a trained model; batch norms keep their statistics.",
-            rich_help_panel=_QUANTISATION,
         ),
     ] = False
     num_calibration_batches: Annotated[
-        int, Option(min=1, help="Whose ranges --qat starts with.", rich_help_panel=_QUANTISATION)
+        int, _quantisation(metavar="N", min=1, help="How many batches give the ranges that --qat starts with.")
     ] = 32
     num_observer_update_epochs: Annotated[
         Optional[int],
-        Option(
+        _quantisation(
+            metavar="N",
             min=0,
-            help="In which the ranges of --qat follow the activations; by default the first half of them.",
-            rich_help_panel=_QUANTISATION,
+            help="In how many epochs the ranges of --qat follow the activations; by default the first half.",
         ),
     ] = None
 
-    stock: Annotated[
-        bool, Option("--stock", help="Leave the model as it is, not accelerated.", rich_help_panel=_EXECUTION)
-    ] = False
-    channels_last: Annotated[bool, Option(rich_help_panel=_EXECUTION)] = True
+    stock: Annotated[bool, _execution("--stock", help="Leave the model as it is, not accelerated.")] = False
+    channels_last: Annotated[bool, _execution(help="Keep images and weights in memory as channels_last.")] = True
     sync_bn: Annotated[
-        bool,
-        Option("--sync-bn", help="Batch norm statistics over all processes of torchrun.", rich_help_panel=_EXECUTION),
+        bool, _execution("--sync-bn", help="Take batch norm statistics over all processes of torchrun.")
     ] = False
     deterministic: Annotated[
-        bool,
-        Option("--deterministic", help="The same bits again on a GPU too, at some cost.", rich_help_panel=_EXECUTION),
+        bool, _execution("--deterministic", help="Give the same bits again on a GPU too, at some cost.")
     ] = False
     device: Annotated[
-        Optional[str], Option(help="By default cuda if there is one, else cpu.", rich_help_panel=_EXECUTION)
+        Optional[str], _execution(help="Where to train; by default cuda if there is a GPU, else cpu.")
     ] = None
-    threads: Annotated[
-        Optional[int], Option(min=1, help="CPU threads; by default PyTorch's.", rich_help_panel=_EXECUTION)
-    ] = None
-    seed: Annotated[int, Option(min=0, help="Of new weights, order and augmentation.", rich_help_panel=_EXECUTION)] = 0
-    log_interval: Annotated[
-        int, Option(min=1, help="Batches between two lines of progress.", rich_help_panel=_EXECUTION)
-    ] = 50
+    threads: Annotated[Optional[int], _execution(metavar="N", min=1, help="CPU threads; by default PyTorch's.")] = None
+    seed: Annotated[int, _execution(metavar="N", min=0, help="The seed of new weights, order and augmentation.")] = 0
+    log_interval: Annotated[int, _execution(metavar="N", min=1, help="Batches between two lines of progress.")] = 50
 
     @property
     def frozen_modules(self) -> list[str]:

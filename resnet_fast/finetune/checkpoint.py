@@ -61,14 +61,14 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        RuntimeError: it is no checkpoint, or not one to go on from.
+        RuntimeError: it is not a checkpoint, or not one to go on from.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # a file of another kind can raise anything
-        raise RuntimeError(f"--resume {str(path)!r} is not loaded: it is no checkpoint, or damaged") from error
+        raise RuntimeError(f"--resume {str(path)!r} is not loaded: it is not a checkpoint, or damaged") from error
     if not isinstance(content, dict) or not set(content) >= _KEYS:
         raise RuntimeError(f"--resume {str(path)!r} holds weights only, expected a {LAST}; --weights starts from them")
     return content

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from resnet_fast.utils.devices import MissingDeviceError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -21,7 +23,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes files."""
+        """Whether this process is the one that writes files."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -45,11 +47,14 @@ def processes(device: Optional[str] = None) -> Iterator[Processes]:
         device: as torch names them; by default cuda if there is one, else cpu.
 
     Raises:
-        RuntimeError: there is no such device.
+        MissingDeviceError: there is no such device.
     """
     here = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not dist.is_torchelastic_launched():
-        torch.empty(0, device=here)
+        try:
+            torch.empty(0, device=here)
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            raise MissingDeviceError(f"--device {here} is not on this machine: {error}") from error
         yield Processes(here)
         return
     if here.type == "cuda":

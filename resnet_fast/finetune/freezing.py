@@ -29,7 +29,7 @@ class Frozen:
         for name in names:
             if name not in modules or not name:
                 close = difflib.get_close_matches(name, modules, n=3) or [child for child, _ in model.named_children()]
-                raise SettingError("freeze", f"names {name!r}, which is no module; there are {', '.join(close)}")
+                raise SettingError("freeze", f"names {name!r}, which is not a module; there are {', '.join(close)}")
         self._model = model
         self._modules = [modules[name] for name in names]
         norms = [module for module in modules.values() if isinstance(module, BatchNorm)]

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
     @property
     def usable(self) -> bool:
-        """Whether it is enough to learn from: beside one image that is left, batch norm may have nothing to compare."""
+        """Whether the batch is enough to learn from: of one image that is left, batch norm may have no statistics."""
         return len(self.labels) > (1 if self.unreadable else 0)
 
 

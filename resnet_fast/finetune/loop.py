@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resnet_fast.accelerate import accelerate
+from resnet_fast.accelerated import accelerate
 from resnet_fast.finetune import checkpoint, qat, recipe, report, transforms
 from resnet_fast.finetune.arguments import SettingError, Settings
 from resnet_fast.finetune.data import Data, check_classes

@@ -33,9 +33,9 @@ from typing import Any, TypeVar, Union
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.accelerate import check_module
-from resnet_fast.finetune.residuals import residuals
+from resnet_fast.graph.residual_blocks import residuals
 from resnet_fast.kernels.reference.quantised import RANGE
+from resnet_fast.utils.modules import check_module
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -286,7 +286,7 @@ def _check_calibration(count: int, quantisers: Mapping[str, FakeQuantise]) -> No
 
 
 def observe(model: nn.Module, on: bool) -> None:
-    """Whether in training mode the ranges of a prepared model follow its activations; at first they do.
+    """Choose whether in training mode the ranges of a prepared model follow its activations; at first they do.
 
     Not in the last epochs, so that the weights settle for the numbers that they will be rounded to.
 
@@ -372,7 +372,7 @@ def _fake_quantisers(model: nn.Module) -> Iterator[FakeQuantise]:
 
 
 def _named_fake_quantisers(model: nn.Module) -> dict[str, FakeQuantise]:
-    """By all their names."""
+    """Return them by all their names."""
     check_module(model)
     modules = model.named_modules(remove_duplicate=False)
     found = {path.removesuffix(_SUFFIX): module for path, module in modules if isinstance(module, FakeQuantise)}

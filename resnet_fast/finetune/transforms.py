@@ -35,7 +35,7 @@ def preprocessing(kind: Kind, settings: Settings) -> Preprocessing:
 
 
 def for_training(kind: Kind, settings: Settings) -> v2.Transform:
-    """From a PIL image or ``[3, H, W]`` uint8 to an augmented ``[3, size, size]`` float32."""
+    """Return what makes an augmented ``[3, size, size]`` float32 of a PIL image or ``[3, H, W]`` uint8."""
     last = preprocessing(kind, settings)
     size = (last.size, last.size)
     steps: dict[Kind, list[v2.Transform]] = {
@@ -49,7 +49,7 @@ def for_training(kind: Kind, settings: Settings) -> v2.Transform:
 
 
 def for_evaluation(kind: Kind, settings: Settings) -> v2.Transform:
-    """From a PIL image or ``[3, H, W]`` uint8 to ``[3, size, size]`` float32: all of it, or a folder's centre."""
+    """Return what makes ``[3, size, size]`` float32 of a PIL image or uint8 tensor: all of it, or a folder's centre."""
     last = preprocessing(kind, settings)
     size = (last.size, last.size)
     whole: list[v2.Transform] = [v2.Resize(size)]
@@ -58,7 +58,7 @@ def for_evaluation(kind: Kind, settings: Settings) -> v2.Transform:
 
 
 def mixing(settings: Settings, classes: int) -> Optional[Callable[[Tensor, Tensor], Any]]:
-    """From images ``[N, 3, H, W]`` and labels ``[N]`` to mixed images and shares of classes ``[N, classes]``."""
+    """Return what mixes images ``[N, 3, H, W]`` and labels ``[N]``, which become shares of classes ``[N, classes]``."""
     choices: list[v2.Transform] = []
     if settings.mixup_alpha:
         choices.append(v2.MixUp(alpha=settings.mixup_alpha, num_classes=classes))

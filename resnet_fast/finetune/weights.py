@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def head_fits(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    """Whether the last linear layer in ``state`` has as many outputs as that of ``model``."""
+    """Return whether the last linear layer in ``state`` has as many outputs as that of ``model``."""
     name = f"{_head(model)}.weight"
     own = model.state_dict()
     return name not in own or name not in state or own[name].shape == state[name].shape

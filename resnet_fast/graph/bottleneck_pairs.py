@@ -2,10 +2,10 @@
 
 A bottleneck ends in a 1x1 convolution, the shortcut's addition and a ReLU, and the next one begins with a 1x1
 convolution of just that. Each block is a module with a program of its own, so the pair belongs to neither. ``join``
-looks in the program of the module that calls them for blocks that feed one another alone, and puts one ``Row`` in place
-of their calls. It is a function of the image and of the blocks, made of the blocks' own programs. Where it gains
-nothing or may not stand in for the blocks, each is called as before: on devices without a kernel for the pair, and
-when a block has hooks, has changed, or is in training mode.
+looks in the program of the module that calls them for blocks that feed one another alone, and puts one ``Bottlenecks``
+in place of their calls. It is a function of the image and of the blocks, made of the blocks' own programs. Where it
+gains nothing or may not stand in for the blocks, each is called as before: on devices without a kernel for the pair,
+and when a block has hooks, has changed, or is in training mode.
 """
 
 import operator
@@ -18,13 +18,15 @@ import torch
 from torch import fx, nn
 
 from resnet_fast.graph import functional
-from resnet_fast.graph.conditions import Path, child_at, customised, exact
+from resnet_fast.graph.conditions import Fused, Path, child_at, customised, exact, stock_wanted
+from resnet_fast.graph.layout import channels_last, laid_out_like
 from resnet_fast.graph.patterns import path_of
-from resnet_fast.graph.program import PROGRAM, Fused, Program, channels_last, compile_graph, laid_out_like, stock_wanted
+from resnet_fast.graph.program import Program, kept
+from resnet_fast.graph.rewriting import compile_graph
 
 
 @dataclass(eq=False)
-class Row:
+class Bottlenecks:
     """Called with an image and the blocks: what the blocks make of it, one after another."""
 
     blocks: tuple[Path, ...]  # from the module that calls them
@@ -33,7 +35,7 @@ class Row:
     pairs: tuple[tuple[Path, Path], ...]  # the convolutions that are one op: the last of a block, the first of the next
     widths: tuple[tuple[int, int], ...]  # of each pair: channels in and out
 
-    __name__ = "row_of_blocks"  # what the generated source calls it
+    __name__ = "bottlenecks"  # what the generated source calls it
 
     def __call__(self, x: Any, *blocks: nn.Module) -> Any:
         if self._stands_in(x, blocks):
@@ -62,16 +64,9 @@ class Row:
                 return f"{'.'.join(path)}: {reason}"
         return ""
 
-    def stale(self, module: nn.Module) -> bool:
-        """Whether some block has another program now."""
-        blocks = [child_at(module, path) for path in self.blocks]
-        return any(
-            block is None or block.__dict__.get(PROGRAM) is not program for block, program in zip(blocks, self.programs)
-        )
-
 
 def _refusal(block: nn.Module, program: Program, ignore_training: bool = False) -> str:
-    if block.__dict__.get(PROGRAM) is not program or program.stale(block):
+    if kept(block) is not program or program.stale(block):
         return "has changed"
     return customised(block) or program.refusal(block, ignore_training)
 
@@ -94,22 +89,28 @@ class _Block(NamedTuple):
 
 
 def join(module: nn.Module, program: Program) -> None:
-    """Change ``program``, which is for eval mode, so that it calls rows where it can."""
+    """Change ``program``, which is for eval mode, so that it calls ``Bottlenecks`` where it can."""
     if program.function is None or program.graph is None:
         return
     graph = program.graph
     for blocks in list(_runs(module, graph)):
-        row = _row(blocks)
+        bottlenecks = _bottlenecks(blocks)
         last = blocks[-1].node
         with graph.inserting_before(last):
             members = [graph.get_attr(str(block.node.target)) for block in blocks]
-            joined = graph.call_function(row, (blocks[0].node.args[0], *members))
+            joined = graph.call_function(bottlenecks, (blocks[0].node.args[0], *members))
         last.replace_all_uses_with(joined)
         for block in reversed(blocks):
             graph.erase_node(block.node)
-        program.rows.append(row)
-    if program.rows:
+        program.embedded |= zip(bottlenecks.blocks, bottlenecks.programs)
+    if program.embedded:
         program.function, program.source = compile_graph(graph, type(module).__name__)
+
+
+def bottlenecks_of(program: Program) -> list[Bottlenecks]:
+    """Those that a program calls."""
+    graph = program.graph or fx.Graph()
+    return [node.target for node in graph.nodes if isinstance(node.target, Bottlenecks)]
 
 
 def _runs(module: nn.Module, graph: fx.Graph) -> Iterator[list[_Block]]:
@@ -130,9 +131,10 @@ def _block(module: nn.Module, node: fx.Node) -> Optional[_Block]:
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return None
     child = module.get_submodule(str(node.target))
-    program = child.__dict__.get(PROGRAM)
-    if not isinstance(child, Fused) or program is None or program.function is None or len(program.inputs) != 1:
+    program = kept(child)
+    if not isinstance(child, Fused) or program is None or program.reason or len(program.inputs) != 1:
         return None
+    assert program.graph is not None
     _, *nodes, output = program.graph.nodes
     functions = (functional.conv_bn_act, channels_last, laid_out_like)
     if not all(one.op in ("get_attr", "call_module") or one.target in functions for one in nodes):
@@ -167,13 +169,13 @@ def _is_identity(block: _Block, node: fx.Node) -> bool:
     return identity and len(node.users) == 1
 
 
-# --- the function of a row --------------------------------------------------------------------------------------------
+# --- the function of bottlenecks --------------------------------------------------------------------------------------
 
 
-def _row(blocks: list[_Block]) -> Row:
+def _bottlenecks(blocks: list[_Block]) -> Bottlenecks:
     pairs = list(pairwise(blocks))
-    function, _ = compile_graph(_graph(blocks), "row")
-    return Row(
+    function, _ = compile_graph(_graph(blocks), "bottlenecks")
+    return Bottlenecks(
         tuple(path_of(block.node) for block in blocks),
         tuple(block.program for block in blocks),
         function,

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from resnet_fast.graph.sync_batch_norm import CpuSyncBatchNorm
@@ -14,6 +15,13 @@ SYNCHRONISED = (nn.SyncBatchNorm, CpuSyncBatchNorm)
 NORMS = (nn.BatchNorm2d, *SYNCHRONISED, FrozenBatchNorm2d)
 BATCH_STATISTICS = "normalises by batch statistics (training mode)"
 DROPS_OUT = "drops out (training mode)"
+
+
+class Fused:
+    """Mark of the classes whose forward runs a program; see ``accelerated.py``."""
+
+    stock_class: type  # the class that the forward was derived from
+    stock_forward: Callable  # and that class's own forward
 
 
 def customised(module: nn.Module) -> str:
@@ -126,3 +134,26 @@ def child_at(module: nn.Module, path: Path) -> Optional[nn.Module]:
         if module is None:
             return None
     return module
+
+
+def stock_wanted(args: tuple, kwargs: dict) -> str:
+    """Why the caller needs the stock forward, whatever the program could do, or ''.
+
+    Symbolic tracing and ``torch.jit.trace`` must see the stock children; ``torch.onnx`` plain ops; ``torch.func`` and
+    forward-mode differentiation know no rule for a custom op, and jvp would silently be zero. Statistics of an empty
+    batch are NaN, which batch norm does not let into its running ones.
+    """
+    images = [value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, fx.Proxy))]
+    if not images or isinstance(images[0], fx.Proxy):
+        return "symbolic tracing"
+    if torch.compiler.is_compiling():
+        return "torch.onnx export" if torch.onnx.is_in_onnx_export() else ""
+    if torch.jit.is_tracing():
+        return "torch.jit tracing"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transform"
+    if images[0].numel() == 0:
+        return "empty batch"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return ""

@@ -5,24 +5,25 @@ derived from them is cached until they change. Results lie in ``torch.channels_l
 """
 
 from collections.abc import Sequence
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
-from resnet_fast.graph.conditions import SYNCHRONISED, head_refusals, is_stem_conv
-from resnet_fast.graph.sync_batch_norm import CpuSyncBatchNorm
-from resnet_fast.kernels.contract import Case
-from resnet_fast.kernels.packing import PackCache
-from resnet_fast.kernels.reference.training import Geometry
-from resnet_fast.ops import inference as ops
+from resnet_fast import ops
+from resnet_fast.graph.batch_norm import (
+    BatchNorm,
+    fold_batch_norm,
+    move_running_statistics,
+    process_group,
+    scale_and_shift,
+    uses_batch_statistics,
+)
+from resnet_fast.graph.conditions import head_refusals, is_stem_conv
+from resnet_fast.kernels.contract import Case, Geometry
+from resnet_fast.ops.checks import conv_output
 from resnet_fast.ops.residual_block import flat_geometry
-
-BatchNorm = Union[nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm, FrozenBatchNorm2d]
-
-_folds = PackCache()
 
 
 def conv_bn_act(
@@ -121,7 +122,7 @@ def residual_block(
 ) -> Tensor:
     """Convolutions in a row, each with its batch norm and a ReLU; the last one's ReLU comes after a shortcut is added.
 
-    One op with a backward pass of its own, which keeps less than the modules would: see ``ops/block_passes.py``. Each
+    One op with a backward pass of its own, which keeps less than the modules would: see ``ops/block.py``. Each
     batch norm normalises by what it is set to, batch statistics or running ones, and updates the latter as its own
     forward does.
 
@@ -143,8 +144,8 @@ def residual_block(
         And as ``conv_bn_act`` does.
     """
     _check_input(x, convs[0])
-    batch = [_uses_batch_statistics(norm) for norm in norms]
-    groups = {_process_group(norm) for norm, uses in zip(norms, batch) if uses}
+    batch = [uses_batch_statistics(norm) for norm in norms]
+    groups = {process_group(norm) for norm, uses in zip(norms, batch) if uses}
     last = len(convs) - 1 - projection
     if len(groups) > 1:
         raise NotImplementedError("batch norms of one block synchronise over different process groups")
@@ -162,7 +163,7 @@ def residual_block(
         y = y.add_(residual) if inplace_add else y + residual
         return F.relu(y) if relu else y
 
-    vectors = [_vectors(conv, norm, uses) for conv, norm, uses in zip(convs, norms, batch)]
+    vectors = [scale_and_shift(conv, norm, uses) for conv, norm, uses in zip(convs, norms, batch)]
     out, statistics, _ = torch.ops.resnet_fast.residual_block(
         x,
         None if identity else residual,
@@ -181,55 +182,8 @@ def residual_block(
     normalised = [(conv, norm) for conv, norm, uses in zip(convs, norms, batch) if uses]
     with torch.no_grad():
         for (conv, norm), moments in zip(normalised, statistics):
-            _move_running_statistics(conv, norm, moments)
+            move_running_statistics(conv, norm, moments)
     return out
-
-
-def _uses_batch_statistics(norm: BatchNorm) -> bool:
-    if isinstance(norm, FrozenBatchNorm2d):
-        return False
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
-
-
-def _process_group(norm: BatchNorm) -> str:
-    """Over which processes the norm takes its batch statistics, as SyncBatchNorm decides it; "": this one."""
-    if not isinstance(norm, SYNCHRONISED) or not norm.training:
-        return ""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return ""
-    group: Any = getattr(norm, "process_group", None) or torch.distributed.group.WORLD
-    return group.group_name if torch.distributed.get_world_size(group) > 1 else ""
-
-
-def _vectors(conv: nn.Conv2d, norm: BatchNorm, batch_statistics: bool) -> tuple[Tensor, Tensor]:
-    """What the op takes as scale and shift: gamma and beta, or the running statistics folded in."""
-    if not batch_statistics:
-        return fold_batch_norm(norm, conv.bias)
-    wide = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
-    size, device = conv.out_channels, conv.weight.device
-    gamma = torch.ones(size, dtype=wide, device=device) if norm.weight is None else norm.weight.to(wide)
-    beta = torch.zeros(size, dtype=wide, device=device) if norm.bias is None else norm.bias.to(wide)
-    # Batch statistics take a convolution's bias out again: its gradient is 0, which is not the same as none.
-    return gamma, beta if conv.bias is None else beta + 0.0 * conv.bias
-
-
-def _move_running_statistics(conv: nn.Conv2d, norm: Any, moments: Tensor) -> None:
-    """What ``_BatchNorm.forward`` does to its buffers, given ``[2, K]``: the batch's mean and unbiased variance."""
-    if not (norm.training and norm.track_running_stats):
-        return
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    mean, variance = moments.unbind(0)
-    if conv.bias is not None:
-        mean = mean + conv.bias
-    for running, current in ((norm.running_mean, mean), (norm.running_var, variance)):
-        if running is not None:
-            # As batch norm does: its own forward, run before and not yet differentiated, may have kept the tensor.
-            with torch.autograd._unsafe_preserve_version_counter(running):
-                running.lerp_(current.to(running.dtype), momentum)
 
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
@@ -279,36 +233,6 @@ def head(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
     return torch.ops.resnet_fast.head(x, weight, bias)
 
 
-def fold_batch_norm(bn: BatchNorm, conv_bias: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-    """``scale`` and ``shift``, each ``[K]`` in float32 or wider, with ``bn(y + conv_bias) == y * scale + shift``.
-
-    ``scale = weight / sqrt(running_var + eps)`` and ``shift = bias + (conv_bias - running_mean) * scale`` (Ioffe and
-    Szegedy 2015, section 3.1).
-    """
-    counter = getattr(bn, "num_batches_tracked", None)  # its version rises when the running statistics are updated
-    tensors = (bn.running_var, bn.running_mean, bn.weight, bn.bias, conv_bias, counter)
-    sources = tuple(t for t in tensors if t is not None)
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
-    if differentiated or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return _fold(bn, conv_bias)
-    return _folds.get(sources, (bn.eps, conv_bias is None), lambda: _fold(bn, conv_bias))
-
-
-def _fold(bn: BatchNorm, conv_bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-    assert bn.running_var is not None and bn.running_mean is not None
-    wide = torch.float64 if bn.running_var.dtype == torch.float64 else torch.float32
-    scale = torch.rsqrt(bn.running_var.to(wide) + bn.eps)
-    if bn.weight is not None:
-        scale = scale * bn.weight
-    centre = bn.running_mean.to(wide)
-    if conv_bias is not None:
-        centre = centre - conv_bias
-    shift = -centre * scale
-    if bn.bias is not None:
-        shift = shift + bn.bias
-    return scale, shift
-
-
 def _check_input(x: Tensor, conv: nn.Conv2d) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}, expected a tensor [N, {conv.in_channels}, H, W]")
@@ -327,7 +251,7 @@ def _fits(residual: Tensor, x: Tensor, convs: Sequence[nn.Conv2d]) -> bool:
     """Whether the op can add the residual itself: the output's shape, and the dtype that the output will have."""
     shape: Any = x.shape
     for conv in convs:
-        shape = ops.conv_output(shape, conv.weight.shape, *geometry_of(conv)[:3])
+        shape = conv_output(shape, conv.weight.shape, geometry_of(conv))
     return residual.dtype == _dtype_of_result(x) and list(residual.shape) == list(shape)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from resnet_fast.graph.program import PROGRAM
+from resnet_fast.graph.program import STATE
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.native import library
 
@@ -63,7 +63,7 @@ class Guard:
 
     def _live_attributes(self, root: nn.Module) -> list:
         return [
-            *(value for name, value in root.__dict__.items() if name != PROGRAM),  # which leads here
+            *(value for name, value in root.__dict__.items() if name != STATE),  # which leads here
             *map(type, self._modules),
             *_values(self._dicts),
         ]

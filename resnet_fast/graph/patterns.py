@@ -22,16 +22,10 @@ from resnet_fast.graph.conditions import (
     is_stem_conv,
     stem_pool_refusal,
 )
-from resnet_fast.graph.tracing import called, writes
+from resnet_fast.graph.residual_blocks import depths, main_path
+from resnet_fast.graph.tracing import ADDITIONS, called, is_addition, writes
 
 _RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
-_ADDITIONS = {
-    operator.add: operator.add,
-    operator.iadd: operator.iadd,
-    torch.add: operator.add,
-    "add": operator.add,
-    "add_": operator.iadd,
-}
 _FLATTENING: list[tuple[tuple, dict]] = [
     *((given, {}) for given in ((1,), (1, -1), (1, 3))),
     *(((), {"start_dim": 1, **end}) for end in ({}, {"end_dim": -1}, {"end_dim": 3})),
@@ -39,7 +33,7 @@ _FLATTENING: list[tuple[tuple, dict]] = [
 
 
 @dataclass(frozen=True)
-class Step:
+class FusedOp:
     """One fused op of a program, for people: ``conv1+bn1+relu``."""
 
     op: str
@@ -52,7 +46,7 @@ class Step:
 
 @dataclass
 class Match:
-    step: Step
+    op: FusedOp
     nodes: list[fx.Node]  # in order; the last one is replaced
     parts: dict[Path, str]
     target: Callable
@@ -61,8 +55,9 @@ class Match:
 
 
 class Matcher:
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         self.module = module
+        self.depths = depths(module, graph)
         self.taken: set[fx.Node] = set()  # nodes of matches found so far
 
     def child(self, node: fx.Node) -> Optional[nn.Module]:
@@ -83,6 +78,24 @@ class Matcher:
             passed.append(user)
             node = user
 
+    def is_main_path(self, end: fx.Node, other: fx.Node) -> bool:
+        """Whether a convolution's result, and not the other operand of its addition, is the block's main path."""
+        operands = (end, other)
+        ends = main_path(operands, lambda node: node is end or self.ends_in_convolution(node), self.depths.__getitem__)
+        return end is not other and ends == operands
+
+    def ends_in_convolution(self, node: fx.Node) -> bool:
+        """Whether ``conv`` would find a convolution and its batch norm before ``node``, and nothing else reads it."""
+        norm = self.child(node)
+        while norm is not None and not exact(nn.Identity)(norm) and len(node.users) == 1:
+            node = node.all_input_nodes[0]
+            norm = self.child(node)
+        conv_node = node.args[0] if type(norm) in NORMS and len(node.users) == 1 else None
+        if not isinstance(conv_node, fx.Node) or len(conv_node.users) != 1:
+            return False
+        conv = self.child(conv_node)
+        return conv is not None and not conv_refusal(conv)
+
     def is_relu(self, node: Optional[fx.Node]) -> bool:
         if node is None:
             return False
@@ -95,8 +108,8 @@ class Matcher:
         pool = self.child(node)
         if pool is None or global_pool_refusal(pool):
             return None
-        step = Step("global_avg_pool", (str(node.target),))
-        return Match(step, [node], {path_of(node): "global pool"}, functional.global_avg_pool, node.args, {})
+        op = FusedOp("global_avg_pool", (str(node.target),))
+        return Match(op, [node], {path_of(node): "global pool"}, functional.global_avg_pool, node.args, {})
 
     def head(self, pool_node: fx.Node) -> Optional[Match]:
         """Global pool, flatten, dropouts, linear layer: what these last are is asked at every call."""
@@ -126,8 +139,8 @@ class Matcher:
         ):
             return None
         flattened = str(flatten.target) if flatten.op == "call_module" else "flatten"
-        step = Step("head", (*match.step.parts, flattened, *names))
-        return Match(step, nodes, parts, functional.head, (*pool_node.args, names), {})
+        op = FusedOp("head", (*match.op.parts, flattened, *names))
+        return Match(op, nodes, parts, functional.head, (*pool_node.args, names), {})
 
     def is_flatten(self, node: fx.Node) -> bool:
         """To ``[N, C * H * W]``."""
@@ -159,11 +172,11 @@ class Matcher:
         if follower is not None and is_addition(follower):
             chain = passed[-1] if passed else bn_node
             first, second = follower.args
-            add = _ADDITIONS[follower.target]
+            add = ADDITIONS[follower.target]
             residual = second if first is chain else first
             # x += conv(...) writes to x, which others may see: only the convolution's own result may be overwritten.
             own = first is chain or add is operator.add
-            if own and isinstance(residual, fx.Node) and residual is not chain:
+            if own and isinstance(residual, fx.Node) and self.is_main_path(chain, residual):
                 nodes += [*passed, follower]
                 parts |= tail_parts
                 names.append("add")
@@ -186,32 +199,27 @@ class Matcher:
                     nodes.append(pool_node)
                     parts[path_of(conv_node)] = "stem conv"
                     parts[path_of(pool_node)] = "stem pool"
-                    step = Step("stem", (*names, str(pool_node.target)), path_of(conv_node))
-                    return Match(step, nodes, parts, functional.stem, inputs, {})
-        step = Step("conv_bn_act", tuple(names), path_of(conv_node))
+                    op = FusedOp("stem", (*names, str(pool_node.target)), path_of(conv_node))
+                    return Match(op, nodes, parts, functional.stem, inputs, {})
+        op = FusedOp("conv_bn_act", tuple(names), path_of(conv_node))
         kwargs: dict[str, Any] = {"relu": relu}
         if residual is not None:
             kwargs |= {"residual": residual, "inplace_add": add is operator.iadd}
-        return Match(step, nodes, parts, functional.conv_bn_act, inputs, kwargs)
-
-
-def is_addition(node: fx.Node) -> bool:
-    plain = len(node.args) == 2 and not node.kwargs
-    return plain and node.op in ("call_function", "call_method") and node.target in _ADDITIONS
+        return Match(op, nodes, parts, functional.conv_bn_act, inputs, kwargs)
 
 
 def path_of(node: fx.Node) -> Path:
     return tuple(str(node.target).split("."))
 
 
-def _harmless(node: fx.Node, child: Optional[nn.Module]) -> bool:
+def harmless(node: fx.Node, child: Optional[nn.Module]) -> bool:
     """Whether a node surely writes to none of its inputs, so that a convolution may move past it."""
     known = child is None or type(child).__module__.startswith("torch.nn.") or isinstance(child, NORMS)
     return known and not writes(node, child)
 
 
 def matches(module: nn.Module, graph: fx.Graph, training: bool = False) -> list[Match]:
-    matcher = Matcher(module)
+    matcher = Matcher(module, graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     nodes = list(graph.nodes)
     found: list[Match] = []
@@ -220,134 +228,7 @@ def matches(module: nn.Module, graph: fx.Graph, training: bool = False) -> list[
         if match is None:
             continue
         between = nodes[order[match.nodes[0]] : order[match.nodes[-1]]]
-        if all(n in match.nodes or _harmless(n, matcher.child(n)) for n in between):
+        if all(n in match.nodes or harmless(n, matcher.child(n)) for n in between):
             found.append(match)
             matcher.taken.update(match.nodes)
     return found
-
-
-# --- residual blocks --------------------------------------------------------------------------------------------------
-
-
-def chains(module: nn.Module, graph: fx.Graph, found: list[Match]) -> list[Match]:
-    """The matches in training mode: convolutions put together to the chains of ``ops/block_passes.py``, with their
-    shortcuts."""
-    matcher = Matcher(module)
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    convs = [match for match in found if match.step.conv]
-    by_first = {match.nodes[0]: match for match in convs}
-    by_last: dict[Any, Match] = {match.nodes[-1]: match for match in convs}
-    following = {id(match): after for match in convs if (after := _following(matcher, match, by_first))}
-    followers = {id(link.match) for link in following.values()}
-
-    rows: list[tuple[list[Match], list[_Link]]] = []
-    for match in convs:
-        if id(match) in followers:
-            continue
-        row, links = [match], []
-        while link := following.get(id(row[-1])):
-            row.append(link.match)
-            links.append(link)
-        rows.append((row, links))
-    shortcuts: dict[int, Match] = {}  # by the row's last match
-    for row, _ in rows:
-        shortcut = by_last.get(row[-1].kwargs.get("residual"))
-        if shortcut is not None and id(shortcut) not in followers and _linear(shortcut) and _read_once(shortcut):
-            shortcuts[id(row[-1])] = shortcut
-
-    chained: list[Match] = []
-    alone = {id(match) for match in shortcuts.values()}
-    for row, links in rows:
-        if id(row[0]) in alone:
-            continue
-        chain = _chain(matcher, row, links, shortcuts.get(id(row[-1])))
-        if _movable(matcher, order, chain.nodes):
-            chained.append(chain)
-            continue
-        singles = [_chain(matcher, [match], [], None) for match in (*row, *filter(None, [shortcuts.get(id(row[-1]))]))]
-        chained += [single for single in singles if _movable(matcher, order, single.nodes)]
-    return [*(match for match in found if not match.step.conv), *chained]
-
-
-@dataclass
-class _Link:
-    """From a convolution's ReLU to the next convolution."""
-
-    match: Match
-    parts: dict[Path, str]  # identities on the way
-    nodes: list[fx.Node]
-
-
-def _following(matcher: Matcher, match: Match, by_first: dict[fx.Node, Match]) -> Optional[_Link]:
-    """The convolution that alone reads a match's ReLU."""
-    if match.target is not functional.conv_bn_act or not match.kwargs["relu"] or _added(match):
-        return None
-    parts: dict[Path, str] = {}
-    passed: list[fx.Node] = []
-    reader = matcher.next(match.nodes[-1], parts, passed)
-    return _Link(by_first[reader], parts, passed) if reader in by_first else None
-
-
-def _linear(match: Match) -> bool:
-    return not match.kwargs.get("relu", True) and not _added(match)
-
-
-def _read_once(match: Match) -> bool:
-    return len(match.nodes[-1].users) == 1
-
-
-def _added(match: Match) -> bool:
-    return match.kwargs.get("residual") is not None
-
-
-def _chain(matcher: Matcher, row: list[Match], links: list[_Link], shortcut: Optional[Match]) -> Match:
-    first, last = row[0], row[-1]
-    x = first.args[0]
-    residual, identity = last.kwargs.get("residual"), False
-    if shortcut is not None:
-        residual = None if shortcut.args[0] is x else shortcut.args[0]
-    elif residual is x:
-        residual, identity = None, True
-    members = [*row, *([shortcut] if shortcut else [])]
-    nodes = [node for match in members for node in match.nodes] + [node for link in links for node in link.nodes]
-    parts = {path: kind for link in links for path, kind in link.parts.items()}
-    for match in members:
-        kinds = {"norm": "training norm", "stem conv": "conv"}
-        parts |= {path: kinds.get(kind, kind) for path, kind in match.parts.items()}
-    names = [name for match in members for name in match.step.parts]
-
-    pool = last.target is functional.stem
-    relu = pool or last.kwargs["relu"]
-    if relu and not pool and not _added(last):
-        pool_node = matcher.next(last.nodes[-1], {}, [])
-        child = matcher.child(pool_node) if pool_node is not None else None
-        if pool_node is not None and child is not None and not stem_pool_refusal(child):
-            pool = True
-            nodes.append(pool_node)
-            parts[path_of(pool_node)] = "stem pool"
-            names.append(str(pool_node.target))
-
-    convs = tuple(str(match.args[1]) for match in members)
-    norms = tuple(str(match.args[2]) for match in members)
-    kwargs = {
-        "residual": residual,
-        "identity": identity,
-        "projection": shortcut is not None,
-        "relu": relu,
-        "pool": pool,
-        "inplace_add": last.kwargs.get("inplace_add", False),
-    }
-    step = Step("residual_block", tuple(names), first.step.conv)
-    return Match(step, nodes, parts, functional.residual_block, (x, convs, norms), kwargs)
-
-
-def _movable(matcher: Matcher, order: dict[fx.Node, int], nodes: list[fx.Node]) -> bool:
-    """Whether all nodes may run where the last of them does. Sorts them.
-
-    Not past another call of one of their norms: running statistics depend on the order.
-    """
-    nodes.sort(key=order.__getitem__)
-    norms = {node.target for node in nodes if isinstance(matcher.child(node), NORMS)}
-    every = list(order)
-    between = [node for node in every[order[nodes[0]] : order[nodes[-1]]] if node not in nodes]
-    return all(node.target not in norms and _harmless(node, matcher.child(node)) for node in between)

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict
 
-from resnet_fast.graph.conditions import Path, is_sequential
+from resnet_fast.graph.conditions import Fused, Path, is_sequential
 
 
 class _Proxy(fx.Proxy):
@@ -26,6 +26,13 @@ def _in_place(operation: Callable) -> Callable:
 
 
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+ADDITIONS = {
+    operator.add: operator.add,
+    operator.iadd: operator.iadd,
+    torch.add: operator.add,
+    "add": operator.add,
+    "add_": operator.iadd,
+}
 for _operation in IN_PLACE:
     setattr(_Proxy, f"__{_operation.__name__}__", _in_place(_operation))
 
@@ -109,8 +116,8 @@ class Untraceable(Exception):
     pass
 
 
-def trace(module: nn.Module, forward: str, training: bool) -> tuple[Tracer, fx.Graph]:
-    """The graph of a module's method ``forward``, all flags ``training``. The module is left as it was, flags and
+def trace(module: nn.Module, training: bool) -> tuple[Tracer, fx.Graph]:
+    """The graph of a module's own forward, all flags ``training``. The module is left as it was, flags and
     attributes included.
 
     Raises:
@@ -122,7 +129,7 @@ def trace(module: nn.Module, forward: str, training: bool) -> tuple[Tracer, fx.G
         m.__dict__["training"] = training
     try:
         with _everything_on():
-            tracer = Tracer(forward)
+            tracer = Tracer("stock_forward" if isinstance(module, Fused) else "forward")
             graph = tracer.trace(module)
     except Exception as error:
         first_line = (str(error) or repr(error)).splitlines()[0]
@@ -165,3 +172,8 @@ def writes(node: fx.Node, child: Optional[nn.Module]) -> bool:
     name = getattr(node.target, "__name__", "")
     in_place = node.kwargs.get("inplace", False) or name.endswith("_") or node.target in (*IN_PLACE, operator.setitem)
     return node.op == "call_function" and bool(in_place)
+
+
+def is_addition(node: fx.Node) -> bool:
+    plain = len(node.args) == 2 and not node.kwargs
+    return plain and node.op in ("call_function", "call_method") and node.target in ADDITIONS

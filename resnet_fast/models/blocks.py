@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models import resnet
 
 from resnet_fast.accelerated import fused, rebuild
-from resnet_fast.graph.program import Fused
+from resnet_fast.graph.conditions import Fused
 
 
 @fused

@@ -5,11 +5,11 @@ Each builder is also in torchvision's registry, as ``torchvision.models.get_mode
 
 # No `from __future__ import annotations` here: torchvision's get_model_weights reads the annotation of `weights`.
 from collections.abc import Callable
-from typing import Any, Optional, Union
+from typing import Any, Optional, TypeVar, Union
 
 from torch import nn
 from torchvision.models import resnet
-from torchvision.models._api import register_model
+from torchvision.models._api import WeightsEnum, register_model
 from torchvision.models._utils import _ovewrite_named_param, handle_legacy_interface
 from torchvision.models.resnet import (
     ResNet18_Weights,
@@ -25,7 +25,7 @@ from torchvision.models.resnet import (
 )
 
 from resnet_fast.accelerated import fused, rebuild
-from resnet_fast.graph.program import Fused
+from resnet_fast.graph.conditions import Fused
 from resnet_fast.models.blocks import BasicBlock, Bottleneck
 
 
@@ -61,6 +61,20 @@ class ResNet(resnet.ResNet, Fused):
         rebuild(self)
 
 
+_F = TypeVar("_F", bound=Callable[..., nn.Module])
+
+
+def _builder(pretrained: WeightsEnum) -> Callable[[_F], _F]:
+    """Torchvision's decorators of a builder, typed. ``pretrained=True`` asks for the weights ``pretrained``."""
+
+    def decorate(builder: _F) -> _F:
+        legacy: Any = handle_legacy_interface(weights=("pretrained", pretrained))
+        registered: Any = register_model(f"fast_{builder.__name__}")(legacy(builder))
+        return registered
+
+    return decorate
+
+
 def _resnet(
     block: type[Union[BasicBlock, Bottleneck]], layers: list[int], weights: Any, progress: bool, **kwargs: Any
 ) -> ResNet:
@@ -72,48 +86,42 @@ def _resnet(
     return model
 
 
-@register_model("fast_resnet18")
-@handle_legacy_interface(weights=("pretrained", ResNet18_Weights.IMAGENET1K_V1))
+@_builder(ResNet18_Weights.IMAGENET1K_V1)
 def resnet18(*, weights: Optional[ResNet18_Weights] = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-18 (He et al. 2015). Arguments as for ``torchvision.models.resnet18``."""
     weights = ResNet18_Weights.verify(weights)
     return _resnet(BasicBlock, [2, 2, 2, 2], weights, progress, **kwargs)
 
 
-@register_model("fast_resnet34")
-@handle_legacy_interface(weights=("pretrained", ResNet34_Weights.IMAGENET1K_V1))
+@_builder(ResNet34_Weights.IMAGENET1K_V1)
 def resnet34(*, weights: Optional[ResNet34_Weights] = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-34 (He et al. 2015). Arguments as for ``torchvision.models.resnet34``."""
     weights = ResNet34_Weights.verify(weights)
     return _resnet(BasicBlock, [3, 4, 6, 3], weights, progress, **kwargs)
 
 
-@register_model("fast_resnet50")
-@handle_legacy_interface(weights=("pretrained", ResNet50_Weights.IMAGENET1K_V1))
+@_builder(ResNet50_Weights.IMAGENET1K_V1)
 def resnet50(*, weights: Optional[ResNet50_Weights] = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-50 (He et al. 2015). Arguments as for ``torchvision.models.resnet50``."""
     weights = ResNet50_Weights.verify(weights)
     return _resnet(Bottleneck, [3, 4, 6, 3], weights, progress, **kwargs)
 
 
-@register_model("fast_resnet101")
-@handle_legacy_interface(weights=("pretrained", ResNet101_Weights.IMAGENET1K_V1))
+@_builder(ResNet101_Weights.IMAGENET1K_V1)
 def resnet101(*, weights: Optional[ResNet101_Weights] = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-101 (He et al. 2015). Arguments as for ``torchvision.models.resnet101``."""
     weights = ResNet101_Weights.verify(weights)
     return _resnet(Bottleneck, [3, 4, 23, 3], weights, progress, **kwargs)
 
 
-@register_model("fast_resnet152")
-@handle_legacy_interface(weights=("pretrained", ResNet152_Weights.IMAGENET1K_V1))
+@_builder(ResNet152_Weights.IMAGENET1K_V1)
 def resnet152(*, weights: Optional[ResNet152_Weights] = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-152 (He et al. 2015). Arguments as for ``torchvision.models.resnet152``."""
     weights = ResNet152_Weights.verify(weights)
     return _resnet(Bottleneck, [3, 8, 36, 3], weights, progress, **kwargs)
 
 
-@register_model("fast_resnext50_32x4d")
-@handle_legacy_interface(weights=("pretrained", ResNeXt50_32X4D_Weights.IMAGENET1K_V1))
+@_builder(ResNeXt50_32X4D_Weights.IMAGENET1K_V1)
 def resnext50_32x4d(
     *, weights: Optional[ResNeXt50_32X4D_Weights] = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:
@@ -124,8 +132,7 @@ def resnext50_32x4d(
     return _resnet(Bottleneck, [3, 4, 6, 3], weights, progress, **kwargs)
 
 
-@register_model("fast_resnext101_32x8d")
-@handle_legacy_interface(weights=("pretrained", ResNeXt101_32X8D_Weights.IMAGENET1K_V1))
+@_builder(ResNeXt101_32X8D_Weights.IMAGENET1K_V1)
 def resnext101_32x8d(
     *, weights: Optional[ResNeXt101_32X8D_Weights] = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:
@@ -136,8 +143,7 @@ def resnext101_32x8d(
     return _resnet(Bottleneck, [3, 4, 23, 3], weights, progress, **kwargs)
 
 
-@register_model("fast_resnext101_64x4d")
-@handle_legacy_interface(weights=("pretrained", ResNeXt101_64X4D_Weights.IMAGENET1K_V1))
+@_builder(ResNeXt101_64X4D_Weights.IMAGENET1K_V1)
 def resnext101_64x4d(
     *, weights: Optional[ResNeXt101_64X4D_Weights] = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:
@@ -148,8 +154,7 @@ def resnext101_64x4d(
     return _resnet(Bottleneck, [3, 4, 23, 3], weights, progress, **kwargs)
 
 
-@register_model("fast_wide_resnet50_2")
-@handle_legacy_interface(weights=("pretrained", Wide_ResNet50_2_Weights.IMAGENET1K_V1))
+@_builder(Wide_ResNet50_2_Weights.IMAGENET1K_V1)
 def wide_resnet50_2(
     *, weights: Optional[Wide_ResNet50_2_Weights] = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:
@@ -159,8 +164,7 @@ def wide_resnet50_2(
     return _resnet(Bottleneck, [3, 4, 6, 3], weights, progress, **kwargs)
 
 
-@register_model("fast_wide_resnet101_2")
-@handle_legacy_interface(weights=("pretrained", Wide_ResNet101_2_Weights.IMAGENET1K_V1))
+@_builder(Wide_ResNet101_2_Weights.IMAGENET1K_V1)
 def wide_resnet101_2(
     *, weights: Optional[Wide_ResNet101_2_Weights] = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from resnet_fast.graph.conditions import Path
 from resnet_fast.graph.guard import Guard
-from resnet_fast.graph.program import PROGRAM, Path, Program
-from resnet_fast.graph.programs import program_of
-from resnet_fast.kernels import native
-from resnet_fast.kernels.native import library, planner
+from resnet_fast.graph.program import STATE, Program, State
+from resnet_fast.graph.state import state_of
+from resnet_fast.kernels.native import abi, library, planner
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.network import schedule
-from resnet_fast.network.lowering import Image, Lowering, NotPlanned, Storage, of_images
+from resnet_fast.network.lowering import Lowering
 from resnet_fast.network.memory import Need, give_back, take
 from resnet_fast.network.schedule import Part, Places
+from resnet_fast.network.steps import Image, NotPlanned, Storage, of_images
 
 _PLANS_KEPT = 4  # per module: detectors see many shapes
 
@@ -42,7 +44,7 @@ class Plan:
             raise NotPlanned(f"no images beyond {native.LARGEST}")
         self._nhwc = _channels_last(x)
         given = Image(tuple(x.shape), Storage(x.numel()), self._nhwc)
-        lowering = Lowering(threads, plans.plain)
+        lowering = Lowering(threads, plain=plans.plain)
         result = lowering.graph(module, program, (given,))
         leaves, self._structure = tree_flatten(result)
         if not leaves or not all(isinstance(leaf, Image) for leaf in leaves):
@@ -101,14 +103,14 @@ def _channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _operations(parts: list[Part], places: Places) -> "ctypes.Array[library.Op]":
-    ops = (library.Op * len(parts))()
+def _operations(parts: list[Part], places: Places) -> "ctypes.Array[abi.Op]":
+    ops = (abi.Op * len(parts))()
     for op, (step, first, images) in zip(ops, parts):
         op.kind, op.shape = step.kind, of_images(step.shape, images)
         op.x, op.y = places.at(step.x, first), places.at(step.y, first)
-        op.residual = library.NOWHERE if step.residual is None else places.at(step.residual, first)
+        op.residual = abi.NOWHERE if step.residual is None else places.at(step.residual, first)
         if step.pack is not None:
-            op.algorithm = library.ALGORITHMS.index(step.algorithm)
+            op.algorithm = abi.ALGORITHMS.index(step.algorithm)
             op.packed = step.pack.weight.data_ptr()
             op.shift = step.pack.shift.data_ptr()
     return ops
@@ -186,28 +188,31 @@ def plan_for(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional
         return None
     threads = torch.get_num_threads()
     key = (x.shape, _channels_last(x), threads, planner.version)
-    program = module.__dict__.get(PROGRAM)
-    plan = program.plans.find(module, key) if program is not None and _own(program, module) else None
+    state = module.__dict__.get(STATE)
+    plans = _plans(state, module)
+    plan = None if plans is None else plans.find(module, key)
     if plan is None:
-        program = program_of(module)
-    if program is None or not program.takes(args, kwargs):
+        state = state_of(module)
+    if state is None or not state.eval.takes(args, kwargs):
         return None
     if plan is None:
-        if not _own(program, module):
-            program.plans = Plans(module)
-        plan = program.plans.make(module, program, x, threads, key)
+        plans = _plans(state, module)
+        if plans is None:
+            plans = state.plans = Plans(module)
+        plan = plans.make(module, state.eval, x, threads, key)
     return plan if isinstance(plan, Plan) else None
 
 
-def _own(program: Program, module: nn.Module) -> bool:
-    """Whether the program's plans are for this module: a shallow copy has the same program, and other children."""
-    return program.plans is not None and program.plans.of() is module
+def _plans(state: Optional[State[Plans]], module: nn.Module) -> Optional[Plans]:
+    """The plans of this very module: a shallow copy has the same state, and other children."""
+    plans = None if state is None else state.plans
+    return plans if plans is not None and plans.of() is module else None
 
 
 def last_plan(module: nn.Module) -> Union[Plan, str, None]:
     """What ``module``'s last call that could be planned ran as; a reason if it was not; None if there was none."""
-    program = module.__dict__.get(PROGRAM)
-    return program.plans.last if program is not None and _own(program, module) else None
+    plans = _plans(module.__dict__.get(STATE), module)
+    return None if plans is None else plans.last
 
 
 def _plain_image(x: Any) -> bool:

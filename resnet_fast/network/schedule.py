@@ -9,9 +9,9 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import abi
 from resnet_fast.network import memory
-from resnet_fast.network.lowering import Image, Step, Storage
+from resnet_fast.network.steps import Image, Step, Storage
 
 _LARGEST_CACHE = 32 << 20  # virtual machines see that of the whole socket, which they share with others
 _USUAL_CACHE = 8 << 20
@@ -64,7 +64,7 @@ def split(steps: list[Step], batch: int, threads: int) -> Split:
             break
         if 4 * values > _cache() // 2:
             count = i + 1
-    convolutions = [step.shape for step in steps[:count] if step.kind == library.CONV]
+    convolutions = [step.shape for step in steps[:count] if step.kind == abi.CONV]
     if not convolutions:
         return Split(0, batch)
     fitting = _cache() // 4 // (4 * _most_alive(steps[:count]) // batch)
@@ -74,7 +74,7 @@ def split(steps: list[Step], batch: int, threads: int) -> Split:
     return Split(count, images) if images < batch else Split(0, batch)
 
 
-def _rows(shape: library.Shape) -> int:
+def _rows(shape: abi.Shape) -> int:
     """Of one image's matrix products: its pixels, or Winograd's squares of four by four where it may serve."""
     side = 4 if shape.r == shape.s == 3 and shape.groups == 1 else 1
     return -(-shape.p // side) * -(-shape.q // side)
@@ -91,8 +91,8 @@ class Places:
 
     def __init__(self, steps: list[Step], split: Split, given: Image, results: list[Storage]) -> None:
         self._batch = given.shape[0]
-        self._refs = {given.storage: library.Ref(1, 0, 0)}
-        self._refs |= {storage: library.Ref(2 + i, 0, 0) for i, storage in enumerate(results)}
+        self._refs = {given.storage: abi.Ref(1, 0, 0)}
+        self._refs |= {storage: abi.Ref(2 + i, 0, 0) for i, storage in enumerate(results)}
         last = _last_reads(steps)
         # Values that only the first steps know have room for the images at a time; others have it for the batch.
         self._passing = {
@@ -119,14 +119,14 @@ class Places:
         intervals = [memory.Interval(first, end, size) for (first, end), size in zip(spans.values(), sizes)]
         offsets, self.arena_bytes = memory.assign(intervals)
         at = dict(zip(spans, offsets))
-        self._refs |= {value: library.Ref(0, 0, at[place]) for value, place in owner.items()}
+        self._refs |= {value: abi.Ref(0, 0, at[place]) for value, place in owner.items()}
 
-    def at(self, value: Storage, image: int) -> library.Ref:
+    def at(self, value: Storage, image: int) -> abi.Ref:
         """Where the value begins for the images from this one on."""
         ref = self._refs[value]
         if value in self._passing:
             return ref
-        return library.Ref(ref.buffer, 0, ref.offset + 4 * value.size // self._batch * image)
+        return abi.Ref(ref.buffer, 0, ref.offset + 4 * value.size // self._batch * image)
 
 
 def _read(step: Step) -> list[Storage]:

@@ -1,5 +1,6 @@
-"""The fused ops as ``torch.ops.resnet_fast.*``; importing this registers them."""
+"""The fused ops, ``torch.ops.resnet_fast.*``: importing this registers them."""
 
 from resnet_fast.ops import inference, residual_block
+from resnet_fast.ops.dispatch import IMPLEMENTATIONS, QUANTISED, TRAINING, chained, implementation_for
 
-__all__ = ["inference", "residual_block"]
+__all__ = ["IMPLEMENTATIONS", "QUANTISED", "TRAINING", "chained", "implementation_for", "inference", "residual_block"]

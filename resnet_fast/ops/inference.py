@@ -1,220 +1,48 @@
-"""The fused ops as ``torch.ops.resnet_fast.*``: schema, fake kernels, autograd and autocast rules, dispatch.
+"""The fused ops of inference, ``torch.ops.resnet_fast.*``: what each is given, its fake kernel and its gradients.
 
 ``kernels/reference/inference.py`` defines what each op computes. Which implementation computes it is decided inside the
 op, per call, so that ``forward`` stays free of branches on tensors and ``torch.compile`` and ``torch.export`` see one
 node. The ops are opaque (no ``triton_op``): they work without a driver and under fake tensors.
-
-Environment variables, for tests and for finding faults:
-
-- ``RESNET_FAST_IMPLEMENTATION``: ``triton``, ``native``, ``onednn`` or ``reference``. That one is tried first; the
-  reference still runs what it does not cover. Triton serves CPU tensors only so, and only in its interpreter.
-- ``RESNET_FAST_AUTOTUNE``: with 1, the first call of every convolution on a GPU measures which kernel is fastest, as
-  ``resnet_fast.tune`` does, and waits for it.
-- ``RESNET_FAST_ISA``: ``portable``, ``avx2``, ``avx512`` or ``avx512_bf16``. The instruction set of the native kernels,
-  read when they are first used; without it, the best that the CPU runs.
 """
 
-import os
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels import native, onednn, triton
-from resnet_fast.kernels.contract import Case
-from resnet_fast.kernels.native import training as native_training
-from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.reference import quantised as reference_quantised
-from resnet_fast.kernels.reference import training as reference_training
-from resnet_fast.kernels.triton import prepared
-from resnet_fast.kernels.triton import quantised as triton_quantised
-from resnet_fast.kernels.triton import training as triton_training
-
-Pair = tuple[int, int]
-
-IMPLEMENTATIONS: dict[str, ModuleType] = {
-    "triton": triton,
-    "native": native,
-    "onednn": onednn,
-    "reference": reference,
-}
-"""By name, best first. Each has the functions of ``reference``; ``supports(case)`` gives None, or the reason."""
-
-TRAINING: dict[str, ModuleType] = {
-    "triton": triton_training,
-    "native": native_training,
-    "reference": reference_training,
-}
-"""The same for training's primitives: each module has functions of ``reference_training``."""
-
-QUANTISED: dict[str, ModuleType] = {"triton": triton_quantised, "reference": reference_quantised}
-"""The same for the ops on 8-bit numbers: ``reference_quantised``."""
-
-# Triton's interpreter is a test instrument: it serves the CPU only on request.
-_NOT_ON = {"cpu": "triton"}
-
-library = torch.library.Library("resnet_fast", "DEF")
-
-
-# --- dispatch -------------------------------------------------------------------------------------------------------
-
-
-def implementation_for(case: Case, among: dict[str, ModuleType] = IMPLEMENTATIONS) -> str:
-    """Name of the implementation that serves ``case`` in this process."""
-    preferred = os.environ.get("RESNET_FAST_IMPLEMENTATION") or None
-    if preferred is not None and preferred not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"RESNET_FAST_IMPLEMENTATION is {preferred!r}, expected one of {', '.join(IMPLEMENTATIONS)} or nothing"
-        )
-    excluded = _NOT_ON.get(case.device)
-    names = (preferred, "reference") if preferred else [name for name in among if name != excluded]
-    return next(name for name in names if name in among and among[name].supports(case) is None)
-
-
-def _implementation(case: Case, x: Tensor) -> ModuleType:
-    return reference if x.numel() == 0 else IMPLEMENTATIONS[implementation_for(case)]
-
-
-# --- what every op checks -------------------------------------------------------------------------------------------
-
-
-def check_images(x: Any) -> None:
-    if len(x) != 4:
-        raise RuntimeError(f"x has shape {list(x)}, expected 4 dimensions: [N, C, H, W]")
-
-
-def conv_output(x: Any, weight: Any, stride: Pair, padding: Pair, dilation: Pair) -> list[Any]:
-    """Shape of the convolution's result ``[N, K, P, Q]`` for an image and a weight of these shapes; may be symbolic.
-
-    Raises:
-        RuntimeError: ``x`` or ``weight`` has not 4 dimensions, the image is smaller than the kernel, or the geometry
-            makes no sense.
-    """
-    check_images(x)
-    if min(*stride, *dilation) < 1 or min(padding) < 0:
-        raise RuntimeError(
-            f"stride is {stride}, dilation is {dilation}, padding is {padding}, "
-            "expected positive numbers, positive numbers, and numbers not below 0"
-        )
-    if len(weight) != 4:
-        raise RuntimeError(f"weight has shape {list(weight)}, expected 4 dimensions: [K, C/groups, R, S]")
-    n, _, *image = x
-    k, _, *kernel = weight
-    size = []
-    for axis, name in enumerate(("height", "width")):
-        extent = dilation[axis] * (kernel[axis] - 1) + 1
-        padded = image[axis] + 2 * padding[axis]
-        if padded < extent:
-            raise RuntimeError(
-                f"x has shape {list(x)}, expected {name} + 2 * {padding[axis]} (padding) of at least {extent} "
-                "(dilated kernel)"
-            )
-        size.append((padded - extent) // stride[axis] + 1)
-    return [n, k, *size]
-
-
-def check_conv(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor], groups: int, out: list[Any]
-) -> None:
-    """Raise RuntimeError unless the tensors fit; ``out`` is the shape of the result."""
-    check_operands(x, weight, scale, shift, residual, groups, out)
-    dtype = x.dtype
-    wider = weight.dtype is not dtype and torch.promote_types(dtype, weight.dtype) != weight.dtype
-    if wider or not dtype.is_floating_point:
-        raise RuntimeError(f"x is {dtype} and weight is {weight.dtype}, expected the same floating-point dtype")
-    for name, vector in (("scale", scale), ("shift", shift)):
-        if vector.dtype not in (torch.float32, torch.float64):
-            raise RuntimeError(f"{name} is {vector.dtype}, expected float32 or float64")
-    if residual is not None and residual.dtype is not dtype:
-        raise RuntimeError(f"residual is {residual.dtype}, expected {dtype}")
-
-
-def check_operands(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor], groups: int, out: list[Any]
-) -> None:
-    """Raise RuntimeError unless shapes and devices fit."""
-    k, group_channels = weight.shape[:2]
-    if groups < 1 or k % groups:
-        raise RuntimeError(f"groups is {groups}, expected a divisor of weight.shape[0] = {k}")
-    if x.shape[1] != group_channels * groups:
-        raise RuntimeError(
-            f"x has {x.shape[1]} channels (shape {list(x.shape)}), expected {group_channels * groups}: "
-            f"weight is {list(weight.shape)} with groups={groups}"
-        )
-    for name, vector in (("scale", scale), ("shift", shift)):
-        if vector.dim() != 1 or vector.shape[0] != k:
-            raise RuntimeError(f"{name} has shape {list(vector.shape)}, expected [{k}]")
-    if residual is not None and list(residual.shape) != out:
-        raise RuntimeError(f"residual has shape {list(residual.shape)}, expected {out}")
-    for name, tensor in (("weight", weight), ("scale", scale), ("shift", shift), ("residual", residual)):
-        if tensor is not None and tensor.device != x.device:
-            raise RuntimeError(f"{name} is on {tensor.device}, expected the device of x, {x.device}")
-
-
-def pooled(size: int) -> int:
-    return (size + 2 - 3) // 2 + 1
-
-
-def empty_channels_last(x: Tensor, shape: list[Any]) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
+from resnet_fast.kernels.contract import Case, Geometry
+from resnet_fast.ops.checks import (
+    check_conv,
+    check_device,
+    check_images,
+    check_parameter,
+    empty_channels_last,
+    geometry_of,
+    pooled,
+)
+from resnet_fast.ops.dispatch import BACK_TO_BACK, PREPARED, conv_case, implementation, implementation_for
+from resnet_fast.ops.registry import register
 
 # --- conv_bn_act ----------------------------------------------------------------------------------------------------
 
-library.define(
-    "conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, int[2] stride, "
-    "int[2] padding, int[2] dilation, int groups, bool relu) -> Tensor"
-)
 
-
-def _pair(values: Any) -> Pair:
-    return values[0], values[-1]
-
-
-def _conv_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Optional[Tensor],
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    relu: bool,
-) -> Tensor:
-    if x.is_cuda:  # where Python would take longer than a small convolution
-        y = prepared.run(x, weight, scale, shift, residual, stride, padding, dilation, groups, relu)
+def _conv_bn_act(*operands: Any) -> Tensor:
+    x, weight, scale, shift, residual, stride, padding, dilation, groups, relu = operands
+    prepared = PREPARED.get(x.device.type)
+    if prepared is not None:
+        y = prepared(*operands)
         if y is not None:
             return y
-    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
-    out = conv_output(x.shape, weight.shape, stride, padding, dilation)
-    check_conv(x, weight, scale, shift, residual, groups, out)
-    kernel = (weight.shape[2], weight.shape[3])
-    case = Case("conv_bn_act", x.device.type, x.dtype, x.shape[1], out[1], kernel, stride, padding, dilation, groups)
-    return _implementation(case, x).conv_bn_act(
-        x, weight, scale, shift, residual, stride, padding, dilation, groups, relu
-    )
+    geometry = geometry_of(stride, padding, dilation, groups)
+    check_conv(x, weight, scale, shift, residual, geometry)
+    serving = implementation(conv_case("conv_bn_act", x, weight, geometry), x)
+    return serving.conv_bn_act(x, weight, scale, shift, residual, *geometry, relu)
 
 
-def _conv_bn_act_fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Optional[Tensor],
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    relu: bool,
-) -> Tensor:
-    out = conv_output(x.shape, weight.shape, _pair(stride), _pair(padding), _pair(dilation))
-    check_conv(x, weight, scale, shift, residual, groups, out)
-    return empty_channels_last(x, out)
+def _conv_bn_act_fake(*operands: Any) -> Tensor:
+    x, weight, scale, shift, residual, *numbers, _ = operands
+    return empty_channels_last(x, check_conv(x, weight, scale, shift, residual, geometry_of(*numbers)))
 
 
 def _conv_bn_act_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -255,39 +83,21 @@ def _conv_gradients(
 
 # --- conv_chain -----------------------------------------------------------------------------------------------------
 
-library.define(
-    "conv_chain(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor residual, "
-    "Tensor next_weight, Tensor next_scale, Tensor next_shift) -> (Tensor, Tensor)"
-)
-
-_POINTWISE: tuple[Pair, Pair, Pair, int] = ((1, 1), (0, 0), (1, 1), 1)
+_POINTWISE = Geometry()
 
 
-def chained(case: Case) -> bool:
-    """Whether the op has a kernel for ``case``; if not, it is two convolutions, and gains nothing."""
-    return implementation_for(case, {"triton": triton, "reference": reference}) == "triton"
-
-
-def _conv_chain(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor,
-    next_weight: Tensor,
-    next_scale: Tensor,
-    next_shift: Tensor,
-) -> tuple[Tensor, Tensor]:
-    args = (x, weight, scale, shift, residual, next_weight, next_scale, next_shift)
-    n, _, p, q = _conv_chain_checked(*args)
+def _conv_chain(*operands: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight, scale, shift, residual, next_weight, next_scale, next_shift = operands
+    n, _, p, q = _conv_chain_output(*operands)
     case = Case("conv_chain", x.device.type, x.dtype, weight.shape[1], next_weight.shape[0])
-    if x.numel() > 0 and chained(case) and triton.chain_pays(case, n * p * q):
-        return triton.conv_chain(*args)
+    name = "reference" if x.numel() == 0 else implementation_for(case, BACK_TO_BACK)
+    if name != "reference" and BACK_TO_BACK[name].chain_pays(case, n * p * q):
+        return BACK_TO_BACK[name].conv_chain(*operands)
     out = _conv_bn_act(x, weight, scale, shift, residual, *_POINTWISE, True)
     return out, _conv_bn_act(out, next_weight, next_scale, next_shift, None, *_POINTWISE, True)
 
 
-def _conv_chain_checked(
+def _conv_chain_output(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -301,18 +111,18 @@ def _conv_chain_checked(
     for name, tensor in (("weight", weight), ("next_weight", next_weight)):
         if tensor.dim() != 4 or tuple(tensor.shape[2:]) != (1, 1):
             raise RuntimeError(f"{name} has shape {list(tensor.shape)}, expected [K, C, 1, 1]")
-    out = conv_output(x.shape, weight.shape, *_POINTWISE[:3])
-    check_conv(x, weight, scale, shift, residual, 1, out)
-    try:
-        check_conv(residual, next_weight, next_scale, next_shift, None, 1, out)  # which is like the first one's result
+    out = check_conv(x, weight, scale, shift, residual, _POINTWISE)
+    try:  # the residual has the shape and dtype of the first one's result
+        check_conv(residual, next_weight, next_scale, next_shift, None, _POINTWISE)
     except RuntimeError as error:
         raise RuntimeError(f"the second convolution (x: the first one's result): {error}") from None
     return out
 
 
-def _conv_chain_fake(x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-    n, k, p, q = _conv_chain_checked(x, *rest)
-    return empty_channels_last(x, [n, k, p, q]), empty_channels_last(x, [n, rest[4].shape[0], p, q])
+def _conv_chain_fake(*operands: Tensor) -> tuple[Tensor, Tensor]:
+    x, next_weight = operands[0], operands[5]
+    n, k, p, q = _conv_chain_output(*operands)
+    return empty_channels_last(x, [n, k, p, q]), empty_channels_last(x, [n, next_weight.shape[0], p, q])
 
 
 def _conv_chain_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -339,30 +149,23 @@ def _conv_chain_backward(ctx: Any, grad: Optional[Tensor], grad_z: Optional[Tens
 
 # --- stem -----------------------------------------------------------------------------------------------------------
 
-library.define("stem(Tensor x, Tensor weight, Tensor scale, Tensor shift) -> Tensor")
-
-_STEM_GEOMETRY = ((2, 2), (3, 3), (1, 1), 1)
+_STEM_GEOMETRY = Geometry((2, 2), (3, 3))
 
 
 def _stem(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    out = _stem_checked(x, weight, scale, shift)
-    stride, padding, dilation, groups = _STEM_GEOMETRY
-    case = Case("stem", x.device.type, x.dtype, x.shape[1], out[1], (7, 7), stride, padding, dilation, groups)
-    return _implementation(case, x).stem(x, weight, scale, shift)
+    _stem_output(x, weight, scale, shift)
+    return implementation(conv_case("stem", x, weight, _STEM_GEOMETRY), x).stem(x, weight, scale, shift)
 
 
-def _stem_checked(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> list[Any]:
-    """Shape of the convolution's result, before the pool."""
+def _stem_output(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> list[Any]:
+    """Shape of the result."""
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (7, 7):
         raise RuntimeError(f"weight has shape {list(weight.shape)}, expected [K, C, 7, 7]")
-    out = conv_output(x.shape, weight.shape, *_STEM_GEOMETRY[:3])
-    check_conv(x, weight, scale, shift, None, 1, out)
-    return out
+    return pooled(check_conv(x, weight, scale, shift, None, _STEM_GEOMETRY))
 
 
-def _stem_fake(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    n, k, p, q = _stem_checked(x, weight, scale, shift)
-    return empty_channels_last(x, [n, k, pooled(p), pooled(q)])
+def _stem_fake(*operands: Tensor) -> Tensor:
+    return empty_channels_last(operands[0], _stem_output(*operands))
 
 
 def _stem_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -381,13 +184,11 @@ def _stem_backward(ctx: Any, grad: Tensor) -> tuple:
 
 # --- global_avg_pool ------------------------------------------------------------------------------------------------
 
-library.define("global_avg_pool(Tensor x) -> Tensor")
-
 
 def _global_avg_pool(x: Tensor) -> Tensor:
     check_images(x.shape)
     case = Case("global_avg_pool", x.device.type, x.dtype, x.shape[1], x.shape[1])
-    return _implementation(case, x).global_avg_pool(x)
+    return implementation(case, x).global_avg_pool(x)
 
 
 def _global_avg_pool_fake(x: Tensor) -> Tensor:
@@ -405,15 +206,13 @@ def _global_avg_pool_backward(ctx: Any, grad: Tensor) -> Tensor:
 
 # --- head -----------------------------------------------------------------------------------------------------------
 
-library.define("head(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-
 
 def _head(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    _, k = _head_checked(x, weight, bias)
-    return _implementation(Case("head", x.device.type, x.dtype, x.shape[1], k), x).head(x, weight, bias)
+    _, k = _head_output(x, weight, bias)
+    return implementation(Case("head", x.device.type, x.dtype, x.shape[1], k), x).head(x, weight, bias)
 
 
-def _head_checked(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> list[Any]:
+def _head_output(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> list[Any]:
     """Shape of the result."""
     check_images(x.shape)
     if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
@@ -422,18 +221,14 @@ def _head_checked(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> list[Any
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != k):
         raise RuntimeError(f"bias has shape {list(bias.shape)}, expected [{k}]")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        wider = tensor.dtype is not x.dtype and torch.promote_types(x.dtype, tensor.dtype) != tensor.dtype
-        if wider or not x.dtype.is_floating_point:
-            raise RuntimeError(f"x is {x.dtype} and {name} is {tensor.dtype}, expected the same floating-point dtype")
-        if tensor.device != x.device:
-            raise RuntimeError(f"{name} is on {tensor.device}, expected the device of x, {x.device}")
+        if tensor is not None:
+            check_parameter(name, tensor, x)
+            check_device(name, tensor, x)
     return [x.shape[0], k]
 
 
 def _head_fake(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    return x.new_empty(_head_checked(x, weight, bias))
+    return x.new_empty(_head_output(x, weight, bias))
 
 
 def _head_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -457,47 +252,30 @@ def _head_backward(ctx: Any, grad: Tensor) -> tuple:
 
 # --- registration ---------------------------------------------------------------------------------------------------
 
-
-def cast(tensor: Any, device: str) -> Any:
-    """What autocast makes of an image: float64 and None stay."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
-
-
-def _autocast(op: Any, key: torch._C.DispatchKey, device: str) -> Callable:
-    """Cast images (``x`` and ``residual``) as autocast casts a convolution's input; float32 parameters stay.
-
-    The implementations take a float32 weight beside a half-precision ``x``: they cast once, when they pack it.
-    """
-    kinds = [argument.name.removeprefix("next_") for argument in op._schema.arguments]
-
-    def kernel(*args: Any) -> Any:
-        given = list(args)
-        for i, (kind, arg) in enumerate(zip(kinds, args)):
-            parameter = kind in ("weight", "bias") and arg is not None and arg.dtype != torch.float32
-            if kind in ("x", "residual") or parameter:
-                given[i] = cast(arg, device)
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(*given)
-
-    return kernel
-
-
-for _name, _kernel, _fake, _backward, _setup in (
-    ("conv_bn_act", _conv_bn_act, _conv_bn_act_fake, _conv_bn_act_backward, _conv_bn_act_setup),
-    ("conv_chain", _conv_chain, _conv_chain_fake, _conv_chain_backward, _conv_chain_setup),
-    ("stem", _stem, _stem_fake, _stem_backward, _stem_setup),
-    ("global_avg_pool", _global_avg_pool, _global_avg_pool_fake, _global_avg_pool_backward, _global_avg_pool_setup),
-    ("head", _head, _head_fake, _head_backward, _head_setup),
-):
-    # One kernel for every device: the choice among implementations needs more than the device.
-    library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"resnet_fast::{_name}", _fake, lib=library)
-    torch.library.register_autograd(f"resnet_fast::{_name}", _backward, setup_context=_setup, lib=library)
-
-# A pool alone runs in the dtype that it is given, as adaptive_avg_pool2d does.
-for _name in ("conv_bn_act", "conv_chain", "stem", "head"):
-    _op = getattr(torch.ops.resnet_fast, _name).default
-    library.impl(_name, _autocast(_op, torch._C.DispatchKey.AutocastCPU, "cpu"), "AutocastCPU")
-    library.impl(_name, _autocast(_op, torch._C.DispatchKey.AutocastCUDA, "cuda"), "AutocastCUDA")
+register(
+    "conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, int[2] stride, "
+    "int[2] padding, int[2] dilation, int groups, bool relu) -> Tensor",
+    *(_conv_bn_act, _conv_bn_act_fake, _conv_bn_act_setup, _conv_bn_act_backward),
+    autocast=True,
+)
+register(
+    "conv_chain(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor residual, "
+    "Tensor next_weight, Tensor next_scale, Tensor next_shift) -> (Tensor, Tensor)",
+    *(_conv_chain, _conv_chain_fake, _conv_chain_setup, _conv_chain_backward),
+    autocast=True,
+)
+register(
+    "stem(Tensor x, Tensor weight, Tensor scale, Tensor shift) -> Tensor",
+    *(_stem, _stem_fake, _stem_setup, _stem_backward),
+    autocast=True,
+)
+# Without autocast: a pool runs in the dtype that it is given, as adaptive_avg_pool2d does.
+register(
+    "global_avg_pool(Tensor x) -> Tensor",
+    *(_global_avg_pool, _global_avg_pool_fake, _global_avg_pool_setup, _global_avg_pool_backward),
+)
+register(
+    "head(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    *(_head, _head_fake, _head_setup, _head_backward),
+    autocast=True,
+)

@@ -1,7 +1,7 @@
-"""``torch.ops.resnet_fast.residual_block``: a chain of convolutions with batch norm, and its backward pass, as ops.
+"""``torch.ops.resnet_fast.residual_block``: a residual block in training, and its backward pass, as ops.
 
-Schema, fake kernels, autograd and autocast rules, and dispatch; ``ops/block_passes.py`` has the computation. Double
-backward goes through the same chain in ATen's differentiable ops.
+What they are given, fake kernels and gradients; ``block.py`` says what they compute. Double backward goes through the
+same block in ATen's differentiable ops.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels.reference import training as reference_training
-from resnet_fast.kernels.reference.training import Geometry, wide
-from resnet_fast.ops import block_passes as chains
-from resnet_fast.ops import inference as ops
-from resnet_fast.ops.block_passes import Chain, Layer, Wanted
+from resnet_fast.kernels.contract import Geometry, nhwc, wide
+from resnet_fast.ops import block_backward, block_forward
+from resnet_fast.ops.block import Block, Layer, Pick, saved_shapes
+from resnet_fast.ops.block_backward import Wanted
+from resnet_fast.ops.checks import check_conv, empty_channels_last, pooled
+from resnet_fast.ops.dispatch import TRAINING, implementation
+from resnet_fast.ops.registry import register
 
 Tensors = Sequence[Tensor]
 
@@ -31,51 +33,49 @@ def flat_geometry(geometry: Geometry) -> list[int]:
     return [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
 
 
-def chain_of(
+def block_of(
     weights: Tensors, scales: Tensors, shifts: Tensors, eps: Any, geometry: Any, batch: Any, *rest: Any
-) -> Chain:
+) -> Block:
     layers = []
     for i, (weight, scale, shift) in enumerate(zip(weights, scales, shifts)):
         sh, sw, ph, pw, dh, dw, groups = geometry[_NUMBERS * i : _NUMBERS * (i + 1)]
         layers.append(Layer(weight, scale, shift, eps[i], Geometry((sh, sw), (ph, pw), (dh, dw), groups), batch[i]))
-    return Chain(tuple(layers), *rest)
+    return Block(tuple(layers), *rest)
 
 
 # --- what is checked --------------------------------------------------------------------------------------------------
 
 
-def _checked(chain: Chain, x: Tensor, residual: Optional[Tensor]) -> list[Any]:
+def _checked(block: Block, x: Tensor, residual: Optional[Tensor]) -> list[Any]:
     """Shape of the result ``[N, K, P, Q]``.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit, as a convolution does.
         ValueError: batch statistics of a single value a channel, as batch norm does.
     """
-    shape = _checked_layers(chain, chain.main, x)
+    shape = _checked_layers(block, block.main, x)
     source = x if residual is None else residual
     shortcut = shape
-    if chain.projection:
-        shortcut = _checked_layers(chain, chain.layers[-1:], source)
-    elif chain.identity or residual is not None:
+    if block.projection:
+        shortcut = _checked_layers(block, block.layers[-1:], source)
+    elif block.identity or residual is not None:
         shortcut = list(source.shape)
     if shortcut != shape or source.dtype != x.dtype or source.device != x.device:
         raise RuntimeError(
             f"the shortcut is {source.dtype} of shape {shortcut} on {source.device}, expected {x.dtype} of {shape} "
             f"on {x.device}"
         )
-    if chain.pool:
-        shape = [*shape[:2], ops.pooled(shape[2]), ops.pooled(shape[3])]
+    if block.pool:
+        shape = pooled(shape)
     return shape
 
 
-def _checked_layers(chain: Chain, layers: Sequence[Layer], x: Tensor) -> list[Any]:
+def _checked_layers(block: Block, layers: Sequence[Layer], x: Tensor) -> list[Any]:
     image: Any = x
     out: list[Any] = []
     for layer in layers:
-        stride, padding, dilation, groups = layer.geometry
-        out = ops.conv_output(image.shape, layer.weight.shape, stride, padding, dilation)
-        ops.check_conv(image, layer.weight, layer.scale, layer.shift, None, groups, out)
-        if layer.batch_statistics and not chain.process_group and out[0] * out[2] * out[3] == 1:
+        out = check_conv(image, layer.weight, layer.scale, layer.shift, None, layer.geometry)
+        if layer.batch_statistics and not block.process_group and out[0] * out[2] * out[3] == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(out)}")
         image = _Pending(out, x.dtype, x.device)
     return out
@@ -91,39 +91,27 @@ class _Pending(NamedTuple):
 
 # --- forward ----------------------------------------------------------------------------------------------------------
 
-ops.library.define(
-    "residual_block(Tensor x, Tensor? residual, Tensor[] weights, Tensor[] scales, Tensor[] shifts, "
-    f"{_PLAIN}) -> (Tensor, Tensor[], Tensor[])"
-)
-
 
 def _residual_block(
     x: Tensor, residual: Optional[Tensor], weights: Tensors, scales: Tensors, shifts: Tensors, *plain: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    chain = chain_of(weights, scales, shifts, *plain)
-    _checked(chain, x, residual)
-    result = chains.forward(chain, _nhwc(x), None if residual is None else _nhwc(residual), _pick_for(x))
+    block = block_of(weights, scales, shifts, *plain)
+    _checked(block, x, residual)
+    result = block_forward.forward(block, nhwc(x), nhwc(residual), _pick_for(x))
     return result.out, result.statistics, result.saved
 
 
-def _pick_for(x: Tensor) -> chains.Pick:
-    """As ``ops`` picks implementations: of nothing, the definition makes nothing."""
-    if x.numel() == 0:
-        return lambda _: reference_training
-    return lambda case: ops.TRAINING[ops.implementation_for(case, ops.TRAINING)]
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+def _pick_for(x: Tensor) -> Pick:
+    return lambda case: implementation(case, x, TRAINING)
 
 
 def _residual_block_fake(
     x: Tensor, residual: Optional[Tensor], weights: Tensors, scales: Tensors, shifts: Tensors, *plain: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    chain = chain_of(weights, scales, shifts, *plain)
-    out = ops.empty_channels_last(x, _checked(chain, x, residual))
-    statistics = [_vector(x, 2, layer.weight.shape[0]) for layer in chain.layers if layer.batch_statistics]
-    shapes = chains.saved_shapes(chain, x.shape, None if residual is None else residual.shape)
+    block = block_of(weights, scales, shifts, *plain)
+    out = empty_channels_last(x, _checked(block, x, residual))
+    statistics = [_vector(x, 2, layer.weight.shape[0]) for layer in block.layers if layer.batch_statistics]
+    shapes = saved_shapes(block, x.shape, None if residual is None else residual.shape)
     return out, statistics, [_saved_like(x, shape) for shape in shapes]
 
 
@@ -134,15 +122,10 @@ def _vector(x: Tensor, *shape: Any) -> Tensor:
 def _saved_like(x: Tensor, shape: Optional[Sequence[Any]]) -> Tensor:
     if shape is None:
         return x.new_empty((), dtype=torch.bool)
-    return ops.empty_channels_last(x, list(shape)) if len(shape) == 4 else _vector(x, *shape)
+    return empty_channels_last(x, list(shape)) if len(shape) == 4 else _vector(x, *shape)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
-
-ops.library.define(
-    "residual_block_backward(Tensor grad, Tensor x, Tensor? residual, Tensor? out, Tensor[] weights, Tensor[] scales, "
-    f"Tensor[] shifts, {_PLAIN}, Tensor[] saved, bool[] wanted) -> Tensor[]"
-)
 
 
 def _wanted(flags: Sequence[bool]) -> Wanted:
@@ -161,11 +144,10 @@ def _residual_block_backward(
     *plain: Any,
 ) -> list[Tensor]:
     """Gradients for x, the residual, every weight, scale and shift; those not wanted are empty."""
-    *plain_chain, saved, flags = plain
-    chain = chain_of(weights, scales, shifts, *plain_chain)
+    *plain_block, saved, flags = plain
+    block = block_of(weights, scales, shifts, *plain_block)
     wanted = _wanted(flags)
-    residual = None if residual is None else _nhwc(residual)
-    found = chains.backward(chain, _nhwc(grad), _nhwc(x), residual, out, saved, wanted, _pick_for(x))
+    found = block_backward.backward(block, nhwc(grad), nhwc(x), nhwc(residual), out, saved, wanted, _pick_for(x))
     empty = grad.new_empty(0)
     # Without a ReLU the residual's gradient is the result's, which an op may not return as its own.
     d_residual = grad.clone() if found.residual is not None and found.residual is grad else found.residual
@@ -206,7 +188,7 @@ def _residual_block_backward_fake(
     return [
         grad.new_empty(0)
         if tensor is None or not flag
-        else ops.empty_channels_last(tensor, list(tensor.shape))
+        else empty_channels_last(tensor, list(tensor.shape))
         if i < 2
         else torch.empty_like(tensor)
         for i, (tensor, flag) in enumerate(zip(given, flags))
@@ -219,12 +201,12 @@ def _residual_block_backward_fake(
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor], list[Tensor]]) -> None:
     x, residual, weights, scales, shifts, *ctx.plain = inputs
     out, statistics, saved = output
-    chain = chain_of(weights, scales, shifts, *ctx.plain)
+    block = block_of(weights, scales, shifts, *ctx.plain)
     ctx.layers = len(weights)
     ctx.mark_non_differentiable(*statistics, *saved)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        x, residual, out if chain.relu and not chain.pool else None, *weights, *scales, *shifts, *saved
+        x, residual, out if block.relu and not block.pool else None, *weights, *scales, *shifts, *saved
     )
 
 
@@ -240,7 +222,7 @@ def _backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple:
     if torch.is_grad_enabled():
         given = [x, residual, *weights, *scales, *shifts]
         grads = _differentiable_gradients(
-            chain_of(weights, scales, shifts, *ctx.plain), grad, x, residual, given, needs
+            block_of(weights, scales, shifts, *ctx.plain), grad, x, residual, given, needs
         )
     else:
         need_weights, need_scales, need_shifts = needs[2 : 2 + n], needs[2 + n : 2 + 2 * n], needs[2 + 2 * n :]
@@ -252,36 +234,36 @@ def _backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple:
 
 
 def _differentiable_gradients(
-    chain: Chain,
+    block: Block,
     grad: Tensor,
     x: Tensor,
     residual: Optional[Tensor],
     given: Sequence[Optional[Tensor]],
     needs: Sequence[bool],
 ) -> list[Optional[Tensor]]:
-    """The same gradients, with gradients of their own: through the chain in ATen's ops, computed once more."""
-    if chain.process_group:
+    """The same gradients, with gradients of their own: through the block in ATen's ops, computed once more."""
+    if block.process_group:
         raise NotImplementedError("double backward through batch statistics of several processes (SyncBatchNorm)")
     inputs = [tensor for tensor, needed in zip(given, needs) if needed and tensor is not None]
-    found = iter(torch.autograd.grad(_composed(chain, x, residual), inputs, grad, create_graph=True))
+    found = iter(torch.autograd.grad(_composed(block, x, residual), inputs, grad, create_graph=True))
     return [next(found) if needed and tensor is not None else None for tensor, needed in zip(given, needs)]
 
 
-def _composed(chain: Chain, x: Tensor, residual: Optional[Tensor]) -> Tensor:
+def _composed(block: Block, x: Tensor, residual: Optional[Tensor]) -> Tensor:
     """What ``residual_block`` computes, in ATen's ops."""
     z = x
-    for layer in chain.main[:-1]:
+    for layer in block.main[:-1]:
         z = F.relu(_convolved(z, layer))
-    z = _convolved(z, chain.main[-1])
-    if chain.projection:
-        z = z + _convolved(x if residual is None else residual, chain.layers[-1])
-    elif chain.identity:
+    z = _convolved(z, block.main[-1])
+    if block.projection:
+        z = z + _convolved(x if residual is None else residual, block.layers[-1])
+    elif block.identity:
         z = z + x
     elif residual is not None:
         z = z + residual
-    if chain.relu:
+    if block.relu:
         z = F.relu(z)
-    return F.max_pool2d(z, 3, 2, 1) if chain.pool else z
+    return F.max_pool2d(z, 3, 2, 1) if block.pool else z
 
 
 def _convolved(x: Tensor, layer: Layer) -> Tensor:
@@ -294,22 +276,14 @@ def _convolved(x: Tensor, layer: Layer) -> Tensor:
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-def _autocast(key: torch._C.DispatchKey, device: str) -> Any:
-    def kernel(x: Tensor, residual: Optional[Tensor], weights: Tensors, *rest: Any) -> Any:
-        weights = [weight if weight.dtype == torch.float32 else ops.cast(weight, device) for weight in weights]
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            op = torch.ops.resnet_fast.residual_block
-            return op(ops.cast(x, device), ops.cast(residual, device), weights, *rest)
-
-    return kernel
-
-
-for _name, _kernel, _fake in (
-    ("residual_block", _residual_block, _residual_block_fake),
-    ("residual_block_backward", _residual_block_backward, _residual_block_backward_fake),
-):
-    ops.library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"resnet_fast::{_name}", _fake, lib=ops.library)
-torch.library.register_autograd("resnet_fast::residual_block", _backward, setup_context=_setup, lib=ops.library)
-ops.library.impl("residual_block", _autocast(torch._C.DispatchKey.AutocastCPU, "cpu"), "AutocastCPU")
-ops.library.impl("residual_block", _autocast(torch._C.DispatchKey.AutocastCUDA, "cuda"), "AutocastCUDA")
+register(
+    "residual_block(Tensor x, Tensor? residual, Tensor[] weights, Tensor[] scales, Tensor[] shifts, "
+    f"{_PLAIN}) -> (Tensor, Tensor[], Tensor[])",
+    *(_residual_block, _residual_block_fake, _setup, _backward),
+    autocast=True,
+)
+register(
+    "residual_block_backward(Tensor grad, Tensor x, Tensor? residual, Tensor? out, Tensor[] weights, Tensor[] scales, "
+    f"Tensor[] shifts, {_PLAIN}, Tensor[] saved, bool[] wanted) -> Tensor[]",
+    *(_residual_block_backward, _residual_block_backward_fake),
+)

@@ -60,7 +60,7 @@ class Signature:
 
     @property
     def plain(self) -> bool:
-        """Whether it is that of the PyTorch model: from images in floating point to logits."""
+        """Whether the signature is that of the PyTorch model: from images in floating point to logits."""
         return (
             len(self.input.dims) == 3
             and self.input.dtype in ("TYPE_FP32", "TYPE_FP16")

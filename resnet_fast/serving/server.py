@@ -38,7 +38,7 @@ class Installation:
 
     @property
     def backend_names(self) -> list[str]:
-        """Of those installed, as in ``backend: "python"``."""
+        """The names of the backends installed, as in ``backend: "python"``."""
         return sorted(path.name for path in self.backends.iterdir() if any(path.glob("libtriton_*.so")))
 
 
@@ -198,7 +198,7 @@ class Server:
             time.sleep(0.1)
 
     def ready(self) -> bool:
-        """Whether it answers, and has all its models."""
+        """Return whether the server answers, and has all its models."""
         try:
             with urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=5) as answer:
                 return answer.status == 200

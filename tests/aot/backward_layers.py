@@ -8,20 +8,26 @@ from collections.abc import Iterator
 
 import torch
 
-from resnet_fast.kernels.reference.training import Affine, Gate, Geometry
-from resnet_fast.kernels.triton import training_backward as training
-from tests.aot.layers import DTYPES, Launch, Layer, float32_precision, image, model_layers
+from resnet_fast.kernels.contract import Affine, Gate, Geometry
+from resnet_fast.kernels.triton.dgrad import plan_dgrad, plan_dgrad_expand
+from resnet_fast.kernels.triton.plan import Plan
+from resnet_fast.kernels.triton.tail_backward import (
+    plan_bn_backward,
+    plan_tail_backward,
+    plan_tail_pool_backward,
+)
+from resnet_fast.kernels.triton.wgrad import plan_wgrad
+from tests.aot.layers import DTYPES, Item, Layer, float32_precision, image, items, model_layers
 
 BATCHES = (8, 128)
 
 
-def backward_launches(architecture: str, precision: str) -> Iterator[Launch]:
-    for name, steps in _steps(architecture, precision):
-        for plan in steps.plans:
-            yield Launch(name, architecture, precision, plan)
+def backward_launches(architecture: str, precision: str) -> Iterator[Item]:
+    for name, plan in _plans(architecture, precision):
+        yield from items(name, architecture, precision, plan)
 
 
-def _steps(architecture: str, precision: str) -> Iterator[tuple[str, training.Steps]]:
+def _plans(architecture: str, precision: str) -> Iterator[tuple[str, Plan]]:
     dtype = DTYPES[precision]
     with float32_precision(precision):
         for layer in model_layers():
@@ -32,13 +38,13 @@ def _steps(architecture: str, precision: str) -> Iterator[tuple[str, training.St
             y = image(BATCHES[-1], channels, size, size, dtype)
             v = _vector(channels)
             name = f"{channels} {size}x{size}"
-            yield f"tail {name}", training.plan_tail_backward(y, y, y, v, y, v, architecture)
-            yield f"batch norm {name}", training.plan_bn_backward(y, y, v, v, v, v, True, architecture)
+            yield f"tail {name}", plan_tail_backward(y, y, y, v, y, v, architecture)
+            yield f"batch norm {name}", plan_bn_backward(y, y, v, v, v, v, True, architecture)
         y, pooled, v = image(BATCHES[-1], 64, 112, 112, dtype), image(BATCHES[-1], 64, 56, 56, dtype), _vector(64)
-        yield "max-pool", training.plan_tail_pool_backward(pooled, y, Affine(v, v), v, architecture)
+        yield "max-pool", plan_tail_pool_backward(pooled, y, Affine(v, v), v, architecture)
 
 
-def _conv(layer: Layer, batch: int, dtype: torch.dtype, architecture: str) -> Iterator[tuple[str, training.Steps]]:
+def _conv(layer: Layer, batch: int, dtype: torch.dtype, architecture: str) -> Iterator[tuple[str, Plan]]:
     geometry = Geometry(layer.stride, layer.padding)
     name = f"{layer.name()} batch {batch}"
     x = image(batch, layer.c, layer.h, layer.w, dtype)
@@ -47,16 +53,16 @@ def _conv(layer: Layer, batch: int, dtype: torch.dtype, architecture: str) -> It
     v = _vector(layer.c)
     affine, gate = Affine(v, v), Gate(Affine(v, v), v)
     if layer.c == 3:
-        yield f"wgrad {name}", training.plan_wgrad(y, x, None, weight.shape, geometry, architecture)
+        yield f"wgrad {name}", plan_wgrad(y, x, None, weight, geometry, architecture)
         return
-    yield f"wgrad {name}", training.plan_wgrad(y, x, affine, weight.shape, geometry, architecture)
-    yield f"dgrad {name}", training.plan_dgrad(y, weight, geometry, x, gate, x, architecture)
+    yield f"wgrad {name}", plan_wgrad(y, x, affine, weight, geometry, architecture)
+    yield f"dgrad {name}", plan_dgrad(y, weight, geometry, x, gate, x, architecture)
     if layer.kernel == (1, 1) and layer.k > layer.c:
         q = torch.empty(layer.c, layer.c, device="meta")
-        steps = training.plan_dgrad_expand(
+        plan = plan_dgrad_expand(
             y, weight.flatten(1), q, v, layer.stride, x, affine, gate, x, architecture
         )  # fmt: skip
-        yield f"dgrad_expand {name}", steps
+        yield f"dgrad_expand {name}", plan
 
 
 def _vector(channels: int) -> torch.Tensor:

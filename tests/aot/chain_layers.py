@@ -7,18 +7,19 @@ from collections.abc import Iterator
 
 import torch
 
-from resnet_fast.kernels.triton import chain_launch, tiles
-from resnet_fast.kernels.triton.launch import Plan
-from tests.aot.layers import BATCHES, DTYPES, Launch, float32_precision, image
+from resnet_fast.kernels.triton import tiles
+from resnet_fast.kernels.triton.chain import plan_conv_chain
+from resnet_fast.kernels.triton.plan import Plan
+from tests.aot.layers import BATCHES, DTYPES, Item, float32_precision, image, items
 
 STAGES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels of the narrow side, height and width
 
 
-def chain_launches(architecture: str, precision: str) -> Iterator[Launch]:
+def chain_launches(architecture: str, precision: str) -> Iterator[Item]:
     for width, size in covered(architecture, precision):
         for batch in BATCHES:
             name = f"1x1 {width}->{4 * width}->{width} {size}x{size} batch {batch}"
-            yield Launch(name, architecture, precision, plan(architecture, precision, width, size, batch))
+            yield from items(name, architecture, precision, plan(architecture, precision, width, size, batch))
 
 
 def covered(architecture: str, precision: str) -> list[tuple[int, int]]:
@@ -35,4 +36,4 @@ def plan(architecture: str, precision: str, width: int, size: int, batch: int = 
             torch.empty(*shape, 1, 1, dtype=dtype, device="meta") for shape in ((4 * width, width), (width, 4 * width))
         )
         wide, slim = (torch.empty(channels, device="meta") for channels in (4 * width, width))
-        return chain_launch.plan_chain(x, weight, wide, wide, residual, next_weight, slim, slim, architecture)
+        return plan_conv_chain(x, weight, wide, wide, residual, next_weight, slim, slim, architecture)

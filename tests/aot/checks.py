@@ -9,9 +9,9 @@ from queue import SimpleQueue
 from typing import NamedTuple, Optional
 
 from resnet_fast.kernels.triton import tiles
-from resnet_fast.kernels.triton.gpus import GPUS, Gpu
+from resnet_fast.kernels.triton.cost_model.gpus import GPUS, Gpu
 from tests.aot.exceptions import excused
-from tests.aot.layers import Launch
+from tests.aot.layers import Item
 from tests.aot.offline import Compiled, CompilerCrash, Worker, lanes, multiplies
 
 _SCHEDULERS = 4  # of a multiprocessor; each has a quarter of the registers
@@ -51,7 +51,7 @@ _UNITS = {
 
 
 class Result(NamedTuple):
-    launch: Launch
+    item: Item
     compiled: Optional[Compiled]  # None: the compiler crashed
 
 
@@ -76,7 +76,7 @@ class Compiler:
         for worker in self._workers:
             worker.__exit__(*exception)
 
-    def start(self, launches: Iterable[Launch]) -> None:
+    def start(self, launches: Iterable[Item]) -> None:
         """Compile in the background, in this order."""
         new = {one.binary(): one for one in launches if one.binary() not in self._made}
         for _, same_architecture in itertools.groupby(new.values(), lambda one: one.architecture):
@@ -86,29 +86,29 @@ class Compiler:
                 future = self._threads.submit(self._compile, chunk)
                 self._made |= {one.binary(): (future, i) for i, one in enumerate(chunk)}
 
-    def results(self, launches: Iterable[Launch]) -> list[Result]:
+    def results(self, launches: Iterable[Item]) -> list[Result]:
         launches = list(launches)
         self.start(launches)
         made = (self._made[one.binary()] for one in launches)
         return [Result(one, future.result()[i]) for one, (future, i) in zip(launches, made)]
 
-    def _compile(self, chunk: list[Launch]) -> list[Optional[Compiled]]:
+    def _compile(self, chunk: list[Item]) -> list[Optional[Compiled]]:
         worker = self._idle.get()
         try:
             return self._compile_with(worker, chunk)
         finally:
             self._idle.put(worker)
 
-    def _compile_with(self, worker: Worker, chunk: list[Launch]) -> list[Optional[Compiled]]:
+    def _compile_with(self, worker: Worker, chunk: list[Item]) -> list[Optional[Compiled]]:
         try:
-            return list(worker.compile([one.plan for one in chunk], chunk[0].architecture))
+            return list(worker.compile([one.launch for one in chunk], chunk[0].architecture))
         except CompilerCrash:
             if len(chunk) == 1:
                 return [None]
             return [made for one in chunk for made in self._compile_with(worker, [one])]
 
 
-def offenders(results: list[Result], wrong: Callable[[Launch, Compiled], bool]) -> list[str]:
+def offenders(results: list[Result], wrong: Callable[[Item, Compiled], bool]) -> list[str]:
     """The launches for which ``wrong`` holds, readable, without those that exceptions.py excuses."""
     return [
         f"{item.name} on {item.architecture}: {item.entry()}: {compiled}"
@@ -123,18 +123,18 @@ def faults(results: list[Result]) -> list[str]:
     return crashed + [one for check in (spills, too_large, wrong_units, narrow) for one in offenders(results, check)]
 
 
-def spills(_: Launch, made: Compiled) -> bool:
+def spills(_: Item, made: Compiled) -> bool:
     return made.spilled > 0 or made.local_accesses > 0
 
 
-def too_large(item: Launch, made: Compiled) -> bool:
+def too_large(item: Item, made: Compiled) -> bool:
     """No multiprocessor can hold the program, or a grid cannot have so many."""
     return (
         made.shared > shared_memory(item.architecture)
         or made.tensor_memory > _TENSOR_MEMORY
         or made.warps * lanes(item.architecture) > _THREADS
         or resident_programs(item.architecture, made) < 1
-        or any(size > limit for size, limit in zip(item.plan.grid, _GRID))
+        or any(size > limit for size, limit in zip(item.launch.grid, _GRID))
     )
 
 
@@ -163,7 +163,7 @@ def _gpu(architecture: str) -> Gpu:
     return next(gpu for gpu in GPUS.values() if gpu.architecture == name)
 
 
-def wrong_units(item: Launch, made: Compiled) -> bool:
+def wrong_units(item: Item, made: Compiled) -> bool:
     """Another tensor-core instruction than the expected one, or none; or one where there is nothing to multiply."""
     expected = expected_unit(item)
     if expected is None:
@@ -171,26 +171,26 @@ def wrong_units(item: Launch, made: Compiled) -> bool:
     return not made.units or not all(re.fullmatch(expected, name) for name in made.units)
 
 
-def expected_unit(item: Launch) -> Optional[str]:
+def expected_unit(item: Item) -> Optional[str]:
     """A pattern of its name. None: there is no product, or no tensor core for full-precision float32."""
     # The Gram kernel does not go through TF32.
-    precision = "ieee" if item.precision == "tf32" and "BP" in item.plan.constants else item.precision
-    if not multiplies(item.plan):
+    precision = "ieee" if item.precision == "tf32" and "BP" in item.launch.constants else item.precision
+    if not multiplies(item.launch):
         return None
     family = next(name for name in _UNITS if item.architecture.startswith(name))
     assert precision == "ieee" or precision in _UNITS[family], f"no {precision} on {item.architecture}"
     return _UNITS[family].get(precision)
 
 
-def narrow(item: Launch, made: Compiled) -> bool:
+def narrow(item: Item, made: Compiled) -> bool:
     """A main loop that loads the image or the weight less than 16 bytes at a time, though all threads find as much.
 
     Unrolled, it may have the narrow loads of what comes after it among its own, the scale and the shift; then only
     copies to shared memory are looked at. A kernel without products is all loop. In a kernel with tensor descriptors,
     the copy engine has to bring both, and no thread anything to shared memory.
     """
-    constants = item.plan.constants
-    if any(hasattr(value, "block_shape") for value in item.plan.args):
+    constants = item.launch.constants
+    if any(hasattr(value, "block_shape") for value in item.launch.args):
         return made.descriptor_loads < 2 or made.thread_copies > 0
     item_size = {"fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}.get(item.precision, 4)
     if constants.get("C", constants.get("K", 16)) * item_size % 16 != 0:

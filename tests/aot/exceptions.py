@@ -2,7 +2,7 @@
 
 from typing import NamedTuple, Optional
 
-from tests.aot.layers import Launch
+from tests.aot.layers import Item
 
 
 class Exempt(NamedTuple):
@@ -14,10 +14,10 @@ class Exempt(NamedTuple):
     architectures: Optional[tuple[str, ...]] = None
     precisions: Optional[tuple[str, ...]] = None
 
-    def covers(self, check: str, item: Launch) -> bool:
+    def covers(self, check: str, item: Item) -> bool:
         return (
             check == self.check
-            and item.plan.kernel.__name__ == self.kernel
+            and item.launch.kernel.__name__ == self.kernel
             and item.architecture in (self.architectures or (item.architecture,))
             and item.precision in (self.precisions or (item.precision,))
         )
@@ -43,5 +43,5 @@ EXEMPT = [
 ]
 
 
-def excused(check: str, item: Launch) -> bool:
+def excused(check: str, item: Item) -> bool:
     return any(one.covers(check, item) for one in EXEMPT)

@@ -13,10 +13,20 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from resnet_fast.kernels.reference.training import Affine, Gate, Geometry
-from resnet_fast.kernels.triton import chain_launch, launch, quantised_launch, training_backward, training_forward
-from resnet_fast.kernels.triton.launch import Plan
+from resnet_fast.kernels.contract import Affine, Gate, Geometry
+from resnet_fast.kernels.triton.chain import plan_conv_chain
+from resnet_fast.kernels.triton.classifier import plan_head
+from resnet_fast.kernels.triton.conv_quantised import plan_conv_quantised
+from resnet_fast.kernels.triton.dgrad import plan_dgrad, plan_dgrad_expand
+from resnet_fast.kernels.triton.forward import plan_conv_bn_act, plan_conv_statistics
+from resnet_fast.kernels.triton.gram import plan_gram
+from resnet_fast.kernels.triton.plan import Launch, Plan
+from resnet_fast.kernels.triton.pool import plan_global_avg_pool, plan_tail_pool
+from resnet_fast.kernels.triton.quantise import plan_quantise
+from resnet_fast.kernels.triton.tail import plan_tail
+from resnet_fast.kernels.triton.tail_backward import plan_bn_backward, plan_tail_backward, plan_tail_pool_backward
 from resnet_fast.kernels.triton.tiles import Tile
+from resnet_fast.kernels.triton.wgrad import plan_wgrad
 from tests.aot.checks import resident_programs
 from tests.aot.layers import DTYPES, float32_precision, image
 from tests.aot.offline import Compiled, Worker
@@ -33,11 +43,16 @@ HEADER = "| what | target | tile | loop / products | registers | shared memory |
 
 
 class Entry(NamedTuple):
-    """One row: a launch, and what the page calls it."""
+    """One row: a launch of a plan, and what the page calls it."""
 
     what: str
     architecture: str
     plan: Plan
+    at: int = 0
+
+    @property
+    def launch(self) -> Launch:
+        return self.plan.launches[self.at]
 
 
 def _vector(size: int) -> torch.Tensor:
@@ -69,7 +84,7 @@ def _conv(
     shape = (batch, k, -(-size // stride), -(-size // stride))
     scale, shift = (None, None) if statistics else _affine(k)
     with float32_precision(precision):
-        return launch.plan_conv(
+        return plan_conv_bn_act(
             x, weight, scale, shift, image(*shape, dtype) if residual else None, (stride, stride), (pad, pad), (1, 1),
             groups, not statistics, architecture, _affine(c) if prologue else None, tile,
         )  # fmt: skip
@@ -109,8 +124,9 @@ def epilogue() -> Iterator[Entry]:
 
 def parts() -> Iterator[Entry]:
     tile = _SMALL._replace(parts=8)
-    for plan in _conv("sm_90", tile, 512, 7, 512, residual=True, batch=1).launches():
-        yield Entry("3x3 512->512 7x7, 8 parts", "sm_90", plan)
+    plan = _conv("sm_90", tile, 512, 7, 512, residual=True, batch=1)
+    for at in range(len(plan.launches)):
+        yield Entry("3x3 512->512 7x7, 8 parts", "sm_90", plan, at)
 
 
 def descriptors() -> Iterator[Entry]:
@@ -126,7 +142,7 @@ def chain() -> Iterator[Entry]:
         weight, back = (
             torch.empty(*shape, 1, 1, dtype=_HALF, device="meta") for shape in ((4 * width, width), (width, 4 * width))
         )
-        plan = chain_launch.plan_chain(
+        plan = plan_conv_chain(
             x, weight, *_affine(4 * width), residual, back, *_affine(width), "sm_90"
         )  # fmt: skip
         yield Entry(f"1x1 {width}->{4 * width}->{width}", "sm_90", plan)
@@ -135,11 +151,11 @@ def chain() -> Iterator[Entry]:
 def small() -> Iterator[Entry]:
     """Kernels without a product on tensor cores."""
     weight, bias = torch.empty(1000, 2048, dtype=_HALF, device="meta"), _vector(1000)
-    yield Entry("head 2048->1000", "sm_90", launch.plan_head(image(1, 2048, 7, 7, _HALF), weight, bias, "sm_90"))
+    yield Entry("head 2048->1000", "sm_90", plan_head(image(1, 2048, 7, 7, _HALF), weight, bias, "sm_90"))
     stem = image(_BATCH, 64, 112, 112, _HALF)
-    yield Entry("max-pool", "sm_90", launch.plan_max_pool(stem, "sm_90"))
-    yield Entry("max-pool, prologue", "sm_90", launch.plan_max_pool(stem, "sm_90", _affine(64)))
-    yield Entry("average pool", "sm_90", launch.plan_average_pool(image(_BATCH, 2048, 7, 7, _HALF), "sm_90"))
+    yield Entry("max-pool", "sm_90", plan_tail_pool(stem, None, "sm_90"))
+    yield Entry("max-pool, prologue", "sm_90", plan_tail_pool(stem, _affine(64), "sm_90"))
+    yield Entry("average pool", "sm_90", plan_global_avg_pool(image(_BATCH, 2048, 7, 7, _HALF), "sm_90"))
 
 
 def quantised() -> Iterator[Entry]:
@@ -151,13 +167,13 @@ def quantised() -> Iterator[Entry]:
         ("sm_90", deep, torch.float8_e4m3fn),
     ):
         weight = torch.empty(256, 256, 3, 3, dtype=dtype, device="meta")
-        plan = quantised_launch.plan_conv_quantised(
+        plan = plan_conv_quantised(
             image(_BATCH, 256, 14, 14, dtype), weight, *_affine(256), None, 1.0, 0.03, (1, 1), (1, 1), (1, 1), 1, True,
             dtype, architecture, tile,
         )  # fmt: skip
         yield Entry(f"3x3 256->256, {str(dtype).removeprefix('torch.')}", architecture, plan)
     real = image(_BATCH, 64, 56, 56, _HALF)
-    yield Entry("quantise", "sm_90", quantised_launch.plan_quantise(real, 0.02, torch.int8, "sm_90"))
+    yield Entry("quantise", "sm_90", plan_quantise(real, 0.02, torch.int8, "sm_90"))
 
 
 def forward() -> Iterator[Entry]:
@@ -168,11 +184,11 @@ def forward() -> Iterator[Entry]:
             yield Entry(", ".join((f"{kernel}x{kernel} {c}->{k}", *flags)), "sm_90", plan)
     x = image(_BATCH, 256, 14, 14, _HALF)
     weight = torch.empty(256, 256, 3, 3, dtype=_HALF, device="meta")
-    plans = training_forward.plan_conv_statistics(x, None, weight, Geometry(padding=(1, 1)), "sm_90")
-    yield Entry("combine 256", "sm_90", plans[1])
-    yield Entry("gram 256", "sm_90", training_forward.plan_gram(x, _affine(256), (1, 1), "sm_90")[0])
+    plan = plan_conv_statistics(x, None, weight, Geometry(padding=(1, 1)), "sm_90")
+    yield Entry("combine 256", "sm_90", plan, 1)
+    yield Entry("gram 256", "sm_90", plan_gram(x, _affine(256), (1, 1), "sm_90"))
     wide = image(_BATCH, 1024, 14, 14, _HALF)
-    yield Entry("tail, residual", "sm_90", launch.plan_tail(wide, _affine(1024), wide, None, True, "sm_90"))
+    yield Entry("tail, residual", "sm_90", plan_tail(wide, _affine(1024), wide, None, True, "sm_90"))
 
 
 def backward() -> Iterator[Entry]:
@@ -180,25 +196,25 @@ def backward() -> Iterator[Entry]:
     weight, pad = torch.empty(256, 256, 3, 3, device="meta"), (1, 1)
     gate = Gate(_affine(256), v)
     for name, one in (("3x3", None), ("3x3, gate", gate)):
-        steps = training_backward.plan_dgrad(x, weight, Geometry((1, 1), pad), x, one, None, "sm_90")
-        yield Entry(f"dgrad {name}", "sm_90", steps.plans[0])
-    steps = training_backward.plan_dgrad(half, weight, Geometry((2, 2), pad), x, gate, None, "sm_90")
-    yield Entry("dgrad 3x3/2, gate", "sm_90", steps.plans[0])
+        plan = plan_dgrad(x, weight, Geometry((1, 1), pad), x, one, None, "sm_90")
+        yield Entry(f"dgrad {name}", "sm_90", plan)
+    plan = plan_dgrad(half, weight, Geometry((2, 2), pad), x, gate, None, "sm_90")
+    yield Entry("dgrad 3x3/2, gate", "sm_90", plan)
     wide, q = image(_BATCH, 1024, 14, 14, _HALF), torch.empty(256, 256, device="meta")
     expand = torch.empty(1024, 256, device="meta")
-    steps = training_backward.plan_dgrad_expand(wide, expand, q, v, (1, 1), x, _affine(256), gate, None, "sm_90")
-    yield Entry("dgrad expand 256->1024, gate", "sm_90", steps.plans[0])
+    plan = plan_dgrad_expand(wide, expand, q, v, (1, 1), x, _affine(256), gate, None, "sm_90")
+    yield Entry("dgrad expand 256->1024, gate", "sm_90", plan)
     for name, prologue in (("", None), (", prologue", _affine(256))):
-        steps = training_backward.plan_wgrad(x, x, prologue, weight.shape, Geometry((1, 1), pad), "sm_90")
-        yield Entry(f"wgrad 3x3{name}", "sm_90", steps.plans[0])
+        plan = plan_wgrad(x, x, prologue, weight, Geometry((1, 1), pad), "sm_90")
+        yield Entry(f"wgrad 3x3{name}", "sm_90", plan)
     wide_vector = _vector(1024)
-    steps = training_backward.plan_tail_backward(wide, wide, wide, wide_vector, None, None, "sm_90")
-    yield Entry("tail backward", "sm_90", steps.plans[0])
-    steps = training_backward.plan_bn_backward(x, x, v, v, v, v, True, "sm_90")
-    yield Entry("batch norm backward", "sm_90", steps.plans[0])
+    plan = plan_tail_backward(wide, wide, wide, wide_vector, None, None, "sm_90")
+    yield Entry("tail backward", "sm_90", plan)
+    plan = plan_bn_backward(x, x, v, v, v, v, True, "sm_90")
+    yield Entry("batch norm backward", "sm_90", plan)
     stem, pooled = image(_BATCH, 64, 112, 112, _HALF), image(_BATCH, 64, 56, 56, _HALF)
-    steps = training_backward.plan_tail_pool_backward(pooled, stem, _affine(64), _vector(64), "sm_90")
-    yield Entry("pool backward", "sm_90", steps.plans[1])
+    plan = plan_tail_pool_backward(pooled, stem, _affine(64), _vector(64), "sm_90")
+    yield Entry("pool backward", "sm_90", plan, 1)
 
 
 FAMILIES: dict[str, Callable[[], Iterator[Entry]]] = {
@@ -210,16 +226,14 @@ FAMILIES: dict[str, Callable[[], Iterator[Entry]]] = {
 def rows(family: str) -> list[str]:
     """A family's rows of Markdown."""
     with Worker() as worker:
-        return [
-            _row(one, worker.compile([one.plan._replace(then=None)], one.architecture)[0]) for one in FAMILIES[family]()
-        ]
+        return [_row(one, worker.compile([one.launch], one.architecture)[0]) for one in FAMILIES[family]()]
 
 
 def _row(one: Entry, made: Compiled) -> str:
     cells = (
         one.what,
         one.architecture,
-        _tile(one.plan),
+        _tile(one.launch),
         _loop(made),
         str(made.registers),
         str(made.shared),
@@ -229,8 +243,8 @@ def _row(one: Entry, made: Compiled) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _tile(plan: Plan) -> str:
-    constants = plan.constants
+def _tile(launch: Launch) -> str:
+    constants = launch.constants
     names = [name for name in ("BM", "BN", "BK", "BC", "BP", "BLOCK") if name in constants]
     stages: Optional[int] = constants.get("num_stages")
     return (

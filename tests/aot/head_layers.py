@@ -7,26 +7,26 @@ from collections.abc import Iterator
 
 import torch
 
-from resnet_fast.kernels.triton import launch
-from resnet_fast.kernels.triton.launch import Plan
-from tests.aot.layers import BATCHES, DTYPES, Launch, each, float32_precision, image
+from resnet_fast.kernels.triton.classifier import plan_head
+from resnet_fast.kernels.triton.plan import Plan
+from tests.aot.layers import BATCHES, DTYPES, Item, float32_precision, image, items
 
 CHANNELS = (512, 2048)
 CLASSES = (1000, 10)
 IMAGES = (*BATCHES, 1024)  # of so many, even few channels and classes take two launches
 
 
-def head_launches(architecture: str, precision: str) -> Iterator[Launch]:
+def head_launches(architecture: str, precision: str) -> Iterator[Item]:
     for channels in CHANNELS:
         for classes in CLASSES:
             for batch in IMAGES:
                 name = f"head {channels}->{classes} batch {batch}"
                 planned = plan(architecture, precision, batch, channels, classes)
-                yield from each(Launch(name, architecture, precision, planned))
+                yield from items(name, architecture, precision, planned)
 
 
 def plan(architecture: str, precision: str, batch: int, channels: int, classes: int) -> Plan:
     dtype = DTYPES[precision]
     weight, bias = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((classes, channels), (classes,)))
     with float32_precision(precision):
-        return launch.plan_head(image(batch, channels, 7, 7, dtype), weight, bias, architecture)
+        return plan_head(image(batch, channels, 7, 7, dtype), weight, bias, architecture)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 import torchvision
 
-from resnet_fast.kernels.triton import launch, tiles
-from resnet_fast.kernels.triton.launch import Plan
+from resnet_fast.kernels.triton import forward, pool, tiles
+from resnet_fast.kernels.triton.plan import Launch, Plan
 
 MODELS = ("resnet18", "resnet50", "resnext50_32x4d")
 BATCHES = (1, 8, 128)
@@ -61,13 +61,13 @@ class Layer(NamedTuple):
         return f"{kernel} {self.c}->{self.k} {self.h}x{self.w}{groups} {tail}"
 
 
-class Launch(NamedTuple):
-    """A plan and what it is for."""
+class Item(NamedTuple):
+    """A launch and what it is for."""
 
     name: str
     architecture: str
     precision: str
-    plan: Plan
+    launch: Launch
 
     def binary(self) -> Hashable:
         """What makes another binary."""
@@ -81,8 +81,8 @@ class Launch(NamedTuple):
         if it is a tensor descriptor. A number: n, or N of 64 bits; a if the compiler is told that it is a multiple of
         16, 1 if it is told that it is 1. "-" is None.
         """
-        kernel, constants = self.plan.kernel, dict(self.plan.constants)
-        arguments = "".join(_letter(value, kernel.params[i]) for i, value in enumerate(self.plan.args))
+        kernel, constants = self.launch.kernel, dict(self.launch.constants)
+        arguments = "".join(_letter(value, kernel.params[i]) for i, value in enumerate(self.launch.args))
         tile = "x".join(str(constants.pop(name)) for name in ("BM", "BN", "BK", "BP") if name in constants)
         warps, stages = (constants.pop(name, None) for name in ("num_warps", "num_stages"))
         words = [kernel.__name__, arguments, *([tile] if tile else []), f"w{warps}"]
@@ -157,8 +157,8 @@ def float32_precision(precision: str) -> Iterator[None]:
         torch.backends.cudnn.conv.fp32_precision = setting
 
 
-def plan_layer(layer: Layer, batch: int, precision: str, architecture: str) -> Launch:
-    """``layer`` on the meta device."""
+def plan_layer(layer: Layer, batch: int, precision: str, architecture: str) -> list[Item]:
+    """The launches of ``layer``, on the meta device."""
     dtype = DTYPES[precision]
     with float32_precision(precision):
         x = image(batch, layer.c, layer.h, layer.w, dtype)
@@ -167,35 +167,34 @@ def plan_layer(layer: Layer, batch: int, precision: str, architecture: str) -> L
         residual: Optional[torch.Tensor] = None
         if layer.residual:
             residual = image(batch, layer.k, layer.h // layer.stride[0], layer.w // layer.stride[1], dtype)
-        plan = launch.plan_conv(
+        plan = forward.plan_conv_bn_act(
             x, weight, vector, vector, residual, layer.stride, layer.padding, (1, 1), layer.groups, layer.relu,
             architecture,
         )  # fmt: skip
-    return Launch(f"{layer.name()} batch {batch}", architecture, precision, plan)
+    return items(f"{layer.name()} batch {batch}", architecture, precision, plan)
 
 
-def launches(architecture: str, precision: str, batches: tuple[int, ...] = BATCHES) -> Iterator[Launch]:
+def launches(architecture: str, precision: str, batches: tuple[int, ...] = BATCHES) -> Iterator[Item]:
     """All layers, all batches, and the poolings."""
     if precision == "tf32" and architecture.startswith("gfx"):
         return  # there PyTorch's own convolutions compute float32 in float32
     for layer in model_layers():
         for batch in batches:
-            yield from each(plan_layer(layer, batch, precision, architecture))
+            yield from plan_layer(layer, batch, precision, architecture)
     dtype = DTYPES[precision]
-    max_pool = launch.plan_max_pool(image(128, 64, 112, 112, dtype), architecture)
-    yield Launch("max-pool 64 112x112 batch 128", architecture, precision, max_pool)
+    max_pool = pool.plan_tail_pool(image(128, 64, 112, 112, dtype), None, architecture)
+    yield from items("max-pool 64 112x112 batch 128", architecture, precision, max_pool)
     for channels in (512, 2048):
-        plan = launch.plan_average_pool(image(128, channels, 7, 7, dtype), architecture)
-        yield Launch(f"average-pool {channels} 7x7 batch 128", architecture, precision, plan)
+        plan = pool.plan_global_avg_pool(image(128, channels, 7, 7, dtype), architecture)
+        yield from items(f"average-pool {channels} 7x7 batch 128", architecture, precision, plan)
 
 
-def each(one: Launch) -> Iterator[Launch]:
-    """Of a plan with several launches, each as one of its own."""
-    for plan in one.plan.launches():
-        yield one._replace(plan=plan)
+def items(name: str, architecture: str, precision: str, plan: Plan) -> list[Item]:
+    """The launches of a plan."""
+    return [Item(name, architecture, precision, launch) for launch in plan.launches]
 
 
-def distinct(all_launches: Iterable[Launch]) -> list[Launch]:
+def distinct(all_launches: Iterable[Item]) -> list[Item]:
     """One launch per binary."""
     return list({one.binary(): one for one in all_launches}.values())
 

@@ -25,15 +25,17 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from resnet_fast.kernels.triton import cost, launch, tiles
-from resnet_fast.kernels.triton.cost import Code, Problem
-from resnet_fast.kernels.triton.gpus import Gpu
+from resnet_fast.kernels.contract import Affine
+from resnet_fast.kernels.triton import forward, tiles
+from resnet_fast.kernels.triton.cost_model import cost
+from resnet_fast.kernels.triton.cost_model.cost import Code, Problem
+from resnet_fast.kernels.triton.cost_model.gpus import Gpu
 from resnet_fast.kernels.triton.problem import conv_problem
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.aot.checks import Compiler, Result, narrow, spills, too_large, wrong_units
 from tests.aot.exceptions import excused
 from tests.aot.head_layers import head_launches
-from tests.aot.layers import Launch, distinct, image, launches, model_layers
+from tests.aot.layers import Item, distinct, image, items, launches, model_layers
 from tests.aot.offline import Compiled, lanes
 from tests.aot.shipped import forms
 from tests.aot.training_layers import forward_launches
@@ -109,16 +111,14 @@ def make(architecture: str, compiler: Compiler, measure_code: bool) -> dict[str,
     return contents
 
 
-def sound(one: Launch, made: Optional[Compiled]) -> bool:
+def sound(one: Item, made: Optional[Compiled]) -> bool:
     """Whether the tile may be shipped, as far as this launch tells."""
     return made is not None and not any(
         wrong(one, made) and not excused(wrong.__name__, one) for wrong in (spills, too_large, wrong_units, narrow)
     )
 
 
-def _to_strike(
-    one: Launch, made: Optional[Compiled], listed: list[Tile], possible: list[Tile]
-) -> set[tuple[str, Tile]]:
+def _to_strike(one: Item, made: Optional[Compiled], listed: list[Tile], possible: list[Tile]) -> set[tuple[str, Tile]]:
     """Of the launch's kind the tile that it was made from; and unless that only takes too much memory, those which
     differ from it in the number of stages. A tile that does not fit the kernel with pointers is struck for all kernels,
     since that one serves where the others cannot."""
@@ -276,20 +276,20 @@ def _as_list(tile: Tile) -> list[Any]:
     return values[:6] if tile[6:] == ("pointers", 1) else values
 
 
-def demanding(architecture: str, precision: str) -> list[Launch]:
+def demanding(architecture: str, precision: str) -> list[Item]:
     """Every form (shipped.py) of the kernels that take these tiles: as the gate looks at it, and whatever the batch."""
-    found: list[Launch] = []
+    found: list[Item] = []
     for name in ("fp16", "bf16") if precision == "half" else (precision,):
         gate = *launches(architecture, name), *head_launches(architecture, name), *forward_launches(architecture, name)
         found += forms(gate)
         found += forms((*launches(architecture, name, BATCHES), *forward_launches(architecture, name, BATCHES)))
-    return distinct(one for one in found if "SPLIT" in one.plan.constants)
+    return distinct(one for one in found if "SPLIT" in one.launch.constants)
 
 
-def _kind(one: Launch) -> str:
+def _kind(one: Item) -> str:
     """Of cost.KINDS."""
-    constants = {"GROUPS": 1, "STRIDE_H": 1, "STRIDE_W": 1, "PIXEL": one.plan.constants["C"]} | one.plan.constants
-    if one.plan.kernel.__name__.startswith("gemm"):
+    constants = {"GROUPS": 1, "STRIDE_H": 1, "STRIDE_W": 1, "PIXEL": one.launch.constants["C"]} | one.launch.constants
+    if one.launch.kernel.__name__.startswith("gemm"):
         return "1x1"
     if constants["PIXEL"] < constants["C"]:
         return "stem"
@@ -298,9 +298,9 @@ def _kind(one: Launch) -> str:
     return "rxs" if constants["STRIDE_H"] == constants["STRIDE_W"] == 1 else "strided"
 
 
-def _tile(one: Launch) -> Tile:
+def _tile(one: Item) -> Tile:
     """What it was launched with, in one part."""
-    constants = one.plan.constants
+    constants = one.launch.constants
     names = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT")
     return Tile(*map(constants.get, names), KERNEL_OF[constants.get("SPECIALISE")])
 
@@ -324,7 +324,7 @@ def codes(gpu: Gpu, compiler: Compiler) -> dict[str, list[float]]:
     return found
 
 
-def _sample(gpu: Gpu, family: str, tile: Tile, prologue: bool) -> Launch:
+def _sample(gpu: Gpu, family: str, tile: Tile, prologue: bool) -> Item:
     """A convolution with a loop too long to be unrolled."""
     if gpu.architecture.startswith("gfx"):
         tile = tile._replace(stages=2)
@@ -332,11 +332,12 @@ def _sample(gpu: Gpu, family: str, tile: Tile, prologue: bool) -> Launch:
     x = image(128, 2048, 14, 14, torch.float16)
     weight = torch.empty(512, 2048, *size, dtype=torch.float16, device="meta")
     vectors = [torch.empty(channels, device="meta") for channels in (512, 512, 2048, 2048)]
-    plan = launch.plan_conv(
+    plan = forward.plan_conv_bn_act(
         x, weight, vectors[0], vectors[1], None, (1, 1), padding, (1, 1), 1, True, gpu.architecture,
-        (vectors[2], vectors[3]) if prologue else None, tile,
+        Affine(vectors[2], vectors[3]) if prologue else None, tile,
     )  # fmt: skip
-    return Launch(family, gpu.architecture, "fp16", plan)
+    (item,) = items(family, gpu.architecture, "fp16", plan)
+    return item
 
 
 def _fit_code(gpu: Gpu, plain: list[Result], activated: list[Result]) -> Code:

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from resnet_fast.kernels.triton.launch import Plan
+from resnet_fast.kernels.triton.plan import Launch
 from tests.aot.assembly import AMD, NVIDIA, Dialect, Instruction, Loop, amdgcn, is_a, main_loop, sass
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -84,8 +84,7 @@ class CompilerCrash(Exception):
 class Worker:
     """Compiles in one process of its own, since LLVM may abort a process (seen with tcgen05); then it starts another.
 
-    A kernel does not travel to the process as an object, but as the name of its module and its own; functions for
-    later images do not travel at all.
+    A kernel does not travel to the process as an object, but as the name of its module and its own.
     """
 
     def __init__(self) -> None:
@@ -97,13 +96,13 @@ class Worker:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
-    def compile(self, plans: list[Plan], architecture: str) -> list[Compiled]:
+    def compile(self, launches: list[Launch], architecture: str) -> list[Compiled]:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        names = [(plan.kernel.fn.__module__, plan.kernel.fn.__name__) for plan in plans]
+        names = [(one.kernel.fn.__module__, one.kernel.fn.__name__) for one in launches]
         try:
             return self._pool.submit(
-                _compile_named, names, [plan._replace(kernel=None, image=None) for plan in plans], architecture
+                _compile_named, names, [launch._replace(kernel=None) for launch in launches], architecture
             ).result()
         except BrokenProcessPool:
             self._stop()
@@ -115,27 +114,27 @@ class Worker:
             self._pool = None
 
 
-def _compile_named(names: list[tuple[str, str]], plans: list[Plan], architecture: str) -> list[Compiled]:
+def _compile_named(names: list[tuple[str, str]], launches: list[Launch], architecture: str) -> list[Compiled]:
     kernels = [getattr(importlib.import_module(module), name) for module, name in names]
-    return compile_plans([plan._replace(kernel=kernel) for plan, kernel in zip(plans, kernels)], architecture)
+    return compile_launches([one._replace(kernel=kernel) for one, kernel in zip(launches, kernels)], architecture)
 
 
-def compile_plans(plans: list[Plan], architecture: str) -> list[Compiled]:
-    """Compile ``plans``, whose tensors are on the meta device, for ``"sm_90"`` or ``"gfx942"``."""
+def compile_launches(launches: list[Launch], architecture: str) -> list[Compiled]:
+    """Compile ``launches``, whose tensors are on the meta device, for ``"sm_90"`` or ``"gfx942"``."""
     driver.set_active(_Driver(architecture))
     made = []
-    for plan in plans:
-        made.append(plan.kernel.warmup(*plan.args, grid=plan.grid, **plan.constants))
+    for launch in launches:
+        made.append(launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants))
         # The just-in-time compiler would keep all that it ever made, with its assembly at every stage: megabytes each.
-        for kernels, *_ in plan.kernel.device_caches.values():
+        for kernels, *_ in launch.kernel.device_caches.values():
             kernels.clear()
     read = _read_amd if architecture.startswith("gfx") else functools.partial(_read_nvidia, architecture)
-    return read(made, [multiplies(plan) for plan in plans])
+    return read(made, [multiplies(launch) for launch in launches])
 
 
-def multiplies(plan: Plan) -> bool:
+def multiplies(launch: Launch) -> bool:
     """Whether the kernel is a matrix product: over blocks of channels, or of pixels."""
-    return "BK" in plan.constants or "BP" in plan.constants
+    return "BK" in launch.constants or "BP" in launch.constants
 
 
 def _read_nvidia(architecture: str, kernels: list[Any], products: list[bool]) -> list[Compiled]:

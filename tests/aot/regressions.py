@@ -3,7 +3,7 @@
 A kernel that still compiles without spilling may have lost much: a loop with twice the instructions, or one register
 too many for a second program on the multiprocessor. So each binary's figures are kept, one line each:
 
-    "name of Launch.entry()": [registers, bytes of shared memory, instructions of the main loop, products among them]
+    "name of Item.entry()": [registers, bytes of shared memory, instructions of the main loop, products among them]
 
 A kernel without products is all loop (assembly.py). Worse is: more than 5 % more instructions per product, or fewer
 programs to a multiprocessor. ``python -m tests.aot.report --record`` writes the files anew, and prints what changed.
@@ -21,7 +21,7 @@ import pytest
 import triton
 
 from tests.aot.checks import Result, resident_programs
-from tests.aot.layers import Launch
+from tests.aot.layers import Item
 from tests.aot.offline import Compiled
 
 FOLDER = Path(__file__).parent / "expected"
@@ -98,7 +98,7 @@ def _loop(one: Figures) -> str:
     return f"{one.instructions}/{one.products} = {one.cost():.1f}" if one.products else f"{one.instructions}"
 
 
-def unused(architecture: str, launches: Iterable[Launch]) -> list[str]:
+def unused(architecture: str, launches: Iterable[Item]) -> list[str]:
     """Entries that none of ``launches``, which must be all of the architecture's, has."""
     _require_the_same_triton(architecture)
     return sorted(set(recorded(architecture)) - {one.entry() for one in launches})

@@ -16,7 +16,7 @@ import triton
 
 from tests.aot import regressions
 from tests.aot.checks import Compiler, Result
-from tests.aot.layers import ARCHITECTURES, PRECISIONS, Launch
+from tests.aot.layers import ARCHITECTURES, PRECISIONS, Item
 from tests.aot.shipped import TARGETS, Target, everything, subset
 
 _HEADER = (
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"{count} binaries in {time.perf_counter() - started:.0f} s")
 
 
-def _record(compiler: Compiler, target: Target, chosen: list[Launch], missing: bool) -> int:
+def _record(compiler: Compiler, target: Target, chosen: list[Item], missing: bool) -> int:
     """How many were compiled."""
     architecture = target[0]
     same_triton = regressions.recorded_with(architecture) == triton.__version__

@@ -9,12 +9,12 @@ import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import NamedTuple
 
-from resnet_fast.kernels.triton import quantised
+from resnet_fast.kernels.triton import device
 from tests.aot import regressions
 from tests.aot.backward_layers import backward_launches
 from tests.aot.chain_layers import chain_launches
 from tests.aot.head_layers import head_launches
-from tests.aot.layers import ARCHITECTURES, EIGHT_BITS, PRECISIONS, REAL, Launch, distinct, launches
+from tests.aot.layers import ARCHITECTURES, EIGHT_BITS, PRECISIONS, REAL, Item, distinct, launches
 from tests.aot.quantised_layers import quantised_launches
 from tests.aot.training_layers import forward_launches
 
@@ -22,7 +22,7 @@ from tests.aot.training_layers import forward_launches
 class Family(NamedTuple):
     """(architecture, precision) -> launches; none where there are none. And the precisions of which it can be asked."""
 
-    launches: Callable[[str, str], Iterator[Launch]]
+    launches: Callable[[str, str], Iterator[Item]]
     precisions: tuple[str, ...] = REAL
 
 
@@ -42,22 +42,22 @@ Target = tuple[str, str]  # architecture, precision
 def _computes(architecture: str, precision: str) -> bool:
     if precision == "tf32":
         return not architecture.startswith("gfx")  # there PyTorch's own convolutions compute float32 in float32
-    return precision != "fp8" or quantised.no_fp8(architecture) is None
+    return precision != "fp8" or device.no_fp8(architecture) is None
 
 
 TARGETS: list[Target] = [(a, p) for a in ARCHITECTURES for p in PRECISIONS if _computes(a, p)]
 
 
 @functools.cache
-def everything(target: Target) -> list[Launch]:
+def everything(target: Target) -> list[Item]:
     """One launch per form."""
     asked = (family for family in FAMILIES.values() if target[1] in family.precisions)
     return forms(one for family in asked for one in family.launches(*target))
 
 
-def forms(launches: Iterable[Launch]) -> list[Launch]:
+def forms(launches: Iterable[Item]) -> list[Item]:
     """Of each form, the launch with the most channels."""
-    found: dict[Hashable, Launch] = {}
+    found: dict[Hashable, Item] = {}
     for one in distinct(launches):
         form = _form(one)
         found[form] = max(found.get(form, one), one, key=_channels)
@@ -67,8 +67,8 @@ def forms(launches: Iterable[Launch]) -> list[Launch]:
 _SIZES = ("C", "K", "L", "GROUPS", "PARTS", "PIXEL", "ROW_UNIT")  # constants that follow from a layer's size
 
 
-def _form(one: Launch) -> Hashable:
-    constants = one.plan.constants
+def _form(one: Item) -> Hashable:
+    constants = one.launch.constants
     c, k = constants.get("C"), constants.get("K")
     arguments = one.entry().split()[1].replace("a", "n").replace("1", "n")  # heights and widths that 16 divides
     sizes = {
@@ -80,15 +80,15 @@ def _form(one: Launch) -> Hashable:
         "one block": c is not None and c <= constants.get("BK", 0),
     }
     flags = tuple((name, value) for name, value in constants.items() if name not in _SIZES)
-    return one.plan.kernel.__name__, arguments, flags, repr(sizes)
+    return one.launch.kernel.__name__, arguments, flags, repr(sizes)
 
 
-def _channels(one: Launch) -> tuple[int, int, str]:
-    return one.plan.constants.get("C", 0), one.plan.constants.get("K", 0), one.entry()
+def _channels(one: Item) -> tuple[int, int, str]:
+    return one.launch.constants.get("C", 0), one.launch.constants.get("K", 0), one.entry()
 
 
 @functools.cache
-def subset() -> dict[Target, list[Launch]]:
+def subset() -> dict[Target, list[Item]]:
     """Few launches that hold every kernel on every architecture, every precision of every kernel, every precision of
     every architecture, and every tile of every architecture: with tensor descriptors, in parts and on numbers of 8 bits
     a tile is another one.
@@ -96,7 +96,7 @@ def subset() -> dict[Target, list[Launch]]:
     Of those that could stand for the same, the nearest to spilling: the one with the most registers, as recorded.
     """
     hardest_first = sorted((one for target in TARGETS for one in everything(target)), key=_ease)
-    chosen: dict[Target, list[Launch]] = {target: [] for target in TARGETS}
+    chosen: dict[Target, list[Item]] = {target: [] for target in TARGETS}
     covered: set[Hashable] = set()
     for one in hardest_first:
         features = set(_features(one))
@@ -106,15 +106,15 @@ def subset() -> dict[Target, list[Launch]]:
     return chosen
 
 
-def _ease(one: Launch) -> tuple[int, int, str]:
+def _ease(one: Item) -> tuple[int, int, str]:
     figures = regressions.recorded(one.architecture).get(one.entry())
-    constants = one.plan.constants
+    constants = one.launch.constants
     size = constants["BLOCK"] if "BLOCK" in constants else constants.get("BM", 1) * constants["BN"]
     return -figures.registers if figures else 0, -size, one.entry()
 
 
-def _features(one: Launch) -> Iterable[Hashable]:
-    kernel, constants = one.plan.kernel.__name__, one.plan.constants
+def _features(one: Item) -> Iterable[Hashable]:
+    kernel, constants = one.launch.kernel.__name__, one.launch.constants
     yield one.architecture, kernel
     yield kernel, one.precision
     yield one.architecture, one.precision

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from resnet_fast.kernels.triton import launch, tiles
+from resnet_fast.kernels.triton import forward, tiles
 from tests.aot import regressions
 from tests.aot.assembly import Loop
 from tests.aot.backward_layers import backward_launches
 from tests.aot.checks import Result, narrow, offenders, resident_programs, spills, too_large, wrong_units
 from tests.aot.exceptions import EXEMPT
-from tests.aot.layers import EIGHT_BITS, Launch, distinct, image, launches
+from tests.aot.layers import EIGHT_BITS, Item, distinct, image, items, launches
 from tests.aot.offline import Compiled
 from tests.aot.shipped import TARGETS, _form, everything, subset
 from tests.aot.training_layers import forward_launches
@@ -38,15 +38,15 @@ GOOD = Compiled(
 )
 
 
-def first(architecture: str, precision: str, kernel: str = "conv_kernel", **constants: Any) -> Launch:
+def first(architecture: str, precision: str, kernel: str = "conv_kernel", **constants: Any) -> Item:
     """A launch with many channels, of a tile of 128 x 128 x 64 unless ``constants`` say otherwise."""
     one = next(
         one
         for one in everything((architecture, precision))
-        if one.plan.kernel.__name__ == kernel and one.plan.constants["C"] % 16 == 0
+        if one.launch.kernel.__name__ == kernel and one.launch.constants["C"] % 16 == 0
     )
     tile = {"PROLOGUE": False, "BM": 128, "BN": 128, "BK": 64}
-    return one._replace(plan=one.plan._replace(constants={**one.plan.constants, **tile, **constants}))
+    return one._replace(launch=one.launch._replace(constants={**one.launch.constants, **tile, **constants}))
 
 
 def test_spills():
@@ -63,7 +63,7 @@ def test_too_large():
     assert too_large(one, GOOD._replace(registers=255, warps=16))
     assert too_large(one, GOOD._replace(registers=32, warps=33))
     assert too_large(one, GOOD._replace(tensor_memory=513))
-    assert too_large(one._replace(plan=one.plan._replace(grid=(1, 65536))), GOOD)
+    assert too_large(one._replace(launch=one.launch._replace(grid=(1, 65536))), GOOD)
 
 
 @pytest.mark.parametrize(
@@ -102,16 +102,16 @@ def test_resident_programs(architecture, registers, warps, shared, programs):
     ],
 )
 def test_wrong_units(architecture, precision, right, wrong):
-    one = next(one for one in everything((architecture, precision)) if one.plan.kernel.__name__ == "conv_kernel")
+    one = next(one for one in everything((architecture, precision)) if one.launch.kernel.__name__ == "conv_kernel")
     assert not wrong_units(one, GOOD._replace(units=frozenset({right})))
     assert wrong_units(one, GOOD._replace(units=frozenset({right, wrong})))
     assert wrong_units(one, GOOD._replace(units=frozenset()))
 
 
 def test_no_units_where_there_is_nothing_to_multiply():
-    pool = next(one for one in launches("sm_90", "fp16") if one.plan.kernel.__name__ == "max_pool_kernel")
-    exact = next(one for one in launches("sm_90", "ieee") if one.plan.kernel.__name__ == "conv_kernel")
-    gram = next(one for one in everything(("sm_90", "tf32")) if one.plan.kernel.__name__ == "gram_kernel")
+    pool = next(one for one in launches("sm_90", "fp16") if one.launch.kernel.__name__ == "max_pool_kernel")
+    exact = next(one for one in launches("sm_90", "ieee") if one.launch.kernel.__name__ == "conv_kernel")
+    gram = next(one for one in everything(("sm_90", "tf32")) if one.launch.kernel.__name__ == "gram_kernel")
     for one in (pool, exact, gram):
         assert wrong_units(one, GOOD)
         assert not wrong_units(one, GOOD._replace(units=frozenset()))
@@ -145,8 +145,8 @@ def test_narrow_of_descriptors():
     weight = torch.empty(512, 256, 1, 1, dtype=torch.float16, device="meta")
     tile = tiles.Tile(128, 128, 64, 8, 3, False, "descriptors")
     geometry = ((1, 1), (0, 0), (1, 1), 1, True)
-    plan = launch.plan_conv(x, weight, vector, vector, None, *geometry, "sm_90", tile=tile)
-    one = Launch("1x1", "sm_90", "fp16", plan)
+    plan = forward.plan_conv_bn_act(x, weight, vector, vector, None, *geometry, "sm_90", tile=tile)
+    (one,) = items("1x1", "sm_90", "fp16", plan)
     made = GOOD._replace(descriptor_loads=2, thread_copies=0, loop=GOOD.loop._replace(narrow_loads=32))
     assert not narrow(one, made)
     assert narrow(one, made._replace(descriptor_loads=1))
@@ -211,27 +211,27 @@ def test_another_triton_is_not_compared(table):
 
 def test_an_entry_says_all_that_the_compiler_is_told():
     one = first("sm_90", "fp16")
-    plan = one.plan
+    launch = one.launch
     names = {
         one.entry(),
         first("sm_90", "bf16").entry(),
-        one._replace(plan=plan._replace(args=(*plan.args[:-3], 16, *plan.args[-2:]))).entry(),
-        one._replace(plan=plan._replace(args=(*plan.args[:-3], 1, *plan.args[-2:]))).entry(),
+        one._replace(launch=launch._replace(args=(*launch.args[:-3], 16, *launch.args[-2:]))).entry(),
+        one._replace(launch=launch._replace(args=(*launch.args[:-3], 1, *launch.args[-2:]))).entry(),
         *(
-            one._replace(plan=plan._replace(constants={**plan.constants, name: value + 1})).entry()
-            for name, value in plan.constants.items()
+            one._replace(launch=launch._replace(constants={**launch.constants, name: value + 1})).entry()
+            for name, value in launch.constants.items()
             if type(value) is int
         ),
         *(
-            one._replace(plan=plan._replace(constants={**plan.constants, name: not value})).entry()
-            for name, value in plan.constants.items()
+            one._replace(launch=launch._replace(constants={**launch.constants, name: not value})).entry()
+            for name, value in launch.constants.items()
             if type(value) is bool
         ),
     }
-    assert len(names) == 4 + sum(type(value) in (int, bool) for value in plan.constants.values())
+    assert len(names) == 4 + sum(type(value) in (int, bool) for value in launch.constants.values())
     # An argument that the kernel does not specialise on, N.
-    assert one._replace(plan=plan._replace(args=(*plan.args[:9], 16, *plan.args[10:]))).entry() == one.entry()
-    assert plan.args[9].__class__ is int and torch.is_tensor(plan.args[0])
+    assert one._replace(launch=launch._replace(args=(*launch.args[:9], 16, *launch.args[10:]))).entry() == one.entry()
+    assert launch.args[9].__class__ is int and torch.is_tensor(launch.args[0])
 
 
 def test_every_launch_has_a_form_that_is_made():
@@ -242,16 +242,16 @@ def test_every_launch_has_a_form_that_is_made():
     assert {_form(one) for one in planned} <= made.keys()
     assert len(made) == len(everything(target)) < len(distinct(planned)) / 2
     for one in planned:
-        longest = made[_form(one)].plan.constants.get("C", 0)
-        assert one.plan.constants.get("C", 0) <= longest
+        longest = made[_form(one)].launch.constants.get("C", 0)
+        assert one.launch.constants.get("C", 0) <= longest
 
 
 def test_what_the_compiler_treats_otherwise_is_another_form():
     one = first("sm_90", "fp16", C=1024, K=1024)
-    constants = one.plan.constants
+    constants = one.launch.constants
 
     def with_constants(**changed) -> Hashable:
-        return _form(one._replace(plan=one.plan._replace(constants={**constants, **changed})))
+        return _form(one._replace(launch=one.launch._replace(constants={**constants, **changed})))
 
     tile = {name: constants[name] for name in ("BN", "BK")}
     assert with_constants(C=constants["C"] + tile["BK"], K=constants["K"] + tile["BN"]) == _form(one)
@@ -278,14 +278,14 @@ def test_the_subset_holds_every_kernel_precision_architecture_and_tile():
     chosen = [one for some in subset().values() for one in some]
     whole = [one for target in TARGETS for one in everything(target)]
     for feature in (
-        lambda one: (one.architecture, one.plan.kernel.__name__),
-        lambda one: (one.precision, one.plan.kernel.__name__),
+        lambda one: (one.architecture, one.launch.kernel.__name__),
+        lambda one: (one.precision, one.launch.kernel.__name__),
         lambda one: (one.architecture, one.precision),
-        lambda one: (one.architecture, *(one.plan.constants.get(name) for name in ("BM", "BN", "BK", "num_warps"))),
-        lambda one: (one.architecture, one.precision in EIGHT_BITS and (one.precision, one.plan.constants.get("BN"))),
-        lambda one: (one.architecture, one.plan.constants.get("BL")),  # of a chain
+        lambda one: (one.architecture, *(one.launch.constants.get(name) for name in ("BM", "BN", "BK", "num_warps"))),
+        lambda one: (one.architecture, one.precision in EIGHT_BITS and (one.precision, one.launch.constants.get("BN"))),
+        lambda one: (one.architecture, one.launch.constants.get("BL")),  # of a chain
     ):
-        products = [one for one in whole if "BK" in one.plan.constants]
+        products = [one for one in whole if "BK" in one.launch.constants]
         assert {feature(one) for one in products} <= {feature(one) for one in chosen}
-    assert {one.plan.kernel.__name__ for one in whole} == {one.plan.kernel.__name__ for one in chosen}
+    assert {one.launch.kernel.__name__ for one in whole} == {one.launch.kernel.__name__ for one in chosen}
     assert len(chosen) < len(whole) / 10

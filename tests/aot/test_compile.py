@@ -7,8 +7,8 @@ launch that a check may find fault with is named, with the reason, in exceptions
 import pytest
 import torch
 
-from resnet_fast.kernels.triton import launch, tiles
-from resnet_fast.kernels.triton.cost import KINDS
+from resnet_fast.kernels.triton import forward, tiles
+from resnet_fast.kernels.triton.cost_model.cost import KINDS
 from tests.aot import regressions
 from tests.aot.checks import narrow, offenders, shared_memory, spills, too_large, wrong_units
 from tests.aot.exceptions import EXEMPT
@@ -48,7 +48,7 @@ def test_no_register_spills(results, target):
 def test_a_spill_is_seen(compiler, architecture, limit):
     """With few registers, a launch that has enough of them otherwise."""
     plain = next(one for one in launches(architecture, "fp16", (128,)) if one.name.startswith("3x3/1 128->128"))
-    short = plain._replace(plan=plain.plan._replace(constants={**plain.plan.constants, **limit}))
+    short = plain._replace(launch=plain.launch._replace(constants={**plain.launch.constants, **limit}))
     (_, made), (_, with_few) = compiler.results([plain, short])
     assert not spills(plain, made)
     assert with_few.spilled > 100
@@ -113,12 +113,12 @@ def test_every_tile_is_in_use(architecture, precision):
     shipped = {(*tile[:6], tile.kernel, tile.parts > 1) for tile in tiles.listed_tiles(architecture, name)}
     used = {
         (
-            *map(item.plan.constants.get, constants),
-            KERNEL_OF[item.plan.constants.get("SPECIALISE")],
-            item.plan.constants.get("PARTS", 1) > 1,
+            *map(item.launch.constants.get, constants),
+            KERNEL_OF[item.launch.constants.get("SPECIALISE")],
+            item.launch.constants.get("PARTS", 1) > 1,
         )
         for item in launches(architecture, precision, BATCHES)
-        if "BK" in item.plan.constants
+        if "BK" in item.launch.constants
     }
     # One that is to be cut in parts serves short sums whole.
     assert {(*one[:2], *one[3:7]) for one in used} == {(*one[:2], *one[3:7]) for one in shipped}
@@ -168,9 +168,8 @@ def test_a_tensor_beyond_2_gib_gets_offsets_of_64_bits():
         x = torch.empty(batch, 64, 128, 128, dtype=torch.float16, device="meta").to(memory_format=torch.channels_last)
         weight = torch.empty(64, 64, 3, 3, dtype=torch.float16, device="meta")
         vector = torch.empty(64, device="meta")
-        return launch.plan_conv(
-            x, weight, vector, vector, None, (1, 1), (1, 1), (1, 1), 1, True, "sm_90"
-        ).constants  # fmt: skip
+        geometry = ((1, 1), (1, 1), (1, 1), 1, True)
+        return forward.plan_conv_bn_act(x, weight, vector, vector, None, *geometry, "sm_90").launches[0].constants
 
     assert not plan(2**11 - 1)["INDEX64"]
     assert plan(2**11)["INDEX64"]

@@ -9,10 +9,10 @@ from typing import Optional
 import pytest
 import torch
 
-from resnet_fast.kernels.triton import launch, tiles
+from resnet_fast.kernels.triton import forward, tiles
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.aot.checks import Result, faults, offenders, shared_memory, spills, too_large
-from tests.aot.layers import DTYPES, Launch, Layer, float32_precision, image
+from tests.aot.layers import DTYPES, Item, Layer, float32_precision, image, items
 from tests.aot.offline import Compiled
 
 EXPAND = Layer(256, 14, 14, 1024, (1, 1), (1, 1), (0, 0), 1, residual=True, relu=True)
@@ -47,18 +47,19 @@ COMPILED = [
 ]
 
 
-def planned(architecture: str, kernel: str, precision: str, tile: Tile, layer: Layer, batch: int = 128) -> Launch:
+def planned(architecture: str, kernel: str, precision: str, tile: Tile, layer: Layer, batch: int = 128) -> Item:
     dtype = DTYPES[precision]
     x = image(batch, layer.c, layer.h, layer.w, dtype)
     weight = torch.empty(layer.k, layer.c, *layer.kernel, dtype=dtype, device="meta")
     vector = torch.empty(layer.k, device="meta")
     residual: Optional[torch.Tensor] = image(batch, layer.k, layer.h, layer.w, dtype) if layer.residual else None
     with float32_precision(precision):
-        plan = launch.plan_conv(
+        plan = forward.plan_conv_bn_act(
             x, weight, vector, vector, residual, layer.stride, layer.padding, (1, 1), 1, layer.relu, architecture,
             tile=tile._replace(kernel=kernel),
         )  # fmt: skip
-    return Launch(f"{kernel} {layer.name()}", architecture, precision, plan)
+    (item,) = items(f"{kernel} {layer.name()}", architecture, precision, plan)
+    return item
 
 
 @pytest.fixture(scope="module")
@@ -68,26 +69,26 @@ def results(compiler) -> list[Result]:
 
 def test_all_are_sound_kernels_with_descriptors(results):
     """And the copy engine does all copies: see ``narrow``."""
-    assert all("descriptor" in item.plan.kernel.__name__ for item, _ in results)
+    assert all("descriptor" in item.launch.kernel.__name__ for item, _ in results)
     assert not faults(results)
 
 
 def test_as_many_programs_as_run_side_by_side(results):
     """By what the binaries take of shared memory and of registers. One too many would only wait; see ``programs``."""
 
-    def other(item: Launch, made: Compiled) -> bool:
+    def other(item: Item, made: Compiled) -> bool:
         multiprocessors = tiles.load(item.architecture)["multiprocessors"]
         by_memory = shared_memory(item.architecture) // made.shared
         by_registers = 65536 // (made.registers * made.warps * 32)
-        return item.plan.grid[0] > multiprocessors * max(1, min(by_memory, by_registers))
+        return item.launch.grid[0] > multiprocessors * max(1, min(by_memory, by_registers))
 
     assert not offenders(results, other)
 
 
 def test_a_refused_tile_serves_the_pointer_kernels(compiler):
-    """As ``plan_conv`` hands it to them: the tiles above, on the layers above, with a channel count that none takes."""
-    items = [planned(*others, layer._replace(c=layer.c + 4)) for *others, layer in (*COMPILED[:2], COMPILED[6])]
-    assert {item.plan.kernel.__name__ for item in items} == {"gemm_kernel", "conv_kernel"}
-    found = compiler.results(items)
+    """The tiles above, on the layers above, but with a number of channels that no descriptor takes."""
+    refused = [planned(*others, layer._replace(c=layer.c + 4)) for *others, layer in (*COMPILED[:2], COMPILED[6])]
+    assert {item.launch.kernel.__name__ for item in refused} == {"gemm_kernel", "conv_kernel"}
+    found = compiler.results(refused)
     assert not offenders(found, spills)
     assert not offenders(found, too_large)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from resnet_fast.kernels.triton import cost, tiles
-from resnet_fast.kernels.triton.cost import Problem
+from resnet_fast.kernels.triton import tiles
+from resnet_fast.kernels.triton.cost_model import cost
+from resnet_fast.kernels.triton.cost_model.cost import Problem
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.aot import make_tiles
 from tests.aot.layers import model_layers, plan_layer
@@ -61,9 +62,9 @@ def test_a_tile_that_spills_is_struck_for_the_kernels_that_it_would_be_launched_
     listed = [LARGE._replace(kernel=kernel) for kernel in ("pointers", "specialised")] + [SMALL]
     (layer,) = (one for one in model_layers() if one.name().startswith("1x1/1 256->1024 14x14"))
     with tiles_of(LARGE):
-        pointers = plan_layer(layer, 8, "fp16", "sm_100")
+        (pointers,) = plan_layer(layer, 8, "fp16", "sm_100")
     with tiles_of(LARGE._replace(kernel="specialised")):
-        specialised = plan_layer(layer, 8, "fp16", "sm_100")
+        (specialised,) = plan_layer(layer, 8, "fp16", "sm_100")
     assert _to_strike(pointers, None, listed, listed) == {("1x1", tile) for tile in listed[:2]}
     assert _to_strike(specialised, None, listed, listed) == {("1x1", listed[1])}
 

@@ -7,12 +7,16 @@ import weakref
 import pytest
 import torch
 
+from resnet_fast import ops
 from resnet_fast.kernels import packing
+from resnet_fast.kernels.contract import Affine
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import cudnn, descriptor, launch, measuring, planner, prepared, tiles
+from resnet_fast.kernels.triton import descriptor, forward, prepared, tiles
+from resnet_fast.kernels.triton.plan import Plan
 from resnet_fast.kernels.triton.problem import conv_problem
+from resnet_fast.kernels.triton.tail import plan_tail
 from resnet_fast.kernels.triton.tiles import Tile
-from resnet_fast.ops import inference as ops
+from resnet_fast.kernels.triton.tuning import cudnn, planner
 from tests import fake_gpu
 from tests.fake_gpu import on_gpu
 
@@ -34,7 +38,7 @@ class Conv:
         return (*tensors, (1, 1), self.padding, *_FLAGS[1:])
 
     def call(self) -> torch.Tensor:
-        return ops._conv_bn_act(*self.arguments())
+        return ops.inference._conv_bn_act(*self.arguments())
 
     def started(self, gpu: fake_gpu.Driver) -> fake_gpu.Started:
         """Of one call, which gives a result of the right shape and layout."""
@@ -148,27 +152,27 @@ def test_several_launches_with_a_workspace(gpu):
     """Of which the second takes what the first leaves in a workspace, and the residual."""
     conv = Conv(residual=True)
     x, weight, scale, shift, residual, *flags = conv.arguments()
-    first = launch.plan_conv(x, weight, scale, shift, None, *flags, "sm_90")
-    last = launch.plan_tail(first.output, (scale, shift), residual, None, True, "sm_90")
-    plans = [first._replace(output=last.output, workspace=first.output), last]
+    first = forward.plan_conv_bn_act(x, weight, scale, shift, None, *flags, "sm_90")
+    last = plan_tail(first.result, Affine(scale, shift), residual, None, True, "sm_90")
+    both = Plan((*first.launches, *last.launches), last.result, (first.result,), first.image)
     gpu.started = []
-    call = prepared.launches_of(plans, [binary for plan in plans for binary in plan.start()], residual, scale, shift)
+    call = prepared.launches_of(both, both.start(), residual, scale, shift)
     ordinary = [addresses(one) for one in gpu.started]
     gpu.started = []
     conv.residual = image(64)
     y = call(conv.x, conv.residual, scale, shift)
     again = [one.arguments for one in gpu.started]
-    assert y.shape == last.output.shape and y.stride() == last.output.stride()
+    assert y.shape == last.result.shape and y.stride() == last.result.stride()
     assert all(was_prepared(one) for one in gpu.started)
     assert again[0][0] == conv.x.data_ptr()
     workspace = again[0][5]
-    assert workspace == again[0][4] == again[1][0] != first.output.data_ptr()
+    assert workspace == again[0][4] == again[1][0] != first.result.data_ptr()
     assert (again[1][3], again[1][6]) == (conv.residual.data_ptr(), y.data_ptr())
     for before, after, moved in zip(ordinary, again, ({0, 4, 5}, {0, 3, 6}), strict=True):
         assert [i for i in range(len(before)) if before[i] != after[i] and i not in moved] == []
     # What the plans do not account for is not prepared: here the residual.
-    assert prepared.launches_of([first], first.start(), residual, scale, shift) is None
-    assert prepared.launches_of([first._replace(image=None)], first.start(), None, scale, shift) is None
+    assert prepared.launches_of(first, first.start(), residual, scale, shift) is None
+    assert prepared.launches_of(first._replace(image=None), first.start(), None, scale, shift) is None
 
 
 def _fused_step(conv: Conv) -> None:
@@ -312,7 +316,7 @@ def test_calls_are_found_by_all_that_decides_a_launch(gpu):
     conv.residual = image(64, 10)
     assert not was_prepared(conv.started(gpu))
     gpu.started = []
-    ops._conv_bn_act(*conv.arguments()[:-1], False)
+    ops.inference._conv_bn_act(*conv.arguments()[:-1], False)
     assert not was_prepared(gpu.started[0])
     conv.x, conv.residual = on_gpu(conv.x.bfloat16()), None
     assert not was_prepared(conv.started(gpu))
@@ -468,28 +472,6 @@ def test_a_measured_choice_serves_at_once_and_is_prepared(residual, gpu, monkeyp
     assert not was_prepared(conv.started(gpu))
     assert planner.served(conv.weight).endswith("(table)")
     planner.choices.forget()
-
-
-def test_nothing_is_measured_unless_asked(gpu, monkeypatch):
-    asked = []
-    monkeypatch.setattr(measuring, "measure_and_keep", lambda problem, device: asked.append((problem.k, device)))
-    Conv().call()
-    assert not asked
-    monkeypatch.setenv("RESNET_FAST_AUTOTUNE", "1")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    Conv().call()
-    assert not asked
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    conv = Conv()
-    conv.call()
-    assert asked == [(64, torch.device("cuda", 0))]
-    conv.call()
-    assert len(asked) == 1
-    # Of the tensors' GPU, not of the current one.
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.device == 0)
-    gpu.device = 1
-    Conv().call()
-    assert len(asked) == 1
 
 
 def test_tune_sees_what_is_prepared_too(gpu):

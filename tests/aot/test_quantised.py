@@ -13,9 +13,9 @@ def test_every_tile_is_in_use(architecture, precision):
     """The data holds no tile that no layer of the models gets."""
     shipped = {(bm, bn) for bm, bn, *_ in tiles.load(architecture)[precision]}
     used = {
-        (item.plan.constants["BM"], item.plan.constants["BN"])
+        (item.launch.constants["BM"], item.launch.constants["BN"])
         for item in quantised_launches(architecture, precision)
-        if "BK" in item.plan.constants
+        if "BK" in item.launch.constants
     }
     assert shipped == used
 

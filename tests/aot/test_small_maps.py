@@ -9,11 +9,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from resnet_fast.kernels.triton import launch, tiles
+from resnet_fast.kernels.triton import forward, tiles
+from resnet_fast.kernels.triton.plan import Plan
 from tests.aot.checks import faults
 from tests.aot.head_layers import CHANNELS, CLASSES, IMAGES
 from tests.aot.head_layers import plan as plan_head
-from tests.aot.layers import DTYPES, REAL, Launch, distinct, float32_precision, image
+from tests.aot.layers import DTYPES, REAL, Item, distinct, float32_precision, image, items
 
 TARGETS = [(a, "fp16") for a in ("sm_80", "sm_90", "sm_100", "gfx942")]
 TARGETS += [("sm_90", "bf16"), ("sm_90", "tf32"), ("sm_80", "ieee"), ("gfx942", "ieee")]
@@ -27,7 +28,7 @@ CONVS = [
 ]
 
 
-def in_parts(architecture: str, precision: str) -> Iterator[Launch]:
+def in_parts(architecture: str, precision: str) -> Iterator[Item]:
     dtype = DTYPES[precision]
     with float32_precision(precision):
         for c, size, k, kernel, stride, groups, parts in CONVS:
@@ -35,13 +36,12 @@ def in_parts(architecture: str, precision: str) -> Iterator[Launch]:
             weight = torch.empty(k, c // groups, kernel, kernel, dtype=dtype, device="meta")
             vector = torch.empty(k, device="meta")
             pad = kernel // 2
-            plan = launch.plan_conv(
+            plan = forward.plan_conv_bn_act(
                 x, weight, vector, vector, y, (stride, stride), (pad, pad), (1, 1), groups, True, architecture,
                 tile=tile_of(architecture, precision, c // groups)._replace(parts=parts),
             )  # fmt: skip
-            for one in plan.launches():
-                name = f"{kernel}x{kernel}/{stride} {c}->{k} {size}x{size} in {parts} parts"
-                yield Launch(name, architecture, precision, one)
+            name = f"{kernel}x{kernel}/{stride} {c}->{k} {size}x{size} in {parts} parts"
+            yield from items(name, architecture, precision, plan)
 
 
 def tile_of(architecture: str, precision: str, channels: int) -> tiles.Tile:
@@ -55,7 +55,7 @@ def tile_of(architecture: str, precision: str, channels: int) -> tiles.Tile:
 @pytest.mark.parametrize(("architecture", "precision"), TARGETS)
 def test_convolutions_in_parts(compiler, architecture, precision):
     found = compiler.results(distinct(in_parts(architecture, precision)))
-    assert {item.plan.kernel.__name__ for item, _ in found} == {"conv_kernel", "gemm_kernel", "add_parts_kernel"}
+    assert {item.launch.kernel.__name__ for item, _ in found} == {"conv_kernel", "gemm_kernel", "add_parts_kernel"}
     assert not faults(found)
 
 
@@ -65,8 +65,9 @@ def test_a_convolution_that_is_not_cut_is_one_launch():
     weight = torch.empty(64, 64, 3, 3, device="meta")
     geometry = ((1, 1), (1, 1), (1, 1), 1, True)
     tile = tiles.Tile(64, 64, 64, 4, 3, False)
-    plan = launch.plan_conv(x, weight, vector, vector, None, *geometry, "sm_90", tile=tile)
-    assert (plan.then, plan.workspace, plan.constants["PARTS"]) == (None, None, 1)
+    plan = forward.plan_conv_bn_act(x, weight, vector, vector, None, *geometry, "sm_90", tile=tile)
+    (launch,) = plan.launches
+    assert (plan.workspaces, launch.constants["PARTS"]) == ((), 1)
 
 
 def test_adding_parts_fills_the_gpu_with_small_programs():
@@ -77,10 +78,10 @@ def test_adding_parts_fills_the_gpu_with_small_programs():
         x, weight = image(n, 512, size, size, torch.float16), torch.empty(512, 512, 3, 3, device="meta")
         tile = tiles.Tile(64, 64, 64, 4, 3, False, parts=8)
         geometry = ((1, 1), (1, 1), (1, 1), 1, True)
-        plan = launch.plan_conv(x, weight, vector, vector, None, *geometry, "sm_90", tile=tile)
-        assert plan.then is not None
-        assert plan.workspace is not None and plan.workspace.shape == (8, n * size * size, 512)
-        return plan.then.constants["BM"]
+        plan = forward.plan_conv_bn_act(x, weight, vector, vector, None, *geometry, "sm_90", tile=tile)
+        (workspace,), (_, add) = plan.workspaces, plan.launches
+        assert workspace.shape == (8, n * size * size, 512)
+        return add.constants["BM"]
 
     assert rows(1, 7) == 8
     assert rows(128, 14) == tiles.load("sm_90")["pointwise"][0]
@@ -101,7 +102,7 @@ def test_head_is_one_launch_where_little_is_read_again(channels, images, classes
     """The examples of classifier.py. Else it is a pool and a product, which the tables may cut in parts."""
     plan = plan_head("sm_90", "fp16", images, channels, classes)
     assert _kernels(plan) in ([["head_kernel"]] if one else _POOL_AND_PRODUCT)
-    assert plan.output.shape == (images, classes, 1, 1)
+    assert plan.result.shape == (images, classes, 1, 1)
 
 
 @pytest.mark.parametrize("precision", REAL)
@@ -117,5 +118,5 @@ def test_the_gate_has_heads_in_one_launch_and_in_several(precision):
 _POOL_AND_PRODUCT = [["average_pool_kernel", "gemm_kernel", *parts] for parts in ([], ["add_parts_kernel"])]
 
 
-def _kernels(plan: launch.Plan) -> list[str]:
-    return [one.kernel.__name__ for one in plan.launches()]
+def _kernels(plan: Plan) -> list[str]:
+    return [one.kernel.__name__ for one in plan.launches]

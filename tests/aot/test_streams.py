@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from resnet_fast import ops
 from resnet_fast.kernels import packing, streams
 from resnet_fast.kernels.packing import PackCache
-from resnet_fast.kernels.triton import cudnn, planner, prepared
-from resnet_fast.ops import inference as ops
+from resnet_fast.kernels.triton import prepared
+from resnet_fast.kernels.triton.tuning import cudnn, planner
 from tests import fake_gpu
 from tests.fake_gpu import on_gpu
 
@@ -49,7 +50,7 @@ class Conv:
 
     def call(self) -> None:
         x = on_gpu(torch.randn(1, 64, 8, 8).half().contiguous(memory_format=torch.channels_last))
-        ops._conv_bn_act(x, self.weight, self.scale, self.shift, None, (1, 1), (1, 1), (1, 1), 1, True)
+        ops.inference._conv_bn_act(x, self.weight, self.scale, self.shift, None, (1, 1), (1, 1), (1, 1), 1, True)
 
     def prepared(self) -> dict:
         found = prepared._kept.get(id(self.weight))

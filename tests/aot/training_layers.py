@@ -8,36 +8,36 @@ from typing import Optional
 
 import torch
 
-from resnet_fast.kernels.reference.training import Affine, Geometry
-from resnet_fast.kernels.triton import launch, training_forward
-from resnet_fast.kernels.triton.launch import Plan
-from tests.aot.layers import DTYPES, Launch, Layer, each, float32_precision, image, model_layers
+from resnet_fast.kernels.contract import Affine, Geometry
+from resnet_fast.kernels.triton.forward import plan_conv_affine, plan_conv_statistics
+from resnet_fast.kernels.triton.gram import plan_gram
+from resnet_fast.kernels.triton.plan import Plan
+from resnet_fast.kernels.triton.pool import plan_tail_pool
+from resnet_fast.kernels.triton.tail import plan_tail
+from tests.aot.layers import DTYPES, Item, Layer, float32_precision, image, items, model_layers
 
 BATCHES = (8, 128)
 
 
-def forward_launches(architecture: str, precision: str, batches: tuple[int, ...] = BATCHES) -> Iterator[Launch]:
+def forward_launches(architecture: str, precision: str, batches: tuple[int, ...] = BATCHES) -> Iterator[Item]:
     if precision == "tf32" and architecture.startswith("gfx"):
         return
     with float32_precision(precision):
         for layer in model_layers():
             for batch in batches:
-                for name, plans in _convolution(layer, batch, DTYPES[precision], architecture):
-                    for plan in plans:
-                        yield from each(
-                            Launch(f"{name} of {layer.name()} batch {batch}", architecture, precision, plan)
-                        )
+                for name, plan in _convolution(layer, batch, DTYPES[precision], architecture):
+                    yield from items(f"{name} of {layer.name()} batch {batch}", architecture, precision, plan)
         for channels, size in [(64, 56), (512, 28), (2048, 7)]:
             y = image(BATCHES[-1], channels, size, size, DTYPES[precision])
             for residual, affine in [(None, None), (y, None), (y, _affine(channels))]:
-                plan = launch.plan_tail(y, _affine(channels), residual, affine, True, architecture)
-                yield Launch(f"tail {channels} {size}x{size}", architecture, precision, plan)
+                plan = plan_tail(y, _affine(channels), residual, affine, True, architecture)
+                yield from items(f"tail {channels} {size}x{size}", architecture, precision, plan)
         y = image(BATCHES[-1], 64, 112, 112, DTYPES[precision])
-        plan = launch.plan_max_pool(y, architecture, _affine(64))
-        yield Launch("tail_pool 64 112x112", architecture, precision, plan)
+        plan = plan_tail_pool(y, _affine(64), architecture)
+        yield from items("tail_pool 64 112x112", architecture, precision, plan)
 
 
-def _convolution(layer: Layer, batch: int, dtype: torch.dtype, architecture: str) -> Iterator[tuple[str, list[Plan]]]:
+def _convolution(layer: Layer, batch: int, dtype: torch.dtype, architecture: str) -> Iterator[tuple[str, Plan]]:
     """The ways in which training runs a convolution.
 
     An expanding 1x1 gets its statistics from the Gram matrix of its input, or like all others from its result. The
@@ -54,20 +54,13 @@ def _convolution(layer: Layer, batch: int, dtype: torch.dtype, architecture: str
         prologues.append(_affine(layer.c))
     for prologue in prologues:
         what = "" if prologue is None else " with prologue"
-        yield (
-            "conv_statistics" + what,
-            training_forward.plan_conv_statistics(x, prologue, weight, geometry, architecture),
-        )
+        yield "conv_statistics" + what, plan_conv_statistics(x, prologue, weight, geometry, architecture)
         if layer.kernel == (1, 1) and (layer.residual or downsample):
-            yield "gram" + what, training_forward.plan_gram(x, prologue, layer.stride, architecture)
+            yield "gram" + what, plan_gram(x, prologue, layer.stride, architecture)
             residual = image(batch, layer.k, layer.h, layer.w, dtype) if layer.residual else None
             yield (
                 "conv_affine" + what,
-                [
-                    launch.plan_conv(
-                        x, weight, *_affine(layer.k), residual, *geometry, layer.relu, architecture, prologue
-                    )
-                ],
+                plan_conv_affine(x, prologue, weight, _affine(layer.k), residual, geometry, layer.relu, architecture),
             )
 
 

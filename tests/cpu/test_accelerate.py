@@ -275,12 +275,57 @@ def test_explain_sees_hooks_norms_and_parametrizations():
     assert rows["layer4.0"].status == "fused"
     text = str(resnet_fast.explain(model))
     assert all(path in text for path in rows if path)
+    assert text.startswith("4 of 12 convolutions fused")
 
 
 def test_explain_before_acceleration():
-    rows = resnet_fast.explain(small_resnet()).rows
-    assert rows
-    assert all(row.status == "stock" and "accelerate()" in row.reason for row in rows)
+    explanation = resnet_fast.explain(small_resnet())
+    assert explanation.rows
+    assert all(row.status == "stock" and "accelerate()" in row.reason for row in explanation.rows)
+    assert str(explanation).startswith("0 of 12 convolutions fused")
+
+
+def test_explain_as_text():
+    """A summary, one line for equal neighbours, no line beyond 80 columns; training mode where it is asked for."""
+    model = resnet_fast.accelerate(torchvision.models.resnet50().eval())
+    lines = str(resnet_fast.explain(model)).splitlines()
+    assert lines[0].startswith("53 of 53 convolutions fused; whole network: not planned yet")
+    assert [line.split()[0] for line in lines[3:]] == ["(model)"] + [
+        f"layer{stage}.{blocks}" for stage, last in ((1, 2), (2, 3), (3, 5), (4, 2)) for blocks in ("0", f"1–{last}")
+    ]
+    with torch.inference_mode():
+        model(images())
+    texts = [str(resnet_fast.explain(model, training=training)) for training in (False, True)]
+    assert all(len(line) <= 80 for text in texts for line in text.splitlines())
+    assert "raining" not in texts[0]
+    assert "In training mode:\n(model)" in texts[1] and "\nlayer1.1–2  Bottleneck  conv1…relu: " in texts[1]
+    if library.unavailable() is None:
+        assert texts[0].startswith("53 of 53 convolutions fused; the whole network runs as one native program")
+    page = resnet_fast.explain(model, training=True)._repr_html_()
+    assert page.count("<table>") == 2 and page.count("<tr>") == 18
+    data = resnet_fast.explain(model).as_dict()
+    assert (data["fused"], data["convolutions"], len(data["rows"])) == (53, 53, 17)
+    assert all(row["training"] for row in data["rows"])
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.Transformer(64, 2, 1, 1), "It has 7 LayerNorm, 4 Linear, 3 MultiheadAttention."),
+        (nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.ReLU()), "It has 1 Conv2d, 1 GroupNorm."),
+        (nn.ReLU(), "It has no layers with parameters."),
+    ],
+)
+def test_explain_says_what_a_model_has_where_nothing_is_fused(model, said):
+    explanation = resnet_fast.explain(resnet_fast.accelerate(model))
+    assert explanation.summary == f"Nothing is fused, for the model has no Conv2d followed by BatchNorm2d. {said}"
+
+
+def test_explain_groups_what_is_not_fused():
+    model = timm.create_model("seresnet50", pretrained=False).eval()
+    text = str(resnet_fast.explain(resnet_fast.accelerate(model)))
+    assert "layer1.0.se and 15 more  SEModule" in text
+    assert all(len(line) <= 80 for line in text.splitlines())
 
 
 def test_explain_in_training_mode_speaks_of_eval():

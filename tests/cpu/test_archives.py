@@ -13,7 +13,7 @@ from torchvision.models import resnet
 
 import resnet_fast
 from resnet_fast.bench.norms import randomise_batch_norm
-from resnet_fast.export.compare import error_limit
+from resnet_fast.utils.tolerance import error_limit
 
 IMAGES = torch.randn(3, 3, 40, 48, generator=torch.Generator().manual_seed(0))
 

@@ -370,7 +370,7 @@ def test_jit_script_compiles_the_stock_classes():
 def test_pickle_holds_no_program():
     data = pickle.dumps(accelerated(small_resnet()))
     assert b"resnet_fast" in data  # the class is derived again where it is loaded
-    assert b"_resnet_fast_program" not in data
+    assert b"_resnet_fast_state" not in data
 
 
 def test_data_parallel_replica_runs_fused():

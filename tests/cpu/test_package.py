@@ -1,5 +1,6 @@
 """What is shipped, and what importing it does not do."""
 
+import ast
 import functools
 import os
 import platform
@@ -133,6 +134,39 @@ from resnet_fast.kernels.native import library
 print(library._variant_names(library._loaded()))
 """
     assert _python(program, tmp_path) == "['portable', 'avx2', 'avx512']"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="no g++ for x86-64")
+@pytest.mark.parametrize(
+    ("environment", "host", "compiled"),
+    [
+        ({}, "-mavx2 -mfma -mbmi2", {"portable", "avx2"}),
+        ({}, "-msse4.2", {"portable"}),
+        ({}, "-mno-such-option", {"portable", "avx2", "avx512", "avx512_bf16"}),
+        ({"RESNET_FAST_VARIANTS": "all"}, "-mavx2 -mfma", {"portable", "avx2", "avx512", "avx512_bf16"}),
+    ],
+    ids=["AVX2", "SSE", "a compiler that cannot tell", "all"],
+)
+def test_a_build_in_place_is_for_its_cpu(environment, host, compiled, source, tmp_path):
+    """As seen by a compiler that says which instructions the CPU has, and compiles nothing."""
+    compiler, calls = tmp_path / "g++", tmp_path / "calls"
+    compiler.write_text(f"""#!/bin/sh
+case "$*" in
+*-march=native*) exec {shutil.which("g++")} {host} -dM -E -x c++ /dev/null;;
+*-dM*) exec {shutil.which("g++")} "$@";;
+esac
+echo "$*" >> {calls}
+for last; do :; done
+touch "$last"
+""")
+    compiler.chmod(0o755)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-lib", tmp_path, "--build-temp", tmp_path]
+    env = {**os.environ, "CXX": str(compiler), **environment}
+    subprocess.run(command, cwd=source, env=env, check=True, capture_output=True)
+    said = calls.read_text()
+    assert set(re.findall(r"-DRF_VARIANT=(\w+)", said)) == compiled
+    assert set(re.findall(r"-DRF_WITHOUT_(\w+)", said)) == {"avx2", "avx512", "avx512_bf16"} - compiled
+    (source / "kernels/native/_native.so").unlink()
 
 
 def _unpack(files: dict[str, bytes], to: Path) -> None:
@@ -296,19 +330,58 @@ new = set(sys.modules) - known
 """
 
 
-def test_import_touches_no_gpu():
-    """No CUDA context, no query of devices, no Triton: each may take seconds, fork badly, or fail without a driver."""
+def test_the_first_use_imports_no_more_than_it_needs():
+    """Beside torch and torchvision, nothing but ourselves: no Triton, no ONNX, no command line, no model builders."""
     program = (
         IMPORTS.format(before="")
         + """
+resnet_fast.accelerate(torchvision.models.resnet18().eval())(torch.ones(1, 3, 32, 32))
+new = set(sys.modules) - known
+others = {name.partition(".")[0] for name in new} - {"resnet_fast"} - set(sys.stdlib_module_names)
+assert others <= {"torch", "torchvision"}, others
+heavy = ("torch._dynamo", "torch._inductor", "torch.onnx", "torch.utils.benchmark", "sympy", "mpmath")
+assert not [name for name in new if name.startswith(heavy)], new
+unused = ("bench", "cli", "export", "finetune", "serving", "tuning", "cuda_graph", "explanation", "verify")
+assert not [name for name in new if name.startswith(tuple(f"resnet_fast.{one}" for one in unused))], new
 assert not torch.cuda.is_initialized()
-heavy = sorted(m for m in new if m.split(".")[0] in ("triton", "onnx", "onnxruntime", "onnxscript", "timm", "typer"))
-assert not heavy, heavy
-assert "triton" not in sys.modules or "triton.backends.nvidia.driver" not in new
 print("fine")
 """
     )
-    assert _python(program) == "fine"
+    assert _python(program, OMP_NUM_THREADS="1") == "fine"
+
+
+def test_import_alone_takes_no_time():
+    """So that ``resnet-fast --help`` answers at once; see tests/cpu/cli/test_cli.py."""
+    program = "import sys, resnet_fast; print({'torch', 'torchvision', 'numpy', 'typer'} & set(sys.modules) or 'none')"
+    assert _python(program) == "none"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    ["resnet_fast, torch, torchvision", "torch, resnet_fast, torchvision", "torchvision, resnet_fast"],
+)
+def test_archives_and_the_registry_find_us_in_any_order(imports):
+    """Both are asked without a name of ours being used."""
+    program = f"""
+import {imports}
+import torch
+from torchvision import models
+assert torch.ops.resnet_fast.conv_bn_act
+assert "fast_wide_resnet50_2" in models.list_models()
+print(type(models.get_model("fast_resnet18")).__module__)
+"""
+    assert _python(program) == "resnet_fast.models.resnet"
+
+
+@pytest.mark.parametrize("module", ["kernels.contract", "graph.conditions", "quantised", "finetune.data"])
+def test_whatever_module_of_ours_comes_first(module):
+    """It may be half imported when torch and torchvision are there."""
+    program = f"""
+import resnet_fast.{module}
+import torch, torchvision
+print(torch.ops.resnet_fast.stem, torchvision.models.get_model_builder("fast_resnet18").__name__)
+"""
+    assert _python(program) == "resnet_fast.stem resnet18"
 
 
 def test_import_asks_no_driver_and_compiles_nothing():
@@ -359,7 +432,46 @@ def test_public_names():
     space: dict = {}
     exec("from resnet_fast import *", space)
     assert set(resnet_fast.__all__) <= set(space)
+    assert set(resnet_fast.__all__) <= set(dir(resnet_fast))
+    assert all(getattr(resnet_fast, name) is space[name] for name in resnet_fast.__all__)
     assert re.fullmatch(r"\d+\.\d+\.\d+", resnet_fast.__version__)
+    with pytest.raises(AttributeError, match="has no attribute 'acelerate'"):
+        resnet_fast.acelerate  # noqa: B018
+
+
+def test_type_checkers_and_python_find_the_same_names():
+    import resnet_fast
+
+    tree = ast.parse(Path(resnet_fast.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    typed = {alias.name: node.module for node in block.body for alias in node.names}
+    assert sorted(typed) == sorted(resnet_fast.__all__)
+    found = {name: resnet_fast._ELSEWHERE.get(name, "models.resnet") for name in resnet_fast.__all__}
+    assert typed == {name: f"resnet_fast.{module}" for name, module in found.items()}
+    assert set(resnet_fast._ELSEWHERE) <= set(resnet_fast.__all__)
+
+
+def test_no_module_has_the_name_of_what_the_package_holds():
+    """Importing ``resnet_fast.accelerate``, were there one, would put the module in the function's place."""
+    import resnet_fast
+
+    modules = {path.stem for path in Path(resnet_fast.__file__).parent.iterdir()}
+    assert not modules & set(resnet_fast.__all__)
+
+
+def test_type_checkers_notice_a_slip(tmp_path):
+    (tmp_path / "slip.py").write_text("import resnet_fast\nresnet_fast.acelerate, resnet_fast.accelerate\n")
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--follow-imports=skip"]
+    done = subprocess.run(
+        [*mypy, "slip.py", str(ROOT / "resnet_fast/__init__.py")],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert [line for line in done.stdout.splitlines() if "error:" in line] == [
+        'slip.py:2: error: Module has no attribute "acelerate"; maybe "accelerate"?  [attr-defined]'
+    ]
 
 
 def test_wheel_carries_the_readme(wheel):

@@ -13,9 +13,9 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import network, tune
-from resnet_fast.kernels.native import choices, library, planner
-from resnet_fast.kernels.triton import measuring
-from resnet_fast.kernels.triton import planner as gpu_planner
+from resnet_fast.kernels.native import abi, library, planner
+from resnet_fast.kernels.triton.tuning import measuring
+from resnet_fast.kernels.triton.tuning import planner as gpu_planner
 from tests.fake_gpu import on_gpu
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
@@ -26,11 +26,11 @@ IMAGES = (2, 3, 20, 20)
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
-    choices.forget()
+    planner.choices.forget()
     gpu_planner.choices.forget()
     planner.changed()
     yield tmp_path
-    choices.forget()
+    planner.choices.forget()
     gpu_planner.choices.forget()
     planner.changed()
 
@@ -64,10 +64,10 @@ def test_choices_hold_for_this_process_and_the_next(model, folder):
     for choice in result.choices:
         assert {"gemm", "winograd2", "winograd4", "onednn"} <= set(choice.milliseconds)
         assert choice.milliseconds[choice.algorithm] == min(choice.milliseconds.values())
-        assert choices.measured(choice.shape) == choice.algorithm
+        assert planner.choices.measured(planner.machine(), choice.shape) == choice.algorithm
     assert str(result).count("\n") == 1
     # Turn every choice to what neither measuring nor the rule would give, and ask a process of its own.
-    path = choices.path()
+    path = planner.choices.path()
     assert path.parent == folder
     content = json.loads(path.read_text())
     for mine in content["machines"].values():
@@ -86,15 +86,15 @@ def test_choices_are_for_a_shape_and_a_number_of_threads(model):
     images, threads = torch.randn(IMAGES), torch.get_num_threads()
     before = _algorithm(model, images)
     other = next(name for name in ("winograd2", "gemm") if name != before[1])
-    shape = library.Shape(library.FLOAT32, 2, 18, 18, 32, 18, 18, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0)
-    choices.add({planner.describe(shape, threads + 1): other})
+    shape = abi.Shape(abi.FLOAT32, 2, 18, 18, 32, 18, 18, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0)
+    planner.choices.add(planner.machine(), {planner.describe(shape, threads + 1): other})
     planner.changed()
     assert _algorithm(model, images) == before
-    choices.add({planner.describe(shape, threads): other})
+    planner.choices.add(planner.machine(), {planner.describe(shape, threads): other})
     planner.changed()
     assert _algorithm(model, images) == [before[0], other]
     assert _algorithm(model, torch.randn(1, 3, 20, 20))[1] == planner._rule(
-        library.Shape(library.FLOAT32, 1, 18, 18, 32, 18, 18, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0), threads
+        abi.Shape(abi.FLOAT32, 1, 18, 18, 32, 18, 18, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0), threads
     )
 
 
@@ -116,7 +116,7 @@ def test_where_pytorch_is_fastest_it_serves_single_layers_and_our_best_a_plan(mo
     with torch.inference_mode():
         model(images)
         assert set(network.last_plan(model).algorithms.values()) == {"winograd2"}
-    shape = library.Shape(library.FLOAT32, 2, 18, 18, 32, 18, 18, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0)
+    shape = abi.Shape(abi.FLOAT32, 2, 18, 18, 32, 18, 18, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0)
     assert planner.choose(shape, torch.get_num_threads()) == "onednn"
 
 
@@ -146,45 +146,45 @@ DAMAGED = {
 def test_a_damaged_file_is_ignored_with_a_warning_and_replaced(model, text):
     images = torch.randn(IMAGES)
     before = _algorithm(model, images)
-    choices.path().write_text(text)
-    choices.forget()
+    planner.choices.path().write_text(text)
+    planner.choices.forget()
     planner.changed()
     with pytest.warns(UserWarning, match="is ignored"):
         assert _algorithm(model, images) == before
     with pytest.warns(UserWarning, match="is ignored"):
-        choices.add({"some shape": "gemm"})
-    choices.forget()
+        planner.choices.add(planner.machine(), {"some shape": "gemm"})
+    planner.choices.forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choices.measured("some shape") == "gemm"
+        assert planner.choices.measured(planner.machine(), "some shape") == "gemm"
 
 
 def test_a_choice_that_nobody_knows_is_ignored(model):
     images = torch.randn(IMAGES)
     before = _algorithm(model, images)
-    shape = library.Shape(library.FLOAT32, 2, 18, 18, 32, 18, 18, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0)
+    shape = abi.Shape(abi.FLOAT32, 2, 18, 18, 32, 18, 18, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0)
     for algorithm in ("of the future", "grouped"):  # the second is known, and does not cover the shape
-        choices.add({planner.describe(shape, torch.get_num_threads()): algorithm})
+        planner.choices.add(planner.machine(), {planner.describe(shape, torch.get_num_threads()): algorithm})
         planner.changed()
         assert _algorithm(model, images) == before
 
 
 def test_other_machines_keep_their_choices():
-    path = choices.path()
+    path = planner.choices.path()
     path.write_text(json.dumps({"format": 1, "machines": {"another": {"shape": "gemm"}}}))
-    choices.add({"shape": "winograd4"})
+    planner.choices.add(planner.machine(), {"shape": "winograd4"})
     machines = json.loads(path.read_text())["machines"]
-    assert machines == {"another": {"shape": "gemm"}, choices.machine(): {"shape": "winograd4"}}
+    assert machines == {"another": {"shape": "gemm"}, planner.machine(): {"shape": "winograd4"}}
     assert os.listdir(path.parent) == [path.name], "a partial file is left"
 
 
 def test_a_file_that_cannot_be_written(folder, monkeypatch):
     (folder / "file").write_text("")
     monkeypatch.setenv("RESNET_FAST_CACHE", str(folder / "file" / "below"))
-    choices.forget()
+    planner.choices.forget()
     with pytest.warns(UserWarning, match="is ignored"), pytest.raises(OSError, match="file"):
-        choices.add({"shape": "winograd4"})
-    assert choices.measured("shape") == "winograd4"
+        planner.choices.add(planner.machine(), {"shape": "winograd4"})
+    assert planner.choices.measured(planner.machine(), "shape") == "winograd4"
 
 
 def test_on_a_gpu_each_problem_is_measured_once_and_kept(model, monkeypatch):
@@ -213,7 +213,7 @@ def test_on_a_gpu_each_problem_is_measured_once_and_kept(model, monkeypatch):
     assert [choice.shape for choice in result.choices] == [first.key(), second.key()]
     assert str(result).count("rejected: triton: spills") == 2
     assert gpu_planner.choices.measured("GPU 0", second.key()) == "cudnn fused"
-    assert gpu_planner.choices.path() != choices.path()
+    assert gpu_planner.choices.path() != planner.choices.path()
     monkeypatch.setattr(gpu_planner, "recorded", lambda: contextlib.nullcontext([]))
     with pytest.raises(ValueError, match="no convolution in the Triton kernels"):
         tune(model, on_gpu(torch.randn(IMAGES)))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, _get_np_dtype
 
-from resnet_fast.kernels.triton import launch, pack, training_backward
+from resnet_fast.kernels.triton import operands, pack
 
 
 class Guards:
@@ -30,23 +30,22 @@ class Guards:
         return self._operands[-1]
 
     def install(self, monkeypatch) -> None:
-        """Register all that ``launch`` hands to a kernel, and check what kernels do."""
+        """Register all that plans hand to a kernel, and check what kernels do."""
 
-        def registered(function):
-            return lambda *args: self.operand(function(*args))
+        def register(module, names, fill=lambda made: made):
+            for name in names:
+                function = getattr(module, name)
 
-        def poisoned(function):
-            return lambda *args: _poison(function(*args))
+                def registered(*args, function=function, **options):
+                    made = function(*args, **options)
+                    return None if made is None else self.operand(fill(made))
 
-        for name in ("nhwc", "vector"):
-            monkeypatch.setattr(launch, name, registered(getattr(launch, name)))
-        for name in ("weight", "row_weight", "pixels", "matrix", "vector"):
-            monkeypatch.setattr(pack, name, registered(getattr(pack, name)))
-        for name in ("allocate", "allocate_floats"):
-            monkeypatch.setattr(launch, name, registered(poisoned(getattr(launch, name))))
+                monkeypatch.setattr(module, name, registered)
 
-        bytes_ = training_backward.allocate_bytes
-        monkeypatch.setattr(training_backward, "allocate_bytes", registered(lambda *args: bytes_(*args).fill_(255)))
+        register(operands, ("nhwc", "vector"))
+        register(pack, ("weight", "row_weight", "pixels", "matrix", "vector"))
+        register(operands, ("allocate", "allocate_floats"), _poison)
+        register(operands, ("allocate_bytes",), lambda made: made.fill_(255))
 
         for name in ("create_masked_load", "create_masked_store"):
             monkeypatch.setattr(InterpreterBuilder, name, self._checked(getattr(InterpreterBuilder, name), name))

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import cudnn, launch, measuring, planner
+from resnet_fast.kernels.triton import forward
+from resnet_fast.kernels.triton.tuning import cudnn, measuring, planner
 from tests.interpreter.cases import CONVS, DTYPES, each_dtype
 from tests.interpreter.checking import (
     assert_as_good_as_pytorch,
@@ -53,7 +54,7 @@ def test_a_convolution_and_our_pass(name, dtype):
     conv = CONVS[name]
     inputs, geometry = conv.inputs(dtype), conv.geometry()
     for repetition in range(2):  # decided, and from what was kept
-        actual, call, _ = launch.carry_out(_candidate(cudnn.POINTWISE), *inputs, *geometry)
+        actual, call, _ = forward.carry_out(_candidate(cudnn.POINTWISE), *inputs, *geometry)
         if repetition:
             actual = call(inputs[0].contiguous(), inputs[4], *inputs[2:4])
         exact = conv_exact(*inputs, *geometry)
@@ -69,7 +70,7 @@ def test_the_fused_ops_get_what_they_expect(name, dtype, played):
     conv = CONVS[name]
     inputs, geometry = conv.inputs(dtype), conv.geometry()
     inputs[2][0] = 0.5  # a scale of 0 is fine as well, but float16's refusal is asked below
-    actual, call, _ = launch.carry_out(_candidate(cudnn.FUSED), *inputs, *geometry)
+    actual, call, _ = forward.carry_out(_candidate(cudnn.FUSED), *inputs, *geometry)
     residual = None if inputs[4] is None else inputs[4].contiguous()
     again = call(inputs[0].contiguous(), residual, *inputs[2:4])
     assert played == ["relu" if inputs[4] is None else "add_relu"] * 2
@@ -88,7 +89,7 @@ def test_float16_that_cannot_hold_the_scaled_weight_takes_our_kernel(played):
     conv = CONVS["round"]
     inputs, geometry = conv.inputs(torch.float16), conv.geometry()
     inputs[2].mul_(1e-6)
-    actual, call, choice = launch.carry_out(_candidate(cudnn.FUSED), *inputs, *geometry)
+    actual, call, choice = forward.carry_out(_candidate(cudnn.FUSED), *inputs, *geometry)
     assert not played
     assert choice is None
     assert call is None, "the interpreter's launches are not prepared"
@@ -110,7 +111,7 @@ def test_every_tile_that_may_be_measured(dtype):
     ours = [one for one in planner.candidates(problem).values() if one.tile is not None]
     assert len(ours) >= 2
     for candidate in ours:
-        actual = launch.carry_out(candidate, *inputs, *geometry).y
+        actual = forward.carry_out(candidate, *inputs, *geometry).y
         assert_within(actual, exact, tolerance)
 
 

@@ -12,12 +12,11 @@ import torch
 from torchvision.models import resnet
 
 import resnet_fast
-import resnet_fast.kernels.triton as kernels
 from resnet_fast.graph import functional
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import chain_launch, launch, tiles
-from resnet_fast.ops import inference as ops
+from resnet_fast.kernels.triton import chain, operands, tiles
+from resnet_fast.kernels.triton import table as kernels
 from tests.cpu.small_models import randomise_norms
 from tests.interpreter.cases import each_dtype, nhwc
 from tests.interpreter.checking import (
@@ -146,7 +145,7 @@ def test_updated_weights_are_packed_again():
 
 @guarded
 def test_offsets_of_64_bits(monkeypatch, tile):
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(operands, "_INT32_ELEMENTS", 0)
     check(CHAINS["7x9 pixels"].inputs(torch.float32))
 
 
@@ -184,12 +183,12 @@ def launched(monkeypatch):
     monkeypatch.setenv("RESNET_FAST_IMPLEMENTATION", "triton")
     plans = []
 
-    def planned(*args):
-        plans.append(plan(*args))
+    def planned(*args, **options):
+        plans.append(plan(*args, **options))
         return plans[-1]
 
-    plan = chain_launch.plan_chain
-    monkeypatch.setattr(chain_launch, "plan_chain", planned)
+    plan = chain.plan_conv_chain
+    monkeypatch.setattr(chain, "plan_conv_chain", planned)
     return plans
 
 
@@ -197,7 +196,7 @@ def test_the_op_asks_whether_it_pays(launched, monkeypatch):
     inputs = CHAINS["round"].inputs(torch.float32)
     one = torch.ops.resnet_fast.conv_chain(*inputs)
     assert len(launched) == 1
-    monkeypatch.setattr(ops.triton, "chain_pays", lambda case, rows: rows > 128)  # it has 2 * 8 * 8
+    monkeypatch.setattr(kernels, "chain_pays", lambda case, rows: rows > 128)  # it has 2 * 8 * 8
     two = torch.ops.resnet_fast.conv_chain(*inputs)
     assert len(launched) == 1
     for chained, apart in zip(one, two):
@@ -222,7 +221,7 @@ def test_network(dtype, launched, monkeypatch):
     x = torch.randn(2, 3, 40, 32).to(dtype)
     exact = copy.deepcopy(stock).double()(x.double())
     result = fast(x)
-    assert [plan.constants["K"] for plan in launched] == [256, 256, 512]
+    assert [plan.launches[0].constants["K"] for plan in launched] == [256, 256, 512]
     assert_as_good_as_pytorch(result, stock(x), exact)
 
     monkeypatch.setattr(functional, "chained", lambda *args: False)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import descriptor, launch
+from resnet_fast.kernels.triton import conv_descriptor, descriptor, forward, operands
+from resnet_fast.kernels.triton.plan import Plan
 from resnet_fast.kernels.triton.tiles import Tile
 from tests.interpreter.cases import DTYPES, SMALL, TILES, Conv, each_dtype
 from tests.interpreter.checking import (
@@ -66,13 +67,13 @@ CASES = {
 }
 
 
-def planned(inputs: list, conv: Conv, tile: Tile) -> launch.Plan:
-    return launch.plan_conv(*inputs, *conv.geometry(), "interpreter", tile=tile)
+def planned(inputs: list, conv: Conv, tile: Tile) -> Plan:
+    return forward.plan_conv_bn_act(*inputs, *conv.geometry(), "interpreter", tile=tile)
 
 
 def check(inputs: list, conv: Conv, tile: Tile, kernel: str) -> None:
     plan = planned(inputs, conv, tile)
-    assert plan.kernel.__name__ == kernel
+    assert plan.launches[0].kernel.__name__ == kernel
     actual, exact = plan.run(), conv_exact(*inputs, *conv.geometry())
     assert actual.dtype == inputs[0].dtype
     assert actual.is_contiguous(memory_format=torch.channels_last)
@@ -99,7 +100,7 @@ def test_any_number_of_programs(name, count, guarded, monkeypatch):
 @pytest.mark.parametrize("name", ["gemm: round", "conv: round"])
 def test_offsets_of_64_bits(name, guarded, monkeypatch):
     """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(operands, "_INT32_ELEMENTS", 0)
     kernel, conv = CASES[name]
     check(conv.inputs(torch.float32), conv, DESCRIPTOR_TILES["small"], kernel)
 
@@ -114,7 +115,7 @@ def test_nan_and_inf_in_the_image(name, value, dtype, guarded):
     inputs[0][0, -1, 0, 0] = value
     inputs[0][-1, 0, conv.h // 2, conv.w // 2] = value
     plan = planned(inputs, conv, DESCRIPTOR_TILES["large"])
-    assert plan.kernel.__name__ == kernel
+    assert plan.launches[0].kernel.__name__ == kernel
     exact = conv_exact(*inputs, *conv.geometry())
     assert_within(plan.run(), exact, conv_tolerance(exact, *inputs, *conv.geometry()))
 
@@ -153,10 +154,10 @@ def test_training_goes_to_the_pointer_kernels(name):
     prologue = torch.ones(conv.c), torch.zeros(conv.c)
     pointers = "gemm_kernel" if name.startswith("gemm") else "conv_kernel"
     for affine, before in [((scale, shift), prologue), ((None, None), None)]:
-        plan = launch.plan_conv(
+        plan = forward.plan_conv_bn_act(
             x, weight, *affine, None, *conv.geometry()[:-1], False, "interpreter", before, DESCRIPTOR_TILES["small"]
         )
-        assert plan.kernel.__name__ == pointers
+        assert plan.launches[0].kernel.__name__ == pointers
 
 
 @pytest.mark.parametrize(
@@ -191,14 +192,14 @@ def test_no_pixels_and_too_many_are_refused():
 
 
 def test_boxes_waste_little():
-    assert descriptor.box(128, 56, 56, 128) == (2, 8, 8)
-    assert descriptor.box(1, 56, 56, 128) == (1, 8, 16)
-    assert descriptor.box(128, 28, 28, 128) == (8, 4, 4)
-    assert descriptor.box(128, 7, 7, 128) == (128, 1, 1)
-    assert descriptor.box(1, 1, 43, 16) == (1, 1, 16)
-    assert descriptor.box(3, 1, 1, 1) == (1, 1, 1)
+    assert conv_descriptor.box(128, 56, 56, 128) == (2, 8, 8)
+    assert conv_descriptor.box(1, 56, 56, 128) == (1, 8, 16)
+    assert conv_descriptor.box(128, 28, 28, 128) == (8, 4, 4)
+    assert conv_descriptor.box(128, 7, 7, 128) == (128, 1, 1)
+    assert conv_descriptor.box(1, 1, 43, 16) == (1, 1, 16)
+    assert conv_descriptor.box(3, 1, 1, 1) == (1, 1, 1)
     for size in (56, 28, 14, 7):
         for n in (32, 64, 128, 256):
-            sides = descriptor.box(n, size, size, 128)
+            sides = conv_descriptor.box(n, size, size, 128)
             covered = math.prod(-(-whole // side) * side for whole, side in zip((n, size, size), sides))
             assert covered <= n * size**2 * 8 / 7

@@ -5,10 +5,11 @@ from typing import Optional
 import pytest
 import torch
 
-import resnet_fast.kernels.triton as kernels
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import launch, pack, tiles
+from resnet_fast.kernels.triton import operands, pack, tiles
+from resnet_fast.kernels.triton import table as kernels
+from resnet_fast.kernels.triton.pool import plan_tail_pool
 from tests.interpreter.cases import CONVS, DTYPES, SMALL, TILES, Conv, each_dtype, nhwc
 from tests.interpreter.checking import (
     assert_as_good_as_pytorch,
@@ -141,12 +142,12 @@ def test_one_weight_under_several_tiles_and_dtypes(monkeypatch):
 
 def test_offsets_of_64_bits(monkeypatch, tile):
     """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(operands, "_INT32_ELEMENTS", 0)
     for name in ("round", "1x1", "3 channels", "2 groups", "7x7/2"):
         _check(*CONVS[name].inputs(torch.float32), CONVS[name])
     x = nhwc(torch.randn(2, 20, 9, 7))
     torch.testing.assert_close(kernels.global_avg_pool(x), reference.global_avg_pool(x))
-    assert torch.equal(launch.plan_max_pool(x, "interpreter").run(), torch.nn.functional.max_pool2d(x, 3, 2, 1))
+    assert torch.equal(plan_tail_pool(x, None, "interpreter").run(), torch.nn.functional.max_pool2d(x, 3, 2, 1))
 
 
 @each_dtype
@@ -185,7 +186,7 @@ def test_max_pool(n, c, h, w, dtype, monkeypatch):
     data = tiles.load("interpreter")
     for tile in (data["max_pool"], [16, 32, 4]):
         monkeypatch.setitem(data, "max_pool", tile)
-        actual = launch.plan_max_pool(x, "interpreter").run()
+        actual = plan_tail_pool(x, None, "interpreter").run()
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 

@@ -19,7 +19,7 @@ from resnet_fast import quantised as api
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.reference import quantised as reference
 from resnet_fast.kernels.reference.quantised import RANGE, REAL
-from resnet_fast.kernels.triton import launch, pack, quantised, tiles
+from resnet_fast.kernels.triton import operands, pack, table, tiles
 from tests.interpreter.cases import CONVS, SMALL, Conv, nhwc
 from tests.interpreter.checking import assert_within, rounding
 
@@ -147,7 +147,7 @@ def assert_quantised(actual: Tensor, exact: Tensor, error: Tensor, scale: float)
 
 def check(given: Inputs, conv: Conv, out_dtype: Optional[torch.dtype] = None) -> Tensor:
     out_dtype = out_dtype or given.x.dtype
-    actual = quantised.conv_quantised(*given, *conv.geometry(), out_dtype)
+    actual = table.conv_quantised(*given, *conv.geometry(), out_dtype)
     assert actual.dtype == out_dtype
     assert actual.is_contiguous(memory_format=torch.channels_last)
     exact, error = exact_and_error(given, conv.geometry())
@@ -164,7 +164,7 @@ def test_conv(name, dtype, tile):
     """Quantised results, in whole and in small tiles."""
     conv = QUANTISED[name]
     case = Case("conv_quantised", "cpu", dtype, conv.c, conv.k, conv.kernel, *conv.geometry()[:-1])
-    assert quantised.supports(case) is None
+    assert table.supports(case) is None
     check(inputs(conv, dtype), conv)
 
 
@@ -186,7 +186,7 @@ def test_sums_of_int8_are_exact(name):
     largest = [torch.full_like(t, -128) for t in (given.x, given.weight)]
     for x, weight in ((given.x, given.weight), largest):
         exact = torch.nn.functional.conv2d(x.double(), weight.double(), None, *conv.geometry()[:-1])
-        actual = quantised.conv_quantised(x, weight, *given[2:], *conv.geometry(), torch.float32)
+        actual = table.conv_quantised(x, weight, *given[2:], *conv.geometry(), torch.float32)
         assert torch.equal(actual, exact.float())
 
 
@@ -198,7 +198,7 @@ def test_sums_of_int8_beyond_24_bits(tile):
     exact = torch.nn.functional.conv2d(x.double(), weight.double(), None, padding=(0, 1))
     assert (exact > 2**24).all()
     vectors = torch.ones(16), torch.zeros(16)
-    actual = quantised.conv_quantised(x, weight, *vectors, None, 1.0, 1.0, *conv.geometry(), torch.float32)
+    actual = table.conv_quantised(x, weight, *vectors, None, 1.0, 1.0, *conv.geometry(), torch.float32)
     assert torch.equal(actual, exact.float())
 
 
@@ -224,7 +224,7 @@ def test_ties_go_to_the_even_number(name, relu, tile):
     assert tie.sum() > 20
     assert (steps < -129).any() or relu
     assert (steps > 128).any()
-    actual = quantised.conv_quantised(*given, *geometry, INT8)
+    actual = table.conv_quantised(*given, *geometry, INT8)
     assert (actual[tie] % 2 == 0).all()
     assert torch.equal(actual.double(), torch.round(steps).clamp(-128, 127))
 
@@ -263,7 +263,7 @@ def test_nan_has_no_int8(relu):
     given = inputs(conv, INT8, torch.float16)
     given.shift[3] = torch.nan
     given.residual[0, 5, 2, 1] = torch.nan
-    actual = quantised.conv_quantised(*given, *conv.geometry(), INT8)
+    actual = table.conv_quantised(*given, *conv.geometry(), INT8)
     assert (actual[:, 3] == -128).all()
     assert actual[0, 5, 2, 1] == -128
     assert torch.equal(actual, reference.conv_quantised(*given, *conv.geometry(), INT8))
@@ -293,13 +293,13 @@ def test_an_updated_weight_is_packed_again():
 @each_dtype
 def test_offsets_of_64_bits(dtype, monkeypatch):
     """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(operands, "_INT32_ELEMENTS", 0)
     for name in ("round", "1x1", "2 groups", "1x1/2"):
         check(inputs(QUANTISED[name], dtype), QUANTISED[name])
     x = torch.randn(2, 16, 5, 3)
-    assert torch.equal(quantised.quantise(x, 0.25, dtype).double(), reference.quantise(x, 0.25, dtype).double())
+    assert torch.equal(table.quantise(x, 0.25, dtype).double(), reference.quantise(x, 0.25, dtype).double())
     q = full_range(x.shape, dtype)
-    assert torch.equal(quantised.dequantise(q, 0.3, torch.float16), reference.dequantise(q, 0.3, torch.float16))
+    assert torch.equal(table.dequantise(q, 0.3, torch.float16), reference.dequantise(q, 0.3, torch.float16))
 
 
 class Known(NamedTuple):
@@ -420,14 +420,14 @@ def test_quantise(shape, source, dtype, monkeypatch):
     x = (100 * torch.randn(shape)).to(source)
     x[0, 0, 0, 0], x[0, 1, 0, 0], x[0, 2, 0, 0], x[0, 3, 0, 0] = torch.nan, torch.inf, -torch.inf, -0.0
     x[0, 4:9, 0, 0] = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5]) / 2  # ties
-    actual = quantised.quantise(x, 0.5, dtype)
+    actual = table.quantise(x, 0.5, dtype)
     expected = reference.quantise(x, 0.5, dtype)
     assert actual.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(actual.view(torch.uint8), nhwc(expected).view(torch.uint8)) or dtype == FP8
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=0, equal_nan=True)
 
     exact = x.double()
-    assert_quantised(quantised.quantise(x, 0.7, dtype), exact, 3 * _HALF_ULP * exact.abs().nan_to_num(posinf=0), 0.7)
+    assert_quantised(table.quantise(x, 0.7, dtype), exact, 3 * _HALF_ULP * exact.abs().nan_to_num(posinf=0), 0.7)
 
 
 @each_dtype
@@ -439,7 +439,7 @@ def test_dequantise(shape, target, dtype, monkeypatch):
     q = full_range(shape, dtype)
     if dtype == FP8:
         q.view(torch.uint8)[0, 0, 0, 0] = 0x7F
-    actual = quantised.dequantise(q, 0.3, target)
+    actual = table.dequantise(q, 0.3, target)
     assert actual.dtype == target
     assert actual.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(actual, reference.dequantise(q, 0.3, target), rtol=0, atol=0, equal_nan=True)
@@ -447,31 +447,31 @@ def test_dequantise(shape, target, dtype, monkeypatch):
 
 def test_supports():
     case = Case("conv_quantised", "cpu", INT8, 64, 64, (3, 3), (2, 2), (1, 1), (2, 2), 4)
-    assert quantised.supports(case) is None
-    assert quantised.supports(case._replace(dtype=FP8)) is None
-    assert quantised.supports(case._replace(op="quantise", in_channels=3, groups=1)) is None
-    assert "float16" in quantised.supports(case._replace(dtype=torch.float16))
-    assert "mps" in quantised.supports(case._replace(device="mps"))
-    assert "conv_bn_act" in quantised.supports(case._replace(op="conv_bn_act"))
-    assert "3 input channels; multiples of 16" in quantised.supports(case._replace(in_channels=3, groups=1))
-    assert "48 input channels in 2 groups" in quantised.supports(case._replace(in_channels=48, groups=2))
-    assert quantised.supports(case._replace(in_channels=128, groups=32)) is None  # merged to 32 channels
+    assert table.supports(case) is None
+    assert table.supports(case._replace(dtype=FP8)) is None
+    assert table.supports(case._replace(op="quantise", in_channels=3, groups=1)) is None
+    assert "float16" in table.supports(case._replace(dtype=torch.float16))
+    assert "mps" in table.supports(case._replace(device="mps"))
+    assert "conv_bn_act" in table.supports(case._replace(op="conv_bn_act"))
+    assert "3 input channels; multiples of 16" in table.supports(case._replace(in_channels=3, groups=1))
+    assert "48 input channels in 2 groups" in table.supports(case._replace(in_channels=48, groups=2))
+    assert table.supports(case._replace(in_channels=128, groups=32)) is None  # merged to 32 channels
     assert 128 // 32 * pack.merged(32, 4) == 32
 
 
 def test_fp8_is_refused_where_no_instruction_multiplies_it():
     for architecture in ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx950"):
-        assert quantised.no_fp8(architecture) is None
+        assert table.no_fp8(architecture) is None
     for architecture in ("sm_80", "sm_86", "sm_87", "gfx90a", "gfx1100"):
-        assert f"{architecture} does not multiply" in quantised.no_fp8(architecture)
-    assert "float8_e4m3fnuz" in quantised.no_fp8("gfx942")
+        assert f"{architecture} does not multiply" in table.no_fp8(architecture)
+    assert "float8_e4m3fnuz" in table.no_fp8("gfx942")
 
 
 def test_empty_tensors_get_the_definition():
     x, weight = torch.empty(0, 16, 5, 5, dtype=INT8), torch.ones(8, 16, 3, 3, dtype=INT8)
     vector = torch.ones(8)
     geometry = Conv(0, 16, 5, 5, 8).geometry()
-    y = quantised.conv_quantised(x, weight, vector, vector, None, 1.0, 1.0, *geometry, INT8)
+    y = table.conv_quantised(x, weight, vector, vector, None, 1.0, 1.0, *geometry, INT8)
     assert (y.shape, y.dtype) == ((0, 8, 5, 5), INT8)
-    assert quantised.quantise(torch.empty(0, 4, 5, 5), 1.0, INT8).dtype == INT8
-    assert quantised.dequantise(x, 1.0, torch.float16).shape == x.shape
+    assert table.quantise(torch.empty(0, 4, 5, 5), 1.0, INT8).dtype == INT8
+    assert table.dequantise(x, 1.0, torch.float16).shape == x.shape

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from triton.runtime.interpreter import InterpreterBuilder
 
-import resnet_fast.kernels.triton as kernels
 import resnet_fast.ops.inference  # noqa: F401  registers torch.ops.resnet_fast
+from resnet_fast.kernels.contract import Affine, Geometry
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.reference.training import Affine, Geometry
-from resnet_fast.kernels.triton import cost, launch, tiles, training
+from resnet_fast.kernels.triton import classifier, forward, operands, tiles
+from resnet_fast.kernels.triton import table as kernels
+from resnet_fast.kernels.triton.cost_model import cost
+from resnet_fast.kernels.triton.plan import Plan
 from tests.interpreter.cases import CONVS, SMALL, TILES, Conv, each_dtype, nhwc
 from tests.interpreter.checking import (
     assert_as_good_as_pytorch,
@@ -54,9 +56,9 @@ TILE = SMALL._replace(rows=64, columns=32)
 IN_HALF = ["round", "5x3, asymmetric", "7x7/2, 3 channels", "1x1, odd channels", "32 groups of 4, ResNeXt"]
 
 
-def check_parts(conv: Conv, inputs: list, parts: int, tile: tiles.Tile = TILE) -> launch.Plan:
+def check_parts(conv: Conv, inputs: list, parts: int, tile: tiles.Tile = TILE) -> Plan:
     geometry = conv.geometry()
-    plan = launch.plan_conv(*inputs, *geometry, "interpreter", tile=tile._replace(parts=parts))
+    plan = forward.plan_conv_bn_act(*inputs, *geometry, "interpreter", tile=tile._replace(parts=parts))
     actual, exact = plan.run(), conv_exact(*inputs, *geometry)
     assert actual.dtype == inputs[0].dtype
     assert actual.is_contiguous(memory_format=torch.channels_last)
@@ -64,14 +66,13 @@ def check_parts(conv: Conv, inputs: list, parts: int, tile: tiles.Tile = TILE) -
     return plan
 
 
-def parts_made(plan: launch.Plan) -> int:
+def parts_made(plan: Plan) -> int:
     """How many programs share a tile, which must be as many as the second launch adds up."""
-    launches = list(plan.launches())
-    assert [one.then for one in launches] == [None] * len(launches)
-    parts = plan.grid[-1]
-    assert plan.constants["PARTS"] == parts
-    assert len(launches) == (1 if parts == 1 else 2)
-    assert plan.workspace is None or plan.workspace.shape[0] == parts == launches[1].args[5]
+    first, *rest = plan.launches
+    parts = first.grid[-1]
+    assert first.constants["PARTS"] == parts
+    assert len(rest) == len(plan.workspaces) == (0 if parts == 1 else 1)
+    assert all(sums.shape[0] == parts == add.args[5] for sums, add in zip(plan.workspaces, rest))
     return parts
 
 
@@ -91,7 +92,7 @@ def test_conv_in_parts(name, dtype, parts):
     plan = check_parts(conv, inputs, parts)
     assert 1 < parts_made(plan) <= parts
     theirs = reference.conv_bn_act(*inputs, *conv.geometry())
-    assert_as_good_as_pytorch(plan.output, theirs, conv_exact(*inputs, *conv.geometry()))
+    assert_as_good_as_pytorch(plan.result, theirs, conv_exact(*inputs, *conv.geometry()))
 
 
 def test_wide_tiles_in_parts():
@@ -140,7 +141,7 @@ def test_the_order_of_programs_does_not_matter(monkeypatch):
 
     def results() -> list[torch.Tensor]:
         torch.manual_seed(0)
-        return [check_parts(CONVS[name], CONVS[name].inputs(torch.float32), 5).output for name in ("dilation 2", "1x1")]
+        return [check_parts(CONVS[name], CONVS[name].inputs(torch.float32), 5).result for name in ("dilation 2", "1x1")]
 
     forwards = results()
     place = InterpreterBuilder.set_grid_idx
@@ -155,7 +156,7 @@ def test_the_order_of_programs_does_not_matter(monkeypatch):
 @pytest.mark.parametrize("name", ["1x1", "3 channels, stride 2", "2 groups"])
 def test_parts_with_offsets_of_64_bits(name, monkeypatch):
     """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(operands, "_INT32_ELEMENTS", 0)
     check_parts(CONVS[name], CONVS[name].inputs(torch.float32), 2)
 
 
@@ -186,8 +187,8 @@ def test_training_is_not_cut(monkeypatch):
     prologue, geometry = Affine(torch.rand(conv.c), torch.rand(conv.c)), Geometry(*conv.geometry()[:-1])
 
     def results() -> list[torch.Tensor]:
-        affine = training.conv_affine(x, prologue, weight, Affine(scale, shift), None, geometry, True)
-        return [*training.conv_statistics(x, None, weight, geometry), affine]
+        affine = kernels.conv_affine(x, prologue, weight, Affine(scale, shift), None, geometry, True)
+        return [*kernels.conv_statistics(x, None, weight, geometry), affine]
 
     monkeypatch.setattr(tiles, "pick", lambda *problem: TILE)
     expected = results()
@@ -211,9 +212,9 @@ HEADS = {
 def head_launches(request, monkeypatch):
     """Each test runs with the head in one launch and in two."""
     many = request.param == "two launches"
-    monkeypatch.setattr(launch, "_HEAD_READ_AGAIN", -1 if many else 2**60)
+    monkeypatch.setattr(classifier, "_READ_AGAIN", -1 if many else 2**60)
     if request.param.endswith("small tiles"):
-        monkeypatch.setattr(launch, "_HEAD_TILE", (16, 128, 32, 4))
+        monkeypatch.setattr(classifier, "_TILE", (16, 128, 32, 4))
     return 2 if many else 1
 
 
@@ -244,7 +245,7 @@ def test_head(name, dtype, head_launches):
     """Those of one image have no bias."""
     x, weight, bias = head_inputs(*HEADS[name], dtype)
     bias = bias if len(x) > 1 else None
-    assert len(list(launch.plan_head(x, weight, bias, "interpreter").launches())) == head_launches
+    assert len(classifier.plan_head(x, weight, bias, "interpreter").launches) == head_launches
     actual = check_head(x, weight, bias)
     exact = reference.head(*map(double, (x, weight, bias)))
     # Two sums, each of which PyTorch may happen to get exactly.
@@ -314,7 +315,7 @@ def test_head_sees_an_updated_weight(head_launches):
 
 
 def test_head_with_offsets_of_64_bits(head_launches, monkeypatch):
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(operands, "_INT32_ELEMENTS", 0)
     check_head(*head_inputs(2, 17, 7, 5, 10, torch.float32))
 
 

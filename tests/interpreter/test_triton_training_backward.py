@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fast.kernels.contract import Affine, Gate, Geometry, Gradient
 from resnet_fast.kernels.reference import training as reference
-from resnet_fast.kernels.reference.training import Affine, Gate, Geometry, Gradient
-from resnet_fast.kernels.triton import launch, tiles
-from resnet_fast.kernels.triton import training_backward as kernels
+from resnet_fast.kernels.triton import operands, tiles, wgrad
+from resnet_fast.kernels.triton import table as kernels
 from tests.interpreter.cases import each_dtype, nhwc
 from tests.interpreter.checking import assert_as_good_as_pytorch, assert_within, sum_tolerance
 
@@ -28,7 +28,7 @@ def tile(request, monkeypatch):
 
 def use_small_tiles(monkeypatch) -> None:
     monkeypatch.setattr(tiles, "pick", lambda *problem: SMALL)
-    monkeypatch.setattr(kernels, "_part_size", lambda pixels, programs, step, target: 2 * step)
+    monkeypatch.setattr(wgrad, "_part_size", lambda pixels, programs, step, target: 2 * step)
     small = {"pointwise": [16, 32, 4], "max_pool": [16, 32, 4], "sum_rows": [4, 64, 4], "multiprocessors": 16}
     for name, value in small.items():
         monkeypatch.setitem(tiles.load("interpreter"), name, value)
@@ -347,7 +347,7 @@ def test_any_strides():
 
 def test_offsets_of_64_bits(monkeypatch, tile):
     """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(operands, "_INT32_ELEMENTS", 0)
     for name in ("stride 2", "2 groups", "7x7/2, 3 channels"):
         check_dgrad(CONVS[name], torch.float32, "of a raw one", True)
         check_wgrad(CONVS[name], torch.float32, False)

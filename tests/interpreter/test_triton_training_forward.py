@@ -6,10 +6,10 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.contract import Affine, Case, Geometry
 from resnet_fast.kernels.reference import training as reference
-from resnet_fast.kernels.reference.training import Affine, Geometry
-from resnet_fast.kernels.triton import launch, support, tiles, training
+from resnet_fast.kernels.triton import operands, tiles
+from resnet_fast.kernels.triton import table as kernels
 from tests.interpreter.cases import CONVS, SMALL, TILES, Conv, each_dtype, nhwc
 from tests.interpreter.checking import (
     assert_as_good_as_pytorch,
@@ -94,7 +94,7 @@ def check_statistics(y: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor
 
 
 def check_conv_statistics(x, prologue: Optional[Affine], weight, conv: Conv) -> tuple:
-    y, mean, variance = training.conv_statistics(x, prologue, weight, Geometry(*conv.geometry()[:-1]))
+    y, mean, variance = kernels.conv_statistics(x, prologue, weight, Geometry(*conv.geometry()[:-1]))
     a = reference.activate(x, prologue)
     exact = conv_exact(a, weight, *plain(conv))
     assert y.dtype == x.dtype
@@ -142,7 +142,7 @@ def test_conv_affine(name, dtype, small):
     x, weight, scale, shift, residual = conv.inputs(dtype)
     prologue, geometry = affine(conv.c), Geometry(*conv.geometry()[:-1])
     rest = (weight, Affine(scale, shift), residual, geometry, conv.relu)
-    actual = training.conv_affine(x, prologue, *rest)
+    actual = kernels.conv_affine(x, prologue, *rest)
 
     inputs = (reference.activate(x, prologue), weight, scale, shift, residual, *conv.geometry())
     exact = conv_exact(*inputs)
@@ -158,7 +158,7 @@ def test_conv_affine(name, dtype, small):
 def test_gram(n, c, h, w, stride, with_prologue, dtype, small):
     x = nhwc(torch.randn(n, c, h, w).to(dtype))
     prologue = affine(c) if with_prologue else None
-    mean, covariance = training.gram(x, prologue, stride)
+    mean, covariance = kernels.gram(x, prologue, stride)
 
     a = reference.activate(x, prologue).double()
     exact_mean, exact_covariance = reference.gram(a, None, stride)
@@ -183,7 +183,7 @@ def test_gram_gives_the_statistics_of_the_convolution(dtype, small):
     """What it is for: mean and variance of a 1x1 convolution's result, without that result."""
     x = nhwc(torch.randn(4, 32, 9, 7).to(dtype))
     prologue, weight = affine(32), torch.randn(64, 32).to(dtype)
-    mean, covariance = training.gram(x, prologue, (1, 1))
+    mean, covariance = kernels.gram(x, prologue, (1, 1))
     a = reference.activate(x, prologue).double()
     y = torch.einsum("nchw,kc->nkhw", a, weight.double())
     w = weight.float()
@@ -200,7 +200,7 @@ def test_tail(shape, residual, dtype, small):
     y, r = nhwc(torch.randn(2, *shape).to(dtype).flatten(0, 1)).view(2, *shape).unbind(0)
     r = None if residual == "no residual" else r
     ours, theirs = affine(shape[1]), affine(shape[1]) if residual == "raw residual" else None
-    actual = training.tail(y, ours, r, theirs, relu)
+    actual = kernels.tail(y, ours, r, theirs, relu)
 
     wide = [None if t is None else Affine(*map(double, t)) for t in (ours, theirs)]
     exact = reference.tail(y.double(), wide[0], double(r), wide[1], relu)
@@ -223,7 +223,7 @@ def test_tail_pool(shape, dtype, small):
     y = nhwc((torch.randn(shape) - 1).to(dtype))
     ours = affine(shape[1])
     y[0, 1, 0, 0], y[0, 2, 0, 0], y[0, 3, -1, -1] = torch.nan, torch.inf, -torch.inf
-    actual = training.tail_pool(y, ours)
+    actual = kernels.tail_pool(y, ours)
     wide = Affine(*map(double, ours))
     exact = reference.tail_pool(y.double(), wide)
     magnitude = y.double().abs() * wide.scale.abs().view(1, -1, 1, 1) + wide.shift.abs().view(1, -1, 1, 1)
@@ -264,7 +264,7 @@ def test_nan_and_inf_in_gram(value, dtype, small):
     x = nhwc(torch.rand(2, 40, 5, 6).to(dtype))
     x[1, 20, 3, 3] = value
     prologue = Affine(torch.ones(40), torch.ones(40))
-    mean, covariance = training.gram(x, prologue, (1, 1))
+    mean, covariance = kernels.gram(x, prologue, (1, 1))
     reached = torch.zeros(40, dtype=torch.bool)
     reached[20] = True
     assert torch.equal(mean.isfinite(), ~reached)
@@ -279,9 +279,9 @@ def test_the_order_of_programs_does_not_matter(small, monkeypatch):
 
     def results() -> list[torch.Tensor]:
         return [
-            *training.conv_statistics(x, prologue, weight, geometry),
-            *training.gram(x, prologue, (1, 1)),
-            training.conv_affine(x, prologue, weight, Affine(scale, shift), residual, geometry, True),
+            *kernels.conv_statistics(x, prologue, weight, geometry),
+            *kernels.gram(x, prologue, (1, 1)),
+            kernels.conv_affine(x, prologue, weight, Affine(scale, shift), residual, geometry, True),
         ]
 
     forwards = results()
@@ -304,45 +304,43 @@ def test_any_strides(dtype):
     sliced = torch.cat([x, x], dim=3)[:, :, :, 1 : conv.w + 1]
     for image in (x.contiguous(), sliced):
         check_conv_statistics(image, prologue, weight, conv)
-        expected, actual = reference.gram(nhwc(image), prologue, (1, 2)), training.gram(image, prologue, (1, 2))
+        expected, actual = reference.gram(nhwc(image), prologue, (1, 2)), kernels.gram(image, prologue, (1, 2))
         torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(
-            training.tail(image, prologue, residual[:, : conv.c].contiguous(), None, True),
+            kernels.tail(image, prologue, residual[:, : conv.c].contiguous(), None, True),
             reference.tail(image, prologue, residual[:, : conv.c], None, True),
         )
-        torch.testing.assert_close(training.tail_pool(image, prologue), reference.tail_pool(image, prologue))
+        torch.testing.assert_close(kernels.tail_pool(image, prologue), reference.tail_pool(image, prologue))
 
 
 def test_offsets_of_64_bits(monkeypatch, small):
     """Tensors of 2^31 elements do not fit a test; the arithmetic that they use does."""
-    monkeypatch.setattr(launch, "_INT32_ELEMENTS", 0)
+    monkeypatch.setattr(operands, "_INT32_ELEMENTS", 0)
     for name in ("round", "1x1", "2 groups"):
         conv = CONVS[name]
         x, weight, *_ = conv.inputs(torch.float32)
         prologue = affine(conv.c)
         check_conv_statistics(x, prologue, weight, conv)
-        torch.testing.assert_close(training.gram(x, prologue, (2, 2)), reference.gram(x, prologue, (2, 2)))
-        torch.testing.assert_close(
-            training.tail(x, prologue, x, None, True), reference.tail(x, prologue, x, None, True)
-        )
-        torch.testing.assert_close(training.tail_pool(x, prologue), reference.tail_pool(x, prologue))
+        torch.testing.assert_close(kernels.gram(x, prologue, (2, 2)), reference.gram(x, prologue, (2, 2)))
+        torch.testing.assert_close(kernels.tail(x, prologue, x, None, True), reference.tail(x, prologue, x, None, True))
+        torch.testing.assert_close(kernels.tail_pool(x, prologue), reference.tail_pool(x, prologue))
 
 
 def test_supports():
     case = Case("conv_statistics", "cpu", torch.float32, 64, 64, (3, 3), (2, 2), (1, 1), (2, 2), 4)
-    assert training.supports(case) is None
-    assert training.supports(case._replace(op="gram", dtype=torch.bfloat16)) is None
-    assert "float64" in training.supports(case._replace(dtype=torch.float64))
-    assert "mps" in training.supports(case._replace(device="mps"))
-    assert "conv_bn_act" in training.supports(case._replace(op="conv_bn_act"))
-    assert support.supports(case._replace(op="conv_bn_act")) is None
+    assert kernels.supports(case) is None
+    assert kernels.supports(case._replace(op="gram", dtype=torch.bfloat16)) is None
+    assert "float64" in kernels.supports(case._replace(dtype=torch.float64))
+    assert "mps" in kernels.supports(case._replace(device="mps"))
+    assert kernels.supports(case._replace(op="conv_bn_act")) is None
+    assert "no kernel for softmax" in kernels.supports(case._replace(op="softmax"))
 
 
 def test_empty_images_get_the_definition():
     x, weight, ours = torch.empty(0, 4, 5, 5), torch.ones(8, 4, 3, 3), affine(8)
-    y, mean, variance = training.conv_statistics(x, None, weight, Geometry())
+    y, mean, variance = kernels.conv_statistics(x, None, weight, Geometry())
     assert (y.shape, mean.shape, variance.shape) == ((0, 8, 3, 3), (8,), (8,))
-    assert training.conv_affine(x, None, weight, ours, None, Geometry(), True).shape == (0, 8, 3, 3)
-    assert training.gram(x, None, (1, 1))[1].shape == (4, 4)
-    assert training.tail(y, ours, None, None, True).shape == y.shape
-    assert training.tail_pool(torch.empty(0, 8, 4, 4), ours).shape == (0, 8, 2, 2)
+    assert kernels.conv_affine(x, None, weight, ours, None, Geometry(), True).shape == (0, 8, 3, 3)
+    assert kernels.gram(x, None, (1, 1))[1].shape == (4, 4)
+    assert kernels.tail(y, ours, None, None, True).shape == y.shape
+    assert kernels.tail_pool(torch.empty(0, 8, 4, 4), ours).shape == (0, 8, 2, 2)

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels import native
+from resnet_fast.kernels.contract import Affine, Geometry
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import library, wgrad
 from resnet_fast.kernels.reference import training as reference_training
-from resnet_fast.kernels.reference.training import Affine, Geometry, activate
+from resnet_fast.kernels.reference.training import activate
 from tests.cpu.ops.cases import WEIRD, WINOGRAD_TILES, Conv, make, nhwc
 from tests.native.harness import TRICKY, Guarded, Place, placed
 

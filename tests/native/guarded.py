@@ -2,8 +2,8 @@
 
 import torch
 
-from resnet_fast.kernels.native import library, passes
-from resnet_fast.kernels.native.library import Shape
+from resnet_fast.kernels.native import abi, library, passes
+from resnet_fast.kernels.native.abi import Shape
 from tests.cpu.ops.cases import Conv, make
 from tests.native.harness import TRICKY, Expected, Guarded, algorithms_for, convolve, placed, resnet_convs, run
 from tests.native.pass_cases import SHAPES, Memory, everything
@@ -51,10 +51,10 @@ def _everything(variant: str, at_end: bool) -> None:
         print(variant, "pools, sum, layouts", (n, c, h, w), flush=True)
         x, place = torch.randn(n, c, h, w), Guarded(at_end)
         image, plain, size = placed(x, place), placed(x.flatten(), place), (n, h, w, c)
-        shape = Shape(library.FLOAT32, n, h, w, c, h, w, c, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0, 0)
-        for kind in (library.MAX_POOL, library.AVG_POOL, library.ADD, library.TO_NCHW):
-            run(kind, shape, image, size, place, residual=image if kind == library.ADD else None)
-        run(library.TO_NHWC, shape, plain, size, place)
+        shape = Shape(abi.FLOAT32, n, h, w, c, h, w, c, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0, 0)
+        for kind in (abi.MAX_POOL, abi.AVG_POOL, abi.ADD, abi.TO_NCHW):
+            run(kind, shape, image, size, place, residual=image if kind == abi.ADD else None)
+        run(abi.TO_NHWC, shape, plain, size, place)
     for name in SHAPES:
         print(variant, "training's passes", name, flush=True)
         memory = Memory(Guarded(at_end))

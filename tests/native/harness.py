@@ -12,9 +12,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from resnet_fast.kernels import native
-from resnet_fast.kernels.native import library
-from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
+from resnet_fast.kernels.native import abi, library
+from resnet_fast.kernels.native import inference as native
+from resnet_fast.kernels.native.abi import ALGORITHMS, NOWHERE, Op, Ref, Shape
 from tests.cpu.ops.cases import WINOGRAD_TILES, Conv, Data, assert_close, exact_conv, tolerance, unfused
 
 _BORDER = 1 << 12  # bytes
@@ -123,7 +123,7 @@ def convolve(
     before = [t.clone() for t in inputs]
     op = {"algorithm": ALGORITHMS.index(algorithm), "packed": packed, "shift": inputs[1]}
     added = inputs[2] if residual else None
-    y = run(library.CONV, shape, inputs[0], output, place, threads, residual=added, **op)
+    y = run(abi.CONV, shape, inputs[0], output, place, threads, residual=added, **op)
     for tensor, copy in zip(inputs, before):
         assert torch.equal(tensor.view(torch.uint8), copy.view(torch.uint8)), "an input was written"
     return y.permute(0, 3, 1, 2)

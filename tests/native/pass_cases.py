@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from resnet_fast.kernels.contract import Affine, Gate
 from resnet_fast.kernels.native import passes
-from resnet_fast.kernels.reference.training import Affine, Gate
 from tests.native.harness import Place, placed
 
 SHAPES = {

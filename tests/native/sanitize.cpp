@@ -36,7 +36,7 @@ rf_shape random_conv() {
     s.r = s.s = 3;
     s.stride_h = s.stride_w = between(1, 2);
     s.dilation_h = s.dilation_w = 1;
-    if (between(0, 2) == 0) s.n = 8, s.c = between(1, 18);  // from seven images on, edges have tiles of their own
+    if (between(0, 2) == 0) s.n = 8, s.c = between(1, 18);  // blocks of one kind of tiles, and of several
   } else if (kind == 2) {
     s.groups = 16 * between(1, 2);
     s.c = s.groups << between(0, 3);

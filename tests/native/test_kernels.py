@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_fast.kernels import native
-from resnet_fast.kernels.native import library
-from resnet_fast.kernels.native.library import ALGORITHMS, Shape
+from resnet_fast.kernels.native import abi
+from resnet_fast.kernels.native import inference as native
+from resnet_fast.kernels.native.abi import ALGORITHMS, Shape
 from tests.cpu.ops.cases import Conv, make
 from tests.native.harness import TRICKY, Expected, Poisoned, algorithms_for, convolve, placed, resnet_convs, run
 
@@ -76,7 +76,7 @@ def _convs(draw) -> Conv:
         kernel = pair(1, 8)
     least = [max(1, d * (r - 1) + 1 - 2 * p) for r, d, p in zip(kernel, dilation, padding)]
     h, w = (draw(st.integers(low, low + 13)) for low in least)
-    # With seven images or more, Winograd's algorithm has tiles of their own for the edges.
+    # Of few images, Winograd's algorithm has tiles of every kind in a block; of many, blocks of one kind.
     n = draw(st.sampled_from([1, 2, 3, 8] if c * k < 400 else [1, 2, 3]))
     return Conv(n, c, h, w, k, kernel, stride, padding, dilation, groups)
 
@@ -105,6 +105,20 @@ def test_the_same_bits_whatever_the_threads(threads, variant):
                 for _ in range(3):
                     again = convolve(data, algorithm, False, True, Poisoned(), pool, threads)
                     assert torch.equal(first, again), (name, algorithm)
+
+
+@pytest.mark.parametrize("name", TRICKY)
+def test_the_same_bits_wherever_an_image_lies(name, variant):
+    """In batches of any size, at any place in them: programs cut batches, and a result must not tell how."""
+    data = make(TRICKY[name]._replace(n=9), torch.float32)
+    for pool in (False, True):
+        for algorithm in algorithms_for(data.conv, pool):
+            together = convolve(data, algorithm, not pool, True, Poisoned(), pool)
+            for first, end in ((0, 1), (3, 4), (2, 4), (1, 6), (0, 8)):
+                x, residual, conv = data.x[first:end], data.residual[first:end], data.conv._replace(n=end - first)
+                some = data._replace(conv=conv, x=x, residual=residual)
+                alone = convolve(some, algorithm, not pool, True, Poisoned(), pool)
+                assert torch.equal(alone, together[first:end]), (algorithm, first, end)
 
 
 def test_several_python_threads(variant):
@@ -177,9 +191,9 @@ def _check_pool(x, window, stride, padding, mean: bool, threads: int = 1) -> Non
     else:
         exact = F.max_pool2d(x, window, stride, padding)
     p, q = exact.shape[2:]
-    shape = Shape(library.FLOAT32, n, h, w, c, p, q, c, *window, *stride, *padding, 1, 1, 1, 0, 0)
+    shape = Shape(abi.FLOAT32, n, h, w, c, p, q, c, *window, *stride, *padding, 1, 1, 1, 0, 0)
     poisoned = Poisoned()
-    kind = library.AVG_POOL if mean else library.MAX_POOL
+    kind = abi.AVG_POOL if mean else abi.MAX_POOL
     actual = run(kind, shape, placed(x, poisoned), (n, p, q, c), poisoned, threads).permute(0, 3, 1, 2)
     poisoned.check()
     if mean:
@@ -191,9 +205,9 @@ def _check_pool(x, window, stride, padding, mean: bool, threads: int = 1) -> Non
 def _check_add(x, residual, relu: bool, threads: int = 1) -> None:
     n, c, h, w = x.shape
     poisoned = Poisoned()
-    shape = Shape(library.FLOAT32, n, h, w, c, h, w, c, 1, 1, 1, 1, 0, 0, 1, 1, 1, relu, 0)
+    shape = Shape(abi.FLOAT32, n, h, w, c, h, w, c, 1, 1, 1, 1, 0, 0, 1, 1, 1, relu, 0)
     added = None if residual is None else placed(residual, poisoned)
-    actual = run(library.ADD, shape, placed(x, poisoned), (n, h, w, c), poisoned, threads, residual=added)
+    actual = run(abi.ADD, shape, placed(x, poisoned), (n, h, w, c), poisoned, threads, residual=added)
     poisoned.check()
     expected = x if residual is None else x + residual
     expected = F.relu(expected) if relu else expected
@@ -216,11 +230,11 @@ def test_random_pools_and_sums(variant):
         if h + 2 * padding[0] >= window[0] and w + 2 * padding[1] >= window[1]:
             _check_pool(x, window, stride, padding, mean, threads)
         _check_add(x, x.flip(0) if mean else None, data.draw(st.booleans()), threads)
-        shape = Shape(library.FLOAT32, n, h, w, c, h, w, c, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0)
+        shape = Shape(abi.FLOAT32, n, h, w, c, h, w, c, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0)
         poisoned = Poisoned()
-        image = run(library.TO_NHWC, shape, placed(x.flatten(), poisoned), (n, h, w, c), poisoned, threads)
+        image = run(abi.TO_NHWC, shape, placed(x.flatten(), poisoned), (n, h, w, c), poisoned, threads)
         assert torch.equal(image, x.permute(0, 2, 3, 1))
-        assert torch.equal(run(library.TO_NCHW, shape, placed(x, poisoned), size, poisoned, threads), x)
+        assert torch.equal(run(abi.TO_NCHW, shape, placed(x, poisoned), size, poisoned, threads), x)
         poisoned.check()
 
     check()

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from resnet_fast.kernels import native, onednn
+from resnet_fast.kernels import onednn
 from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import library, planner
 from tests.cpu.ops.cases import WINOGRAD_TILES, Conv, exact_conv, make, tolerance
 
@@ -19,7 +20,7 @@ def _python(program: str, input: str = "", **environment: str) -> subprocess.Com
 
 BY_NAME = """
 import sys
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import abi, library
 for name in sys.stdin.read().splitlines():
     if os.fork() == 0:  # a process that has loaded nothing
         os.environ["RESNET_FAST_ISA"] = name
@@ -46,17 +47,20 @@ def test_unknown_instruction_set():
 
 def test_importing_loads_nothing():
     """The library is opened at the first call that may use it."""
-    done = _python("import resnet_fast.ops.inference, sys; print(resnet_fast.ops.inference.native.library._library)")
+    done = _python(
+        "import resnet_fast.ops, sys; from resnet_fast.kernels.native import library; print(library._library)"
+    )
     assert done.stdout.strip() == "None", done.stderr
 
 
 WITHOUT = """
 import sys, torch, resnet_fast
 from pathlib import Path
-from resnet_fast import ops
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.native import abi, library
+from resnet_fast.ops import inference as ops
 {change}
-case = ops.Case("conv_bn_act", "cpu", torch.float32, 3, 8, (7, 7), (2, 2), (3, 3))
+case = Case("conv_bn_act", "cpu", torch.float32, 3, 8, (7, 7), (2, 2), (3, 3))
 print(library.unavailable())
 print(ops.implementation_for(case))
 x, w, v = torch.randn(1, 3, 32, 32), torch.randn(8, 3, 7, 7), torch.ones(8)
@@ -69,7 +73,7 @@ print(tuple(torch.ops.resnet_fast.stem(x, w, v, v).shape), tuple(torch.ops.resne
     [
         ("library.LIBRARY = Path('nowhere/_native.so')", "without a C++ compiler"),
         ("library.LIBRARY = Path(ops.__file__)", "cannot be loaded"),
-        ("library.ABI = 99", "expected 99"),
+        ("abi.ABI = 99", "expected 99"),
     ],
     ids=["missing", "not a library", "other interface"],
 )

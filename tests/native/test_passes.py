@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.contract import Affine, Case, Gate, Gradient
 from resnet_fast.kernels.native import passes
 from resnet_fast.kernels.reference import training as reference
-from resnet_fast.kernels.reference.training import Affine, Gate, Gradient
 from tests.native.harness import Poisoned
 from tests.native.pass_cases import SHAPES, Data, Memory, each, everything, make
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_fast.kernels.native.library import ALGORITHMS
+from resnet_fast.kernels.native.abi import ALGORITHMS
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "kernels/native/src"

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels import native
-from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.contract import Affine, Case, Gate, Geometry
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import library, planner, training
 from resnet_fast.kernels.reference import training as reference
-from resnet_fast.kernels.reference.training import Affine, Gate, Geometry
 from tests.cpu.ops.cases import WEIRD, Conv, Poison, assert_channels_last, network_convs, nhwc
 from tests.native.harness import TRICKY, Poisoned, algorithms_for, shape_of
 

@@ -7,10 +7,9 @@ import sys
 import pytest
 import torch
 
-from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.contract import Affine, Case, Geometry
 from resnet_fast.kernels.native import wgrad
 from resnet_fast.kernels.reference import training as reference_training
-from resnet_fast.kernels.reference.training import Affine, Geometry
 from tests.cpu.ops.cases import Conv, assert_channels_last, nhwc
 from tests.native.gradients import SHAPES, Wgrad, check_gram, double, prologue_of, run_gram
 from tests.native.harness import Poisoned, resnet_convs

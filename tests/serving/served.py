@@ -14,9 +14,9 @@ from torchvision.models import resnet
 
 from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.export import export_onnx
-from resnet_fast.export.compare import error_limit
 from resnet_fast.models.named import build
 from resnet_fast.serving import Server, write_repository
+from resnet_fast.utils.tolerance import error_limit
 from resnet_fast.verify import WINOGRAD
 
 SIZE, CLASSES, MAX_BATCH = 64, 10, 8

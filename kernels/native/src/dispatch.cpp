@@ -25,13 +25,29 @@ extern const Variant variant;
 
 namespace {
 
-const Variant* const variants[] = {
-    &portable::variant,
+struct Compiled {
+  const Variant* variant;
+  bool usable;  // on this CPU
+};
+
 #if defined(__x86_64__)
-    &avx2::variant,
-    &avx512::variant,
+const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+
+// Slowest first. setup.py says which of them are left out.
+const Compiled variants[] = {
+    {&portable::variant, true},
+#if defined(__x86_64__)
+#if !defined(RF_WITHOUT_avx2)
+    {&avx2::variant, has_avx2},
+#endif
+#if !defined(RF_WITHOUT_avx512)
+    {&avx512::variant, has_avx512},
+#endif
 #if !defined(RF_WITHOUT_avx512_bf16)
-    &avx512_bf16::variant,
+    {&avx512_bf16::variant, has_avx512 && __builtin_cpu_supports("avx512bf16")},
 #endif
 #endif
 };
@@ -39,7 +55,7 @@ constexpr int count = sizeof(variants) / sizeof(*variants);
 
 int best() {
   int index = count - 1;
-  while (index > 0 && !rf_variant_usable(index)) index--;
+  while (!variants[index].usable) index--;
   return index;
 }
 
@@ -88,30 +104,23 @@ extern "C" {
 int rf_abi(void) { return RESNET_FAST_ABI; }
 
 int rf_variants(void) { return count; }
-const char* rf_variant_name(int index) { return variants[index]->name; }
+const char* rf_variant_name(int index) { return variants[index].variant->name; }
 
-int rf_variant_usable(int index) {
-#if defined(__x86_64__)
-  if (index == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (index >= 2)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           (index == 2 || __builtin_cpu_supports("avx512bf16"));
-#endif
-  return index == 0;
-}
+int rf_variant_usable(int index) { return variants[index].usable; }
 
 void rf_select_variant(int index) { selected = index; }
 int rf_selected_variant(void) { return selected; }
 
-int rf_supports(const rf_shape* shape, int algorithm) { return variants[selected]->supports(shape, algorithm); }
-int64_t rf_products(const rf_shape* shape, int algorithm) { return variants[selected]->products(shape, algorithm); }
+int rf_supports(const rf_shape* shape, int algorithm) { return variants[selected].variant->supports(shape, algorithm); }
+int64_t rf_products(const rf_shape* shape, int algorithm) {
+  return variants[selected].variant->products(shape, algorithm);
+}
 int64_t rf_packed_bytes(const rf_shape* shape, int algorithm) {
-  return variants[selected]->packed_bytes(shape, algorithm);
+  return variants[selected].variant->packed_bytes(shape, algorithm);
 }
 void rf_pack(const rf_shape* shape, int algorithm, const rf_weight* weight, void* packed, int threads) {
 #pragma omp parallel num_threads(threads)
-  variants[selected]->pack(shape, algorithm, weight, packed, omp_get_thread_num(), omp_get_num_threads());
+  variants[selected].variant->pack(shape, algorithm, weight, packed, omp_get_thread_num(), omp_get_num_threads());
 }
 
 int rf_same(const void* const* addresses, const int32_t* lengths, int number, const void* expected) {
@@ -128,7 +137,7 @@ double rf_peak(int threads) {
     double operations = 0;
     const double start = omp_get_wtime();
 #pragma omp parallel num_threads(threads) reduction(+ : operations)
-    operations += variants[selected]->multiply_adds(200000);
+    operations += variants[selected].variant->multiply_adds(200000);
     const double rate = operations / (omp_get_wtime() - start);
     best = rate > best ? rate : best;
   }
@@ -136,7 +145,7 @@ double rf_peak(int threads) {
 }
 
 void rf_run(const rf_op* ops, int number, void* const* buffers, int threads, double* seconds) {
-  const Variant& variant = *variants[selected];
+  const Variant& variant = *variants[selected].variant;
   Barrier barrier;
 #pragma omp parallel num_threads(threads)
   {
@@ -155,7 +164,7 @@ void rf_run(const rf_op* ops, int number, void* const* buffers, int threads, dou
 }
 
 void rf_run_pass(const rf_pass* pass, int threads) {
-  const Variant& variant = *variants[selected];
+  const Variant& variant = *variants[selected].variant;
   const int64_t count = variant.pass_partials(pass);
   double* partials = (double*)rf_scratch(PARTIALS, count * sizeof(double));
   Barrier barrier;
@@ -171,12 +180,12 @@ void rf_run_pass(const rf_pass* pass, int threads) {
 }
 
 int rf_wgrad_supports(const rf_shape* shape, int algorithm) {
-  return variants[selected]->wgrad_supports(shape, algorithm);
+  return variants[selected].variant->wgrad_supports(shape, algorithm);
 }
 
 void rf_wgrad(const rf_shape* shape, int algorithm, const float* dy, const float* x, const float* scale,
               const float* shift, float* dw, int threads) {
-  const Variant& variant = *variants[selected];
+  const Variant& variant = *variants[selected].variant;
   const WgradCall call{*shape, algorithm, dy, x, scale, shift, dw};
   void* workspace = rf_scratch(PANELS, variant.wgrad_bytes(call));
   Barrier barrier;
@@ -186,7 +195,7 @@ void rf_wgrad(const rf_shape* shape, int algorithm, const float* dy, const float
 
 void rf_gram(const rf_shape* shape, const float* x, const float* scale, const float* shift, float* mean,
              float* covariance, int threads) {
-  const Variant& variant = *variants[selected];
+  const Variant& variant = *variants[selected].variant;
   const GramCall call{*shape, x, scale, shift, mean, covariance};
   void* workspace = rf_scratch(PANELS, variant.gram_bytes(call));
   Barrier barrier;

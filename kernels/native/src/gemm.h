@@ -3,9 +3,9 @@
 
 #include "conv.h"
 #include "panels.h"
-#include "tile.h"
+#include "register_tile.h"
 #include "weights.h"
-#include "work.h"
+#include "work_sharing.h"
 
 namespace RF_VARIANT {
 

@@ -7,7 +7,7 @@
 #include "conv.h"
 #include "simd.h"
 #include "weights.h"
-#include "work.h"
+#include "work_sharing.h"
 
 namespace RF_VARIANT {
 
@@ -76,7 +76,7 @@ static inline void grouped_strip(const rf_shape& s, const float* image, const fl
 #pragma GCC unroll 8
           for (int t = 0; t < S; t++) {
             const int i = (j - t) / STRIDE;
-            if (j >= t && (j - t) % STRIDE == 0 && i < COUNT) sum[i] += x * weights[t][c.value];
+            if (j >= t && (j - t) % STRIDE == 0 && i < COUNT) sum[i] = multiply_add(sum[i], x, weights[t][c.value]);
           }
         });
       }
@@ -94,7 +94,9 @@ static inline void grouped_pixel(const rf_shape& s, const float* image, const fl
       const int y = p * s.stride_h - s.pad_h + r * s.dilation_h, x = q * s.stride_w - s.pad_w + t * s.dilation_w;
       if (y < 0 || y >= s.h || x < 0 || x >= s.w) continue;
       const vec pixel = load(image + (int64_t(y) * s.w + x) * s.c);
-      each_number<WIDTH>([&](auto c) { sum += spread<WIDTH, c.value>(pixel) * load(w + c.value * VL); });
+      each_number<WIDTH>([&](auto c) {
+        sum = multiply_add(sum, spread<WIDTH, c.value>(pixel), load(w + c.value * VL));
+      });
     }
   *total = sum;
 }

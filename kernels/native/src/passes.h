@@ -4,11 +4,7 @@
 // the other, and sums live in the first-level cache.
 #pragma once
 
-#include "sums.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "channel_sums.h"
 
 namespace RF_VARIANT {
 
@@ -16,7 +12,7 @@ static inline vec channels_of(const float* vector, int64_t c, int count) {
   return load_some<Float32>(vector + c, count);
 }
 static inline vec affine(vec v, const float* scale, const float* shift, int64_t c, int count) {
-  return v * channels_of(scale, c, count) + channels_of(shift, c, count);
+  return multiply_add(channels_of(shift, c, count), v, channels_of(scale, c, count));
 }
 
 // Writes a result that nothing was read from. Where it is too large to be found in a cache later, past the caches: a plain
@@ -96,8 +92,8 @@ static inline void add_products(const rf_pass& s, vec g, int64_t i, int64_t c, i
     return load_some<Float32>(y + i, count) - channels_of(mean, c, count);
   };
   if constexpr (N > 0) values[0] += g;
-  if constexpr (N > 1) values[1] += g * centred(s.y, s.mean);
-  if constexpr (N > 2) values[2] += g * centred(s.residual_y, s.residual_mean);
+  if constexpr (N > 1) values[1] = multiply_add(values[1], g, centred(s.y, s.mean));
+  if constexpr (N > 2) values[2] = multiply_add(values[2], g, centred(s.residual_y, s.residual_mean));
 }
 
 template <int N> static void gate(const rf_pass s, double* partials, Team team) {
@@ -145,7 +141,7 @@ static inline void each_window(const rf_pass& s, const float* x, int64_t row, Ea
         vec number = splat(float((h - 2 * p + 1) * 3 + left - 2 * q + 1));
         const float* at = x + ((image * s.h + h) * width + left) * channels + c;
         for (int64_t w = left; w < right; w++, at += channels, number += 1) {
-          const vec v = load_some<Float32>(at, count) * scale + shift;
+          const vec v = multiply_add(shift, load_some<Float32>(at, count), scale);
           const ivec wins = (v > largest) | (v != v);
           largest = wins ? v : largest;
           winner = wins ? number : winner;

@@ -3,7 +3,7 @@
 
 #include "abi.h"
 #include "simd.h"
-#include "work.h"
+#include "work_sharing.h"
 
 namespace RF_VARIANT {
 

@@ -5,7 +5,7 @@
 
 namespace RF_VARIANT {
 
-static inline vec activated(vec x, vec scale, vec shift) { return relu(x * scale + shift); }
+static inline vec activated(vec x, vec scale, vec shift) { return relu(multiply_add(shift, x, scale)); }
 
 struct Prologue {
   const float *scale, *shift;  // [channels]; null: the input is read as it is

@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace RF_VARIANT {
@@ -46,12 +48,29 @@ static inline vec in_register(vec v) {
 
 static inline vec relu(vec v) { return v < vec{} ? vec{} : v; }  // NaN stays
 
+// sum + x * w, rounded once where the instruction set has that. Nothing else is: the compiler may not fuse what is written
+// apart (-ffp-contract=off in setup.py), since it would in one copy of a loop and not in another, and a value's last bits
+// would depend on the tile that it came in.
+static inline vec multiply_add(vec sum, vec x, vec w) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_fmadd_ps((__m512)x, (__m512)w, (__m512)sum);
+#elif defined(__FMA__)
+  return (vec)_mm256_fmadd_ps((__m256)x, (__m256)w, (__m256)sum);
+#elif defined(__aarch64__)
+  return (vec)vfmaq_f32((float32x4_t)sum, (float32x4_t)x, (float32x4_t)w);
+#else
+  return sum + x * w;
+#endif
+}
+
+static inline vec multiply_add(vec sum, float x, vec w) { return multiply_add(sum, splat(x), w); }
+
 // What the kernels multiply, and what images hold. A "unit" is 32 bits wide: what a lane of a vector takes at a time.
 struct Float32 {
   using Element = float;
   static constexpr int PER_UNIT = 1;
   static inline vec broadcast(const float* unit) { return splat(*unit); }
-  static inline vec multiply_add(vec sum, vec x, vec w) { return sum + x * w; }
+  static inline vec multiply_add(vec sum, vec x, vec w) { return RF_VARIANT::multiply_add(sum, x, w); }
   static inline vec load(const float* p) { return RF_VARIANT::load(p); }
   static inline void store(float* p, vec v) { RF_VARIANT::store(p, v); }
   static inline float widen(float f) { return f; }

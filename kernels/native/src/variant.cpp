@@ -171,7 +171,7 @@ static double multiply_adds(int64_t rounds) {
   vec x = in_register(splat(1e-9f)), w = in_register(splat(1.0f));
   for (int64_t i = 0; i < rounds; i++)
 #pragma GCC unroll 16
-    for (int j = 0; j < CHAINS; j++) sum[j] = in_register(sum[j] * w + x);
+    for (int j = 0; j < CHAINS; j++) sum[j] = in_register(multiply_add(x, sum[j], w));
   vec total = {};
   for (int j = 0; j < CHAINS; j++) total += sum[j];
   return 2.0 * VL * CHAINS * double(rounds) + 0.0 * double(total[0]);  // the sums are used, so they must be made

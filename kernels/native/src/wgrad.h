@@ -5,10 +5,10 @@
 #pragma once
 
 #include "barrier.h"
-#include "outer.h"
+#include "outer_product.h"
 #include "panels.h"
 #include "prologue.h"
-#include "work.h"
+#include "work_sharing.h"
 
 namespace RF_VARIANT {
 

@@ -6,10 +6,10 @@
 #pragma once
 
 #include "conv.h"
-#include "tile.h"
+#include "register_tile.h"
 #include "weights.h"
 #include "winograd_filters.h"
-#include "work.h"
+#include "work_sharing.h"
 
 namespace RF_VARIANT {
 
@@ -79,49 +79,102 @@ template <class F> struct WinogradWeights {
   }
 };
 
-// A convolution, or a rectangle of its outputs, which is the same in all images.
+// A convolution whose input pixels may lie further apart than their channels are many.
 struct WinogradTask : ConvTask<Float32> {
   int64_t pixel;  // floats that an input pixel takes up, at least its channels
-  Range high, wide;
 
-  explicit WinogradTask(const ConvTask<Float32>& conv)
-      : ConvTask<Float32>(conv), pixel(shape.c), high{0, shape.p}, wide{0, shape.q} {}
+  explicit WinogradTask(const ConvTask<Float32>& conv) : ConvTask<Float32>(conv), pixel(shape.c) {}
 };
 
-// The filters for columns, and for rows, of tiles.
-template <class FP, class FQ> struct Winograd {
-  static_assert(FP::WEIGHTS == FQ::WEIGHTS && FP::STRIDE == FQ::STRIDE);
-  static constexpr int POINTS = FP::POINTS * FQ::POINTS, WEIGHTS = FP::WEIGHTS;
+// Outputs side by side, cut into whole tiles and, if the filter has edges, a smaller one for what is left.
+template <class F> struct Cut {
+  int whole, left;  // tiles; outputs
+
+  explicit Cut(int length)
+      : whole(F::EDGES ? length / F::OUT : int(ceil_div(length, F::OUT))), left(F::EDGES ? length % F::OUT : 0) {}
+  int64_t tiles(bool edge) const { return edge ? left > 0 : whole; }
+  // Calls use(filter) with the filter of a tile.
+  template <class Use> auto with_filter(bool edge, Use use) const {
+    if constexpr (F::EDGES) {
+      if (edge && left == F::OUT - 1) return use(Edge<F::OUT - 1, F::STRIDE>());
+      if (edge) return use(Edge<F::OUT - 2, F::STRIDE>());
+    }
+    return use(F());
+  }
+  // Of all tiles.
+  int64_t points() const {
+    return whole * F::POINTS + tiles(true) * with_filter(true, [](auto filter) { return int64_t(filter.POINTS); });
+  }
+  // Whether the smaller tile has that point of a whole one.
+  bool edge_has(int point) const {
+    return with_filter(true, [&](auto filter) {
+      for (int i = 0; i < filter.POINTS; i++)
+        if (filter.point_of(i) == point) return true;
+      return false;
+    });
+  }
+};
+
+// A tile has the same points, and so the same last bits, whatever other tiles there are. Smaller tiles have some of the
+// points of whole ones, and are rows of the same products: the weights are read once.
+template <class F> struct Winograd {
+  static constexpr int POINTS = F::POINTS * F::POINTS, WEIGHTS = F::WEIGHTS;
 
   // Which of the transformed weights a point is multiplied by.
   static int64_t weights_of(int point) {
-    return FP::weight_of(point / FQ::POINTS) * WEIGHTS + FQ::weight_of(point % FQ::POINTS);
+    return F::weight_of(point / F::POINTS) * WEIGHTS + F::weight_of(point % F::POINTS);
   }
-
-  struct Task : WinogradTask {
-    int64_t tiles_high, tiles_wide, lines;  // lines: of VL input channels
-
-    explicit Task(const WinogradTask& task)
-        : WinogradTask(task), tiles_high(ceil_div(high.end - high.begin, FP::OUT)),
-          tiles_wide(ceil_div(wide.end - wide.begin, FQ::OUT)), lines(ceil_div(shape.c, VL)) {}
-    int64_t tiles() const { return shape.n * tiles_high * tiles_wide; }
-  };
 
   struct Place {  // of a tile
     int64_t image;
     int p, q;
+    bool edge_p, edge_q;
   };
-  static Place place(const Task& task, int64_t tile) {
-    const int64_t per_image = task.tiles_high * task.tiles_wide, at = tile % per_image;
-    return {tile / per_image, int(task.high.begin + at / task.tiles_wide * FP::OUT),
-            int(task.wide.begin + at % task.tiles_wide * FQ::OUT)};
+
+  // The tiles of all images lie in an order in which those that have a point are side by side.
+  struct Task : WinogradTask {
+    static constexpr bool KINDS[4][2] = {{false, true}, {false, false}, {true, false}, {true, true}};  // edge_p, edge_q
+    Cut<F> high, wide;
+    int64_t lines;       // of VL input channels
+    int64_t starts[5];   // of each kind of tiles; the end
+    Range with[POINTS];  // the tiles that have a point
+
+    explicit Task(const WinogradTask& task)
+        : WinogradTask(task), high(shape.p), wide(shape.q), lines(ceil_div(shape.c, VL)), starts{} {
+      for (int i = 0; i < 4; i++)
+        starts[i + 1] = starts[i] + shape.n * high.tiles(KINDS[i][0]) * wide.tiles(KINDS[i][1]);
+      for (int point = 0; point < POINTS; point++) {
+        const bool p = high.edge_has(point / F::POINTS), q = wide.edge_has(point % F::POINTS);
+        with[point] = {starts[q ? 0 : 1], starts[!p ? 2 : q ? 4 : 3]};
+      }
+    }
+    int64_t tiles() const { return starts[4]; }
+    Place place(int64_t tile) const {
+      int kind = 0;
+      while (tile >= starts[kind + 1]) kind++;
+      const auto [edge_p, edge_q] = KINDS[kind];
+      const int64_t across = wide.tiles(edge_q), per_image = high.tiles(edge_p) * across, number = tile - starts[kind];
+      const int64_t p = edge_p ? high.whole : number % per_image / across, q = edge_q ? wide.whole : number % across;
+      return {number / per_image, int(p) * F::OUT, int(q) * F::OUT, edge_p, edge_q};
+    }
+    // Calls use(filter_p, filter_q).
+    template <class Use> void with_filters(const Place& at, Use use) const {
+      high.with_filter(at.edge_p, [&](auto p) { wide.with_filter(at.edge_q, [&](auto q) { use(p, q); }); });
+    }
+  };
+
+  // The number of a tile's point, among those of a whole tile.
+  template <class FP, class FQ> static constexpr int point_of(int i, int j) {
+    return FP::point_of(i) * F::POINTS + FQ::point_of(j);
   }
 
   // Input transform of one tile into its row of the panels; `v` at that row, `line_step` floats from a line of channels
-  // to the next, `point_step` from point to point.
-  static void transform_input(const Task& task, int64_t tile, float* v, int64_t line_step, int64_t point_step) {
+  // to the next, `point_step` from point to point. A function for each pair of filters: with all of them in one, GCC
+  // would no longer inline the filters.
+  template <class FP, class FQ>
+  static __attribute__((noinline)) void transform_input(const Task& task, const Place& at, float* v, int64_t line_step,
+                                                        int64_t point_step) {
     const rf_shape& s = task.shape;
-    const Place at = place(task, tile);
     const float* image = task.x + at.image * s.h * s.w * task.pixel;
     const int y0 = FP::first_input(at.p) - s.pad_h, x0 = FQ::first_input(at.q) - s.pad_w;
     const bool inside = y0 >= 0 && x0 >= 0 && y0 + FP::IN <= s.h && x0 + FQ::IN <= s.w;
@@ -158,27 +211,28 @@ template <class FP, class FQ> struct Winograd {
         vec row[FQ::POINTS];
         FQ::input(half[i], row);
 #pragma GCC unroll 9
-        for (int j = 0; j < FQ::POINTS; j++) store(v + (i * FQ::POINTS + j) * point_step, row[j]);
+        for (int j = 0; j < FQ::POINTS; j++) store(v + point_of<FP, FQ>(i, j) * point_step, row[j]);
       }
     }
   }
 
   // Output transform of one tile for one vector of channels, from `m`, `point_step` floats from point to point.
-  static void transform_output(const Task& task, int64_t tile, const float* m, int64_t point_step, int channel) {
+  template <class FP, class FQ>
+  static __attribute__((noinline)) void transform_output(const Task& task, const Place& at, const float* m,
+                                                         int64_t point_step, int channel) {
     const rf_shape& s = task.shape;
-    const Place at = place(task, tile);
     const int channels = smaller(VL, s.k - channel);
     vec half[FP::OUT][FQ::POINTS];
 #pragma GCC unroll 9
     for (int j = 0; j < FQ::POINTS; j++) {
       vec column[FP::POINTS], out[FP::OUT];
 #pragma GCC unroll 9
-      for (int i = 0; i < FP::POINTS; i++) column[i] = load(m + (i * FQ::POINTS + j) * point_step);
+      for (int i = 0; i < FP::POINTS; i++) column[i] = load(m + point_of<FP, FQ>(i, j) * point_step);
       FP::output(column, out);
 #pragma GCC unroll 8
       for (int i = 0; i < FP::OUT; i++) half[i][j] = out[i];
     }
-    const int high = smaller(FP::OUT, int(task.high.end) - at.p), wide = smaller(FQ::OUT, int(task.wide.end) - at.q);
+    const int high = smaller(FP::OUT, s.p - at.p), wide = smaller(FQ::OUT, s.q - at.q);
     const int64_t corner = ((at.image * s.p + at.p) * s.q + at.q) * s.k + channel;
     const vec shift = load_some<Float32>(task.shift + channel, channels);
     const bool whole = high == FP::OUT && wide == FQ::OUT && channels == VL;
@@ -204,29 +258,49 @@ template <class FP, class FQ> struct Winograd {
     const int64_t panel_count = panels.count(), m_point = panels.rows * NR + VL;
     for (int64_t panel = 0; panel < panel_count; panel++) {
       const int64_t first = panels.begin(panel), rows = panels.begin(panel + 1) - first;
-      for (int64_t i = 0; i < rows; i++)
-        transform_input(task, range.begin + first + i, v + first * task.lines * VL + i * VL, rows * VL, v_point);
+      for (int64_t i = 0; i < rows; i++) {
+        const Place at = task.place(range.begin + first + i);
+        task.with_filters(at, [&](auto p, auto q) {
+          float* row = v + first * task.lines * VL + i * VL;
+          transform_input<decltype(p), decltype(q)>(task, at, row, rows * VL, v_point);
+        });
+      }
     }
     for (int64_t j = columns.begin; j < columns.end; j++) {
       const int channel = int(j * NR), channels = smaller(NR, s.k - channel), width = channels > VL ? NR : VL;
       const float* u = task.packed + int64_t(WEIGHTS) * WEIGHTS * s.c * channel;
-      for (int point = 0; point < POINTS; point++) {
-        const float* weights = u + weights_of(point) * s.c * width;
-        const bool more = width == NR && point + 1 < POINTS && weights_of(point + 1) != weights_of(point);
-        const float* next = more ? u + weights_of(point + 1) * s.c * width : nullptr;
-        for (int64_t i = 0; i < panel_count; i++) {
-          const int64_t first = panels.begin(i);
-          const int rows = int(panels.begin(i + 1) - first);
-          multiply(Tile<Float32>{panel(v + point * v_point + first * task.lines * VL, rows, s.c), weights,
-                                 m + point * m_point + first * width, width, nullptr, nullptr, false, width,
-                                 Ahead::share(next, i, panel_count), nullptr},
-                   rows);
+      auto weights = [&](int point) { return u + weights_of(point) * s.c * width; };
+      for (int point = 0, after; point < POINTS; point = after) {
+        const Range with = rows(task, range, point);
+        for (after = point + 1; after < POINTS && rows(task, range, after).empty();) after++;
+        if (with.empty()) continue;
+        const bool more = width == NR && after < POINTS && weights_of(after) != weights_of(point);
+        const float* next = more ? weights(after) : nullptr;
+        const int64_t first_panel = panels.of(with.begin), end_panel = panels.of(with.end - 1) + 1;
+        for (int64_t i = first_panel; i < end_panel; i++) {
+          const int64_t first = panels.begin(i), end = panels.begin(i + 1);
+          const int64_t from = larger(first, with.begin), height = smaller(end, with.end) - from;
+          const float* left = v + point * v_point + first * task.lines * VL + (from - first) * VL;
+          const Ahead ahead = Ahead::share(next, i - first_panel, end_panel - first_panel);
+          multiply(Tile<Float32>{panel(left, int(end - first), s.c), weights(point), m + point * m_point + from * width,
+                                 width, nullptr, nullptr, false, width, ahead, nullptr},
+                   int(height));
         }
       }
-      for (int64_t i = 0; i < panels.rows; i++)
-        for (int part = 0; part < channels; part += VL)
-          transform_output(task, range.begin + i, m + i * width + part, m_point, channel + part);
+      for (int64_t i = 0; i < panels.rows; i++) {
+        const Place at = task.place(range.begin + i);
+        task.with_filters(at, [&](auto p, auto q) {
+          for (int part = 0; part < channels; part += VL)
+            transform_output<decltype(p), decltype(q)>(task, at, m + i * width + part, m_point, channel + part);
+        });
+      }
     }
+  }
+
+  // Those of a block's tiles that have a point.
+  static Range rows(const Task& task, Range block, int point) {
+    const Range& all = task.with[point];
+    return {larger(all.begin, block.begin) - block.begin, smaller(all.end, block.end) - block.begin};
   }
 
   static void conv(const WinogradTask& winograd_task, Team team) {
@@ -256,39 +330,9 @@ template <class FP, class FQ> struct Winograd {
 template <int OUT, int STRIDE> struct WinogradConv : WinogradWeights<Filter<OUT, STRIDE>> {
   using F = Filter<OUT, STRIDE>;
 
-  // Whether what whole tiles leave over is cut into tiles of its own. They are products of their own too, which read
-  // the weights again: not worth it for less than half a register tile of corners.
-  static bool edges(const rf_shape& s) { return OUT == 4 && STRIDE > 0 && s.n >= MR / 2; }
+  static int64_t products(const rf_shape& s) { return s.n * Cut<F>(s.p).points() * Cut<F>(s.q).points(); }
 
-  static int64_t products(const rf_shape& s) { return s.n * points(s, s.p) * points(s, s.q); }
-  static int64_t points(const rf_shape& s, int length) {
-    int64_t points = 0;
-    each_part(s, length, [&](auto filter, Range part) {
-      points += ceil_div(part.end - part.begin, filter.OUT) * filter.POINTS;
-    });
-    return points;
-  }
-
-  static void conv(const ConvTask<Float32>& conv_task, Team team) {
-    WinogradTask task(conv_task);
-    const rf_shape& s = task.shape;
-    each_part(s, s.p, [&](auto filter_p, Range high) {
-      each_part(s, s.q, [&](auto filter_q, Range wide) {
-        task.high = high, task.wide = wide;
-        Winograd<decltype(filter_p), decltype(filter_q)>::conv(task, team);
-      });
-    });
-  }
-
-  // Calls use(filter, range) for whole tiles, and for what is left if that has tiles of its own.
-  template <class Use> static void each_part(const rf_shape& s, int64_t length, Use use) {
-    const int64_t left = edges(s) ? length % OUT : 0, whole = length - left;
-    use(F(), Range{0, whole});
-    if constexpr (OUT == 4 && STRIDE > 0) {
-      if (left == 3) use(Edge<3, STRIDE>(), Range{whole, length});
-      if (left == 1 || left == 2) use(Edge<2, STRIDE>(), Range{whole, length});
-    }
-  }
+  static void conv(const ConvTask<Float32>& task, Team team) { Winograd<F>::conv(WinogradTask(task), team); }
 };
 
 }  // namespace RF_VARIANT

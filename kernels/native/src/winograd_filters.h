@@ -6,9 +6,11 @@
 namespace RF_VARIANT {
 
 // OUT outputs, STRIDE inputs apart, of TAPS taps, from IN inputs through POINTS points, each multiplied by one of
-// WEIGHTS transformed weights. `input` and `output` work on anything that adds and multiplies.
+// WEIGHTS transformed weights. `weight` works on anything that adds and multiplies.
 template <int OUT_, int STRIDE_, int TAPS_> struct FilterSize {
   static constexpr int OUT = OUT_, STRIDE = STRIDE_, TAPS = TAPS_;
+  static constexpr bool EDGES = OUT == 4 && STRIDE > 0 && TAPS == 3;  // has an Edge for what its tiles leave over
+  static constexpr int point_of(int point) { return point; }
   static constexpr int first_input(int output) { return output * STRIDE; }
 };
 template <int OUT, int STRIDE> struct Filter;
@@ -38,20 +40,20 @@ template <> struct Filter<4, 1> : FilterSize<4, 1, 3> {
   static constexpr int IN = 6, POINTS = 6, WEIGHTS = 6;
   static constexpr int weight_of(int point) { return point; }
   template <class T> static inline void input(const T (&d)[6], T (&v)[6]) {
-    const T a = d[4] - 4.0f * d[2], b = d[3] - 4.0f * d[1], c = d[4] - d[2], e = 2.0f * (d[3] - d[1]);
-    v[0] = 4.0f * d[0] + (d[4] - 5.0f * d[2]);
+    const T a = multiply_add(d[4], -4, d[2]), b = multiply_add(d[3], -4, d[1]), c = d[4] - d[2], e = d[3] - d[1];
+    v[0] = multiply_add(multiply_add(d[4], -5, d[2]), 4, d[0]);
     v[1] = a + b;
     v[2] = a - b;
-    v[3] = c + e;
-    v[4] = c - e;
-    v[5] = 4.0f * d[1] + (d[5] - 5.0f * d[3]);
+    v[3] = multiply_add(c, 2, e);
+    v[4] = multiply_add(c, -2, e);
+    v[5] = multiply_add(multiply_add(d[5], -5, d[3]), 4, d[1]);
   }
   template <class T> static inline void output(const T (&m)[6], T (&y)[4]) {
     const T a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], e = m[3] - m[4];
     y[0] = m[0] + a + c;
-    y[1] = b + 2.0f * e;
-    y[2] = a + 4.0f * c;
-    y[3] = b + 8.0f * e + m[5];
+    y[1] = multiply_add(b, 2, e);
+    y[2] = multiply_add(a, 4, c);
+    y[3] = multiply_add(b, 8, e) + m[5];
   }
   template <class T> static inline void weight(const T (&g)[3], T (&u)[6]) {
     constexpr double SIXTH = 1.0 / 6;
@@ -93,12 +95,12 @@ template <> struct Filter<4, 2> : FilterSize<4, 2, 3> {  // the two taps at the 
   static constexpr int IN = 9, POINTS = 9, WEIGHTS = 6;
   static constexpr int weight_of(int point) { return smaller(point, 5); }
   template <class T> static inline void input(const T (&d)[9], T (&v)[9]) {
-    const T a = d[6] - d[4], b = 2.0f * d[2];
-    v[0] = 2.0f * (d[0] - d[4]) + (d[6] - d[2]);
-    v[1] = a - b;
-    v[2] = a + b - 2.0f * d[4];
+    const T a = d[6] - d[4];
+    v[0] = multiply_add(d[6] - d[2], 2, d[0] - d[4]);
+    v[1] = multiply_add(a, -2, d[2]);
+    v[2] = multiply_add(a, 2, d[2] - d[4]);
     v[3] = d[6] - d[2];
-    v[4] = b - d[4] - 2.0f * d[6] + d[8];
+    v[4] = multiply_add(d[8] - d[4], 2, d[2] - d[6]);
     v[5] = d[1];
     v[6] = d[3];
     v[7] = d[5];
@@ -107,9 +109,9 @@ template <> struct Filter<4, 2> : FilterSize<4, 2, 3> {  // the two taps at the 
   template <class T> static inline void output(const T (&m)[9], T (&y)[4]) {
     const T a = m[1] + m[2], b = m[1] - m[2];
     y[0] = m[0] + a + m[3] + m[5];
-    y[1] = b + 2.0f * m[3] + m[6];
-    y[2] = a + 4.0f * m[3] + m[7];
-    y[3] = b + 8.0f * m[3] + m[4] + m[8];
+    y[1] = multiply_add(b, 2, m[3]) + m[6];
+    y[2] = multiply_add(a, 4, m[3]) + m[7];
+    y[3] = multiply_add(b, 8, m[3]) + m[4] + m[8];
   }
   template <class T> static inline void weight(const T (&g)[3], T (&u)[6]) {
     constexpr double SIXTH = 1.0 / 6;
@@ -145,13 +147,13 @@ template <int PAIRS> struct Filter<PAIRS, -2> : FilterSize<2 * PAIRS, -2, 3> {
 };
 
 // What is left at the right and at the lower edge when an image is cut into tiles of four: one or two outputs, or three,
-// from some of the points of Filter<4, STRIDE>, and so with its weights. The factors make up for the points that its
-// weights were divided by the distance to, and that are not here.
+// from some of the points of Filter<4, STRIDE>, which `point_of` numbers, and so with its weights. The factors make up for
+// the points that its weights were divided by the distance to, and that are not here.
 template <int OUT, int STRIDE> struct Edge;
 
 template <> struct Edge<2, 1> : FilterSize<2, 1, 3> {  // 0, 1, -1 and infinity
-  static constexpr int IN = 4, POINTS = 4, WEIGHTS = 6;
-  static constexpr int weight_of(int point) { return point < 3 ? point : 5; }
+  static constexpr int IN = 4, POINTS = 4;
+  static constexpr int point_of(int point) { return point < 3 ? point : 5; }
   template <class T> static inline void input(const T (&d)[4], T (&v)[4]) {
     v[0] = 4.0f * (d[0] - d[2]);
     v[1] = -3.0f * (d[1] + d[2]);
@@ -165,27 +167,27 @@ template <> struct Edge<2, 1> : FilterSize<2, 1, 3> {  // 0, 1, -1 and infinity
 };
 
 template <> struct Edge<3, 1> : FilterSize<3, 1, 3> {  // 0, 1, -1, 2 and infinity
-  static constexpr int IN = 5, POINTS = 5, WEIGHTS = 6;
-  static constexpr int weight_of(int point) { return point < 4 ? point : 5; }
+  static constexpr int IN = 5, POINTS = 5;
+  static constexpr int point_of(int point) { return point < 4 ? point : 5; }
   template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
     const T a = d[3] - d[1];
-    v[0] = 4.0f * (d[0] - d[2]) + 2.0f * a;
-    v[1] = 3.0f * (d[3] - d[2] - 2.0f * d[1]);
-    v[2] = d[3] - 3.0f * d[2] + 2.0f * d[1];
+    v[0] = multiply_add(2.0f * a, 4, d[0] - d[2]);
+    v[1] = 3.0f * multiply_add(d[3] - d[2], -2, d[1]);
+    v[2] = multiply_add(multiply_add(d[3], -3, d[2]), 2, d[1]);
     v[3] = 4.0f * a;
-    v[4] = d[4] - d[2] - 2.0f * a;
+    v[4] = multiply_add(d[4] - d[2], -2, a);
   }
   template <class T> static inline void output(const T (&m)[5], T (&y)[3]) {
     const T a = m[1] + m[2], b = m[1] - m[2];
     y[0] = m[0] + a + m[3];
-    y[1] = b + 2.0f * m[3];
-    y[2] = a + 4.0f * m[3] + m[4];
+    y[1] = multiply_add(b, 2, m[3]);
+    y[2] = multiply_add(a, 4, m[3]) + m[4];
   }
 };
 
 template <> struct Edge<2, 2> : FilterSize<2, 2, 3> {  // two taps: 0, 1 and infinity
-  static constexpr int IN = 5, POINTS = 5, WEIGHTS = 6;
-  static constexpr int weight_of(int point) { return point < 2 ? point : point == 2 ? 4 : 5; }
+  static constexpr int IN = 5, POINTS = 5;
+  static constexpr int point_of(int point) { return point < 2 ? point : point + 2; }
   template <class T> static inline void input(const T (&d)[5], T (&v)[5]) {
     v[0] = 2.0f * (d[0] - d[2]);
     v[1] = -2.0f * d[2];
@@ -199,8 +201,8 @@ template <> struct Edge<2, 2> : FilterSize<2, 2, 3> {  // two taps: 0, 1 and inf
 };
 
 template <> struct Edge<3, 2> : FilterSize<3, 2, 3> {  // two taps: 0, 1, -1 and infinity
-  static constexpr int IN = 7, POINTS = 7, WEIGHTS = 6;
-  static constexpr int weight_of(int point) { return point < 3 ? point : smaller(point + 1, 5); }
+  static constexpr int IN = 7, POINTS = 7;
+  static constexpr int point_of(int point) { return point < 3 ? point : point + 1; }
   template <class T> static inline void input(const T (&d)[7], T (&v)[7]) {
     v[0] = 2.0f * (d[0] - d[4]);
     v[1] = 0.0f - d[2] - d[4];

@@ -14,7 +14,7 @@ struct FourTaps : FilterSize<4, 1, 4> {
   static constexpr int IN = 7, POINTS = 7, WEIGHTS = 7;
   static constexpr int weight_of(int point) { return point; }
   template <class T> static inline void input(const T (&d)[7], T (&v)[7]) {
-    v[0] = 5.25f * (d[2] - d[4]) + (d[6] - d[0]);
+    v[0] = multiply_add(d[6] - d[0], 5.25f, d[2] - d[4]);
     pair(d, 1.0f, 4.25f, 1.0f, v[1], v[2]);
     pair(d, 2.0f, 1.25f, 0.25f, v[3], v[4]);
     pair(d, 0.5f, 5.0f, 4.0f, v[5], v[6]);
@@ -23,16 +23,17 @@ struct FourTaps : FilterSize<4, 1, 4> {
   // squares of the other two pairs.
   template <class T>
   static inline void pair(const T (&d)[7], float point, float sum, float product, T& plus, T& minus) {
-    const T even = product * d[2] - sum * d[4] + d[6], odd = point * (product * d[1] - sum * d[3] + d[5]);
-    plus = even + odd;
-    minus = even - odd;
+    const T even = multiply_add(multiply_add(d[6], -sum, d[4]), product, d[2]);
+    const T odd = multiply_add(multiply_add(d[5], -sum, d[3]), product, d[1]);
+    plus = multiply_add(even, point, odd);
+    minus = multiply_add(even, -point, odd);
   }
   template <class T> static inline void output(const T (&m)[7], T (&y)[4]) {
     const T a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], e = m[3] - m[4], f = m[5] + m[6], g = m[5] - m[6];
     y[0] = m[0] + a + c + f;
-    y[1] = b + 2.0f * e + 0.5f * g;
-    y[2] = a + 4.0f * c + 0.25f * f;
-    y[3] = b + 8.0f * e + 0.125f * g;
+    y[1] = multiply_add(multiply_add(b, 2, e), 0.5f, g);
+    y[2] = multiply_add(multiply_add(a, 4, c), 0.25f, f);
+    y[3] = multiply_add(multiply_add(b, 8, e), 0.125f, g);
   }
   template <class T> static inline void weight(const T (&g)[4], T (&u)[7]) {
     constexpr double points[7] = {0, 1, -1, 2, -2, 0.5, -0.5};
@@ -101,7 +102,7 @@ struct WinogradStem {
       float* y = task.y + (row * s.q - task.y_row) * s.k;
       WinogradTask band({half, image, task.packed, task.shift, residual, y, 0, {}, {}});
       band.pixel = PIXEL;
-      Winograd<FourTaps, FourTaps>::conv(band, {0, 1});
+      Winograd<FourTaps>::conv(band, {0, 1});
       row += count;
     }
   }

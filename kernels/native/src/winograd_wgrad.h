@@ -22,27 +22,27 @@ template <> struct Adjoint<Filter<2, 1>> {
     m[3] = 0.0f - y[1];
   }
   template <class T> static inline void weight(const T (&u)[4], T (&g)[3]) {
-    g[0] = u[0] + 0.5f * (u[1] + u[2]);
+    g[0] = multiply_add(u[0], 0.5f, u[1] + u[2]);
     g[1] = 0.5f * (u[1] - u[2]);
-    g[2] = 0.5f * (u[1] + u[2]) + u[3];
+    g[2] = multiply_add(u[3], 0.5f, u[1] + u[2]);
   }
 };
 
 template <> struct Adjoint<Filter<4, 1>> {
   template <class T> static inline void output(const T (&y)[4], T (&m)[6]) {
-    const T a = y[0] + y[2], b = y[1] + y[3], c = y[0] + 4.0f * y[2], e = 2.0f * y[1] + 8.0f * y[3];
+    const T a = y[0] + y[2], b = y[1] + y[3], c = multiply_add(y[0], 4, y[2]), e = multiply_add(y[1], 4, y[3]);
     m[0] = y[0];
     m[1] = a + b;
     m[2] = a - b;
-    m[3] = c + e;
-    m[4] = c - e;
+    m[3] = multiply_add(c, 2, e);
+    m[4] = multiply_add(c, -2, e);
     m[5] = y[3];
   }
   template <class T> static inline void weight(const T (&u)[6], T (&g)[3]) {
     const T a = u[1] + u[2], b = u[2] - u[1], c = u[3] + u[4], e = u[3] - u[4];
-    g[0] = 0.25f * u[0] + (1.0f / 24) * (c - 4.0f * a);
-    g[1] = (1.0f / 12) * (e + 2.0f * b);
-    g[2] = (1.0f / 6) * (c - a) + u[5];
+    g[0] = multiply_add(0.25f * u[0], 1.0f / 24, multiply_add(c, -4, a));
+    g[1] = (1.0f / 12) * multiply_add(e, 2, b);
+    g[2] = multiply_add(u[5], 1.0f / 6, c - a);
   }
 };
 

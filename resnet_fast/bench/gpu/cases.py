@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from resnet_fast import accelerate
+from resnet_fast.kernels.contract import Geometry
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.ops import inference as ops
+from resnet_fast.ops.checks import conv_output
 
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 
@@ -62,7 +63,7 @@ _CONVS: list[tuple[str, tuple[int, ...], int, tuple[int, int], int, Any, int, in
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
-    """All of them; with ``quick`` the small ones, for a CPU."""
+    """Make all cases; with ``quick`` the small ones, for a CPU."""
     for name, x, k, kernel, stride, padding, dilation, groups, residual, relu in _CONVS:
         if not quick or x[1] < 128:
             yield _conv(name, x, k, kernel, stride, padding, dilation, groups, residual, relu)
@@ -97,11 +98,11 @@ def _conv(
 ) -> Case:
     image, weight, scale, shift = _weights(name, x, (k, x[1] // groups, *kernel))
     pads = padding if isinstance(padding, tuple) else (padding, padding)
-    geometry = ((stride, stride), pads, (dilation, dilation))
+    geometry = Geometry((stride, stride), pads, (dilation, dilation), groups)
     added: Optional[Tensor] = None
     if residual:
-        added = _normal(f"{name} residual", *ops.conv_output(image.shape, weight.shape, *geometry))
-    return _op("conv_bn_act", name, image, weight, scale, shift, added, *geometry, groups, relu)
+        added = _normal(f"{name} residual", *conv_output(image.shape, weight.shape, geometry))
+    return _op("conv_bn_act", name, image, weight, scale, shift, added, *geometry, relu)
 
 
 def _op(op: str, name: str, *inputs: Any) -> Case:

@@ -177,7 +177,7 @@ def _other_work(device: str) -> Iterator[None]:
 
 @contextmanager
 def _precision(name: str) -> Iterator[None]:
-    """Whether float32 convolutions and products go through TF32."""
+    """Choose whether float32 convolutions and products go through TF32."""
     backends: Any = torch.backends
     settings = [backends.cudnn.conv, backends.cuda.matmul]
     before = [setting.fp32_precision for setting in settings]

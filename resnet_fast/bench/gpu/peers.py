@@ -11,6 +11,7 @@ torch.compile goes without CUDA graphs here: the timer hides what the host does,
 It compiles for many seconds a layer, so the layers come in the order of their arithmetic, the most first.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -117,7 +118,7 @@ def _title(place: Place, batch: int) -> str:
 
 
 def _measured(place: Place, batch: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    from resnet_fast.kernels.triton import planner
+    from resnet_fast.kernels.triton.tuning import planner
 
     layer, generator = place.layer.eval(), torch.Generator().manual_seed(0)
 
@@ -143,8 +144,8 @@ def _measured(place: Place, batch: int, dtype: torch.dtype, device: str) -> dict
 
 
 def _competitors(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> dict[str, Callable[[], Work]]:
-    from resnet_fast.graph import functional
-    from resnet_fast.kernels.triton import cudnn
+    from resnet_fast.graph import batch_norm, functional
+    from resnet_fast.kernels.triton.tuning import cudnn
 
     conv, bn = layer.conv, layer.bn
 
@@ -153,7 +154,7 @@ def _competitors(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> dict[st
 
     def fused() -> Work:
         geometry = functional.geometry_of(conv)
-        scale, shift = functional.fold_batch_norm(bn, conv.bias)
+        scale, shift = batch_norm.fold_batch_norm(bn, conv.bias)
         unused: Any = None  # what follows a convolution that is not fused
         call = cudnn.prepare(cudnn.FUSED, x.dtype, conv.weight, scale, shift, geometry, True, unused)
         if call is None:
@@ -178,23 +179,14 @@ def _compiled(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> Work:
 
 
 def _exact(layer: Layer, x: Tensor, residual: Optional[Tensor]) -> Tensor:
-    """Of the first image, in float64."""
-    from resnet_fast.graph import functional
-    from resnet_fast.kernels.reference import inference as reference
-
-    conv, first = layer.conv, x[:1].double()
-    scale, shift = (v.double() for v in functional.fold_batch_norm(layer.bn, conv.bias))
-    added = None if residual is None else residual[:1].double()
-    stride, padding, dilation, groups = functional.geometry_of(conv)
-    return reference.conv_bn_act(
-        first, conv.weight.double(), scale, shift, added, stride, padding, dilation, groups, layer.relu
-    )
+    """The result of the first image, in float64."""
+    return copy.deepcopy(layer).double()(x[:1].double(), None if residual is None else residual[:1].double())
 
 
 def _timer(device: torch.device) -> Any:
     """A ``measuring.Timer``: the planner's own on a GPU."""
     if device.type == "cuda":
-        from resnet_fast.kernels.triton import measuring
+        from resnet_fast.kernels.triton.tuning import measuring
 
         return measuring.Events(device, _FLUSHED)
     return _Clock()

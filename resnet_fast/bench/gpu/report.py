@@ -7,15 +7,13 @@ from typing import Any
 
 from resnet_fast.bench.gpu.suite import Suite
 from resnet_fast.bench.machine import describe
-from resnet_fast.utils.files import replacing
+from resnet_fast.utils.files import json_text, replacing
 from resnet_fast.utils.optional import require
 
 
 def write_report(suite: Suite, folder: Path) -> dict[str, Any]:
     """Write ``gpu.json`` and ``gpu.html`` to ``folder``, each whole or not at all, and return what the first holds."""
     jinja2 = require("jinja2", "the GPU report")
-    from resnet_fast.cli.console import write_json
-
     content = {
         "passed": suite.passed,
         "device": suite.device,
@@ -37,14 +35,14 @@ def write_report(suite: Suite, folder: Path) -> dict[str, Any]:
         competitors=_competitors(suite),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(content, str(folder / "gpu.json"))
-    with replacing(folder / "gpu.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    for name, text in (("gpu.json", json_text(content)), ("gpu.html", page)):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return content
 
 
 def gpu(device: str) -> dict[str, Any]:
-    """What PyTorch says of the GPU, or nothing on a CPU."""
+    """Return what PyTorch says of the GPU, or nothing on a CPU."""
     import torch
 
     if device != "cuda":
@@ -61,7 +59,7 @@ def gpu(device: str) -> dict[str, Any]:
 
 
 def _choices(suite: Suite) -> list[dict[str, Any]]:
-    """Of every measured layer: our fastest and PyTorch's fastest candidate, and the ratio of their times."""
+    """Return our fastest and PyTorch's fastest candidate for every measured layer, and the ratio of their times."""
     rows = []
     for layer in (result for part in suite.parts if part.name == "layers" for result in part.results):
         times = layer["milliseconds"]

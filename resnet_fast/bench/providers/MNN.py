@@ -6,7 +6,6 @@ images it did not help: ResNet-50 took at best 624 ms, and 579 without.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 
@@ -14,11 +13,6 @@ TITLE = "MNN"
 NEEDS = "MNN"
 ONNX = True
 APART = True
-DEVICES = ("cpu",)
-
-
-def unavailable() -> Optional[str]:
-    return None
 
 
 def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:

@@ -4,25 +4,20 @@ is for ``benchmarks/layers.py``.)
 A provider's module has
 
     TITLE      its name in tables, with the settings that matter
-    NEEDS      the optional module that it imports, or None
-    ONNX       whether it reads the model as an ONNX file
-    APART      whether it runs in the environment of its own that apart.py describes; then NEEDS is looked for there
-    DEVICES    what it runs on: "cpu", "cuda"
-    unavailable() -> Optional[str]
-               why it cannot run on this machine beside a missing module, or None
     load(folder: Path, threads: int) -> Callable[[], numpy.ndarray]
                the model of the workload in ``folder``, ready: a call runs it on the images once
     train(folder: Path, threads: int) -> Step
                the training workload in ``folder``, ready: a call is a step; only in those of ``TRAINING``
 
-and imports libraries, PyTorch included, only in ``load``: the process that starts the others reads the module too. One
-that runs apart has numpy and its own libraries, not PyTorch, and no programs.
+and, where it is not as ``Provider`` has it by default, NEEDS, ONNX, APART, DEVICES and unavailable(). It imports
+libraries, PyTorch included, only in ``load``: the process that starts the others reads the module too. One that runs
+apart has numpy and its own libraries, not PyTorch, and no programs.
 """
 
 import difflib
 import importlib
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Optional
 
 NAMES = ("ours", "eager", "channels_last", "compile", "onnxruntime", "openvino", "ncnn", "MNN")
@@ -30,9 +25,33 @@ GPU_NAMES = ("ours", "graphed", "channels_last", "compile", "tensorrt")
 TRAINING = ("ours", "channels_last", "compile")
 
 
-def provider(name: str) -> ModuleType:
-    """The module of the provider ``name``, one of ``NAMES`` or ``GPU_NAMES``."""
-    return importlib.import_module(f"{__name__}.{name}")
+@dataclass(frozen=True)
+class Provider:
+    """What the process that starts a provider has to know of it.
+
+    Attributes:
+        title: its name in tables.
+        needs: the optional module that it imports.
+        onnx: whether it reads the model as an ONNX file.
+        apart: whether it runs in the environment of its own that ``peer_environment.py`` describes; then ``needs`` is
+            looked for there.
+        devices: what it runs on: "cpu", "cuda".
+        unavailable: gives the reason why it cannot run on this machine, beside a missing module, or None.
+    """
+
+    title: str
+    needs: Optional[str] = None
+    onnx: bool = False
+    apart: bool = False
+    devices: tuple[str, ...] = ("cpu",)
+    unavailable: Callable[[], Optional[str]] = lambda: None
+
+
+def provider(name: str) -> Provider:
+    """The provider ``name``, one of ``NAMES`` or ``GPU_NAMES``, as its module describes it."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    given = {key.lower(): value for key, value in vars(module).items()}
+    return Provider(**{field.name: given[field.name] for field in fields(Provider) if field.name in given})
 
 
 def provider_names(text: Optional[str], known: Sequence[str] = NAMES) -> list[str]:

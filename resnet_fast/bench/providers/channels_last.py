@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,27 +10,16 @@ if TYPE_CHECKING:
     from resnet_fast.bench.training_step import Step
 
 TITLE = "PyTorch eager, channels_last"
-NEEDS = None
-ONNX = False
-APART = False
 DEVICES = ("cpu", "cuda")
 
 
-def unavailable() -> Optional[str]:
-    return None
-
-
 def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
-    import torch
+    from resnet_fast.bench.workload import eager, load_channels_last
 
-    from resnet_fast.bench.workload import eager, load_images, load_model
-
-    torch.set_num_threads(threads)
-    layout: Any = {"memory_format": torch.channels_last}
-    return eager(load_model(folder).to(**layout), load_images(folder).to(**layout))
+    return eager(*load_channels_last(folder, threads))
 
 
 def train(folder: Path, threads: int) -> "Step":
-    from resnet_fast.bench.training_step import load_step
+    from resnet_fast.bench.workload import load_step
 
     return load_step(folder, threads)

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 
@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from resnet_fast.bench.training_step import Step
 
 TITLE = "torch.compile"
-NEEDS = None
-ONNX = False
-APART = False
 DEVICES = ("cpu", "cuda")
 
 
@@ -28,13 +25,11 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
     import torch
     import torch._inductor.config
 
-    from resnet_fast.bench.workload import load_images, load_model, to_numpy
+    from resnet_fast.bench.workload import load_channels_last, to_numpy
 
-    torch.set_num_threads(threads)
     torch._inductor.config.freezing = True
-    layout: Any = {"memory_format": torch.channels_last}
-    images = load_images(folder).to(**layout)
-    model = torch.compile(load_model(folder).to(**layout), mode=_mode(images.device.type))
+    stock, images = load_channels_last(folder, threads)
+    model = torch.compile(stock, mode=_mode(images.device.type))
 
     def run() -> np.ndarray:
         with torch.no_grad():  # freezing wants this, not inference_mode
@@ -44,8 +39,7 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
 
 
 def train(folder: Path, threads: int) -> "Step":
-    from resnet_fast.bench.training_step import load_step
-    from resnet_fast.bench.workload import load_setting
+    from resnet_fast.bench.workload import load_setting, load_step
 
     mode = _mode(load_setting(folder).device)
     return load_step(folder, threads, lambda model: model.compile(mode=mode))

@@ -2,19 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 
 TITLE = "resnet_fast, graphed"
-NEEDS = None
-ONNX = False
-APART = False
 DEVICES = ("cuda",)
-
-
-def unavailable() -> Optional[str]:
-    return None
 
 
 def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:

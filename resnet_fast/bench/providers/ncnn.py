@@ -9,7 +9,6 @@ import importlib.util
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 
@@ -17,11 +16,6 @@ TITLE = "ncnn, image by image"
 NEEDS = "ncnn"
 ONNX = True
 APART = True
-DEVICES = ("cpu",)
-
-
-def unavailable() -> Optional[str]:
-    return None
 
 
 def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:

@@ -2,19 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 
 TITLE = "ONNX Runtime"
 NEEDS = "onnxruntime"
 ONNX = True
-APART = False
-DEVICES = ("cpu",)
-
-
-def unavailable() -> Optional[str]:
-    return None
 
 
 def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:

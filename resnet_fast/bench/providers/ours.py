@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,14 +10,7 @@ if TYPE_CHECKING:
     from resnet_fast.bench.training_step import Step
 
 TITLE = "resnet_fast"
-NEEDS = None
-ONNX = False
-APART = False
 DEVICES = ("cpu", "cuda")
-
-
-def unavailable() -> Optional[str]:
-    return None
 
 
 def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
@@ -33,6 +26,6 @@ def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:
 
 def train(folder: Path, threads: int) -> "Step":
     from resnet_fast import accelerate
-    from resnet_fast.bench.training_step import load_step
+    from resnet_fast.bench.workload import load_step
 
     return load_step(folder, threads, accelerate)

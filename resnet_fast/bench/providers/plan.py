@@ -7,10 +7,6 @@ from typing import Optional
 import numpy as np
 
 TITLE = "resnet_fast"
-NEEDS = None
-ONNX = False
-APART = False
-DEVICES = ("cpu",)
 
 
 def unavailable() -> Optional[str]:

@@ -2,19 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
 TITLE = "TensorRT"
 NEEDS = "tensorrt"
 ONNX = True
-APART = False
 DEVICES = ("cuda",)
-
-
-def unavailable() -> Optional[str]:
-    return None
 
 
 def load(folder: Path, threads: int) -> Callable[[], np.ndarray]:

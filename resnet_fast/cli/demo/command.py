@@ -13,16 +13,15 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder of the report.")] = Path("runs/demo"),
     model: Annotated[str, typer.Option("--model", help="What runs on the photographs.")] = "resnet50",
     size: Annotated[int, typer.Option(min=32, help="Height and width of the photographs.")] = 224,
-    epochs: Annotated[int, typer.Option(min=1, help="Of training on the digits.")] = 4,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training on the digits.")] = 4,
     providers: Annotated[Optional[str], typer.Option("--providers", help="Peers to time; see bench.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of timing; see bench.")] = 5,
     seconds: Annotated[float, typer.Option(min=0.0, help="Length of a provider's turn.")] = 0.5,
     threads: options.Threads = None,
     seed: options.Seed = 0,
     json: options.Json = None,
-    debug: options.Debug = False,
 ) -> None:
-    """Train a small ResNet on digits, accelerate it, check and time it, replay it as ONNX; then a ResNet-50 on photos.
+    """Train a ResNet-18 on digits, accelerate it, check and time it, replay it as ONNX; then a ResNet-50 on photos.
 
     Takes a few minutes and downloads nothing. Writes OUT/report.html and OUT/report.json, and exits with 3 if a
     check fails.
@@ -32,17 +31,21 @@ def demo(
     for module in ("onnxruntime", "sklearn", "skimage", "matplotlib", "jinja2"):
         require(module, "the demo")
 
+    import functools
     import time
 
     import torch
 
+    from resnet_fast.bench import measure
     from resnet_fast.bench.machine import available_cores, describe, load
+    from resnet_fast.bench.norms import freeze_batch_norm
     from resnet_fast.bench.providers import provider_names
-    from resnet_fast.cli.demo.data import CLASSES, digits, photographs
+    from resnet_fast.cli.bench import measurements_table
+    from resnet_fast.cli.demo.digits import learn_digits
+    from resnet_fast.cli.demo.photographs import photographs
     from resnet_fast.cli.demo.report import write_report
-    from resnet_fast.cli.demo.study import BenchSettings, study
-    from resnet_fast.cli.demo.training import accuracy_of, calibrate, digits_network, train
-    from resnet_fast.cli.models import build
+    from resnet_fast.cli.demo.study import Study, learnt, study
+    from resnet_fast.cli.options import build
     from resnet_fast.export import VerificationError
 
     try:
@@ -55,38 +58,42 @@ def demo(
     busy = load()
     terminal = console()
     terminal.print(f"seed {seed}, {threads} threads, report in {out}/")
-    out.mkdir(parents=True, exist_ok=True)
-    bench = BenchSettings(names, threads, rounds, seconds)
+    big = build(model, seed=seed)
+    measured = functools.partial(measure, providers=names, threads=threads, rounds=rounds, seconds=seconds)
+
+    def show(found: Study) -> None:
+        rows = [(each.name, each.found, each.expected, "ok" if each.passed else "FAILED") for each in found.checks]
+        terminal.print(table(found.title, ("check", "found", "expected", ""), rows))
+        title = f"{found.title}: time of a call, batch {found.bench_batch}"
+        terminal.print(measurements_table(title, found.measurements, found.bench_batch))
 
     with terminal.status("training on the digits") as status:
-        data = digits(seed)
-        network, history = train(digits_network(seed), data, epochs, seed, progress=status.update)
-        terminal.print(f"trained in {history.seconds:.0f} s: {history.accuracy[-1]:.1%} of the test digits are right")
+        digits = learn_digits(out / "digits", epochs, seed)
         on_digits = study(
-            "ResNet on digits",
-            network,
-            data.test_images,
+            "ResNet-18 on digits",
+            digits.network,
+            digits.images,
             onnx=out / "digits.onnx",
-            classes=CLASSES,
-            bench=bench,
+            classes=digits.classes,
+            measured=measured,
             bench_batch=64,
             progress=status.update,
         )
-        on_digits.checks.insert(0, accuracy_of(history))
-        terminal.print(table(on_digits.title, *on_digits.summary()))
+        on_digits.checks.insert(0, learnt(digits.training["best_accuracy"]))
+        show(on_digits)
 
         pictures = photographs(size)
-        big = calibrate(build(model, seed=seed), pictures.images)
+        freeze_batch_norm(big, pictures.images)
         on_photographs = study(
             f"{model} on photographs",
             big,
             pictures.images,
             onnx=out / f"{model.removeprefix('timm:')}.onnx",
-            bench=bench,
+            measured=measured,
             bench_batch=1,
             progress=status.update,
         )
-        terminal.print(table(on_photographs.title, *on_photographs.summary()))
+        show(on_photographs)
 
     content = {
         "seed": seed,
@@ -94,9 +101,8 @@ def demo(
         "seconds": round(time.perf_counter() - start, 1),
         "load_before": busy,
         "machine": describe(),
-        "training": history.as_dict(),
     }
-    report = write_report(out, content, data, pictures, on_digits, on_photographs)
+    report = write_report(out, content, digits, pictures, on_digits, on_photographs)
     write_json(report, json)
     verdict = f"{report['checks_passed']} of {report['checks']} checks passed"
     terminal.print(f"{verdict} in {report['seconds']:.0f} s; report: {out / 'report.html'}")

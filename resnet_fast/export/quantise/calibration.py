@@ -85,7 +85,7 @@ def _watching(model: ir.Model, names: Sequence[str]) -> ir.Model:
 
 
 def batch_size(model: ir.Model, names: Sequence[str]) -> int:
-    """How many images at a time keep the values ``names`` within the budget."""
+    """Return how many images at a time keep the values ``names`` within the budget."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     (images,) = model.graph.inputs
     if images.shape is not None and images.shape[0] == 1:

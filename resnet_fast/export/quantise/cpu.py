@@ -30,7 +30,7 @@ _X86 = ("x86_64", "amd64")
 
 
 def needs_reduced_range() -> bool:
-    """Whether this machine's processor adds two products of 8 bits in 16 bits, which overflow with weights beyond 7.
+    """Return whether this machine's processor adds two products of 8 bits in 16, which overflow with weights beyond 7.
 
     x86 processors without VNNI do (their only instruction is VPMADDUBSW); what is not known to have it counts as
     without.
@@ -93,7 +93,7 @@ def quantise_for_cpu(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the quantiser's advice, on the root logger, to prepare a graph that is prepared already."""
+    """Keep back the quantiser's advice, on the root logger, to prepare a graph that is prepared already."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)

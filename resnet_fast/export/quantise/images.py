@@ -9,10 +9,9 @@ from typing import Any, Optional, Union
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from resnet_fast.export.metadata import Metadata
-from resnet_fast.export.samples import pictures
+from resnet_fast.export.runner import find_pictures, pictures
 
 Images = Union[str, os.PathLike, Tensor, np.ndarray, Iterable[Any]]
 """What ``open_images`` takes."""
@@ -130,11 +129,7 @@ class _Reader:
 
 
 def _folder(folder: Path, reader: _Reader) -> Source:
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
-    if not files:
-        raise FileNotFoundError(
-            f"{reader.name} is {str(folder)!r}, a folder without images ({', '.join(IMG_EXTENSIONS)})"
-        )
+    files = find_pictures(folder, reader.name)
     labels = _labels(folder, files, reader)
 
     def items() -> Iterator[Item]:
@@ -145,7 +140,7 @@ def _folder(folder: Path, reader: _Reader) -> Source:
 
 
 def _labels(folder: Path, files: list[Path], reader: _Reader) -> dict[str, int]:
-    """Of each folder of a class by its name; none if the folders are not those of the model's classes."""
+    """Return the label of each folder of a class by its name; none if the folders are not the model's classes."""
     names = sorted({file.relative_to(folder).parts[0] for file in files})
     if any((folder / name).is_file() for name in names):
         return {}

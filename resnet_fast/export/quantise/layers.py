@@ -1,9 +1,11 @@
 """The layers of an exported network that can compute in 8 bits, and the residual adds that they end in."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import onnx_ir as ir
+
+from resnet_fast.graph.residual_blocks import convolutions_before, main_path
 
 
 @dataclass(frozen=True)
@@ -68,37 +70,35 @@ def _is_layer(node: ir.Node) -> bool:
 
 
 def _residuals(graph: ir.Graph) -> dict[str, tuple[str, str]]:
-    """By the name of a convolution: the name of the Add that it ends in, and of that Add's other operand.
-
-    Where both operands are convolutions, one is the block's last and one its shortcut. TensorRT computes the Add within
-    the former, which is the one with more convolutions before it.
-    """
-    depths: dict[Optional[ir.Value], int] = {}
+    """By the name of a convolution: the name of the Add that it ends in, and of that Add's other operand."""
+    counts = convolutions_before(graph, _producers, lambda node: node.op_type == "Conv")
     found = {}
     for node in graph:
-        depth = max((depths.get(value, 0) for value in node.inputs), default=0)
-        for value in node.outputs:
-            depths[value] = depth + (node.op_type == "Conv")
         if node.op_type != "Add" or len(node.inputs) != 2 or any(_is_constant(value) for value in node.inputs):
             continue
-        first, second = node.inputs
-        ends = [pair for pair in ((first, second), (second, first)) if _ends_in_add(pair[0])]
-        if ends:
-            last, identity = max(ends, key=lambda pair: depths.get(pair[0], 0))
-            producer = last.producer() if last is not None else None
-            assert producer is not None
+        ends = main_path(node.inputs, _ends_in_convolution, lambda value: counts.get(_producer(value), 0))
+        if ends is not None:
+            last, identity = ends
             assert identity is not None
-            found[str(producer.name)] = (str(node.name), str(identity.name))
+            found[str(_producer(last).name)] = (str(node.name), str(identity.name))
     return found
+
+
+def _producers(node: ir.Node) -> list[ir.Node]:
+    return [producer for value in node.inputs if (producer := _producer(value)) is not None]
+
+
+def _producer(value: Any) -> Any:
+    return None if value is None else value.producer()
 
 
 def _is_constant(value: Optional[ir.Value]) -> bool:
     return value is None or value.is_initializer() or ir.convenience.get_const_tensor(value) is not None
 
 
-def _ends_in_add(value: Optional[ir.Value]) -> bool:
+def _ends_in_convolution(value: Any) -> bool:
     """Whether ``value`` is the result of a convolution that nothing else reads."""
-    producer = None if value is None else value.producer()
-    if value is None or producer is None or producer.op_type != "Conv":
+    producer = _producer(value)
+    if producer is None or producer.op_type != "Conv":
         return False
     return len(value.uses()) == 1 and not value.is_graph_output()

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, Optional
+from functools import partial
+from typing import Optional, get_args
 
 import onnx_ir as ir
 
@@ -16,11 +17,9 @@ from resnet_fast.export.quantise.images import Images, Source, open_images
 from resnet_fast.export.quantise.judging import Judgement, Variants, choose_fall_back, held, judge, layer_errors
 from resnet_fast.export.quantise.layers import Layer, find_layers
 from resnet_fast.export.quantise.placement import place
+from resnet_fast.utils.names import Method, Target
 
-Target = Literal["tensorrt", "cpu"]
-Method = Literal["max", "percentile", "entropy", "mse"]
-
-TARGETS = ("tensorrt", "cpu")
+TARGETS = get_args(Target)
 
 
 @dataclass(frozen=True)
@@ -136,11 +135,12 @@ def quantise(
 
     reduce_range = target == "cpu" and needs_reduced_range()
     histograms = {} if observed is None else observed.histograms
+    clip = partial(clip_at, method=calibration_method, percentile=percentile)
     if target == "cpu":
-        limits = _limits(histograms, layers, ranges, calibration_method, percentile)
+        limits = _limits(histograms, layers, ranges, clip)
         variants = _for_cpu(model, layers, limits, reduce_range)
     else:
-        limits = _symmetric_limits(histograms, layers, ranges, calibration_method, percentile)
+        limits = _symmetric_limits(histograms, layers, ranges, clip)
         variants = _for_tensorrt(model, layers, limits)
 
     whole, judgement = variants.whole(()), None
@@ -229,17 +229,10 @@ def _judges(
 
 
 def _symmetric_limits(
-    histograms: Mapping[str, Histogram],
-    layers: list[Layer],
-    ranges: Mapping[str, float],
-    method: str,
-    percentile: float,
+    histograms: Mapping[str, Histogram], layers: list[Layer], ranges: Mapping[str, float], clip: Callable[..., float]
 ) -> dict[str, Range]:
-    """By the names of ranges."""
-    clips = {
-        name: clip_at(histogram, method, lambda point: point / 127, percentile)
-        for name, histogram in histograms.items()
-    }
+    """Return the limits for TensorRT by the names of ranges."""
+    clips = {name: clip(histogram, step=lambda point: point / 127) for name, histogram in histograms.items()}
     found = {}
     for layer in layers:
         for name, value in layer.range_names.items():
@@ -251,13 +244,9 @@ def _symmetric_limits(
 
 
 def _limits(
-    histograms: Mapping[str, Histogram],
-    layers: list[Layer],
-    ranges: Mapping[str, float],
-    method: str,
-    percentile: float,
+    histograms: Mapping[str, Histogram], layers: list[Layer], ranges: Mapping[str, float], clip: Callable[..., float]
 ) -> dict[str, Range]:
-    """By the names of values. Where a layer's given ranges differ for one value, the largest counts."""
+    """Return the limits for a CPU by the names of values; of several given ranges for one value, the largest counts."""
     if not histograms:
         raise ValueError(
             "calibration is None, expected images: the target 'cpu' has tensors in 8 bits that ranges does not name"
@@ -274,8 +263,8 @@ def _limits(
         def step(point: float, low: float = low, high: float = high) -> float:
             return (min(high, point) - max(low, -point)) / 255
 
-        clip = given.get(value, clip_at(histogram, method, step, percentile))
-        found[value] = (max(low, -clip), min(high, clip))
+        amax = given.get(value, clip(histogram, step=step))
+        found[value] = (max(low, -amax), min(high, amax))
     return found
 
 

@@ -93,7 +93,7 @@ class _Pairs:
 
 
 def scale_of(amax: float) -> float:
-    """Of symmetric int8, -127 to 127; 1 for a tensor of zeros."""
+    """Return the scale of symmetric int8, -127 to 127; 1 for a tensor of zeros."""
     # A scale that is no normal number has a reciprocal that is infinite, or too inexact.
     return max(amax / 127, float(np.finfo(np.float32).tiny)) if amax else 1.0
 

@@ -1,5 +1,6 @@
 """The benchmark: real workers, short rounds."""
 
+import importlib
 import json
 import os
 import time
@@ -74,13 +75,13 @@ def test_every_provider_here_is_right_and_timed_alone():
 
 def test_every_round_is_as_long_as_was_asked_for(monkeypatch):
     asked = []
-    ask = runner._Worker.ask
+    ask = runner.Worker.ask
 
     def noted(self, order, *rest):
         asked.append(order)
         return ask(self, order, *rest)
 
-    monkeypatch.setattr(runner._Worker, "ask", noted)
+    monkeypatch.setattr(runner.Worker, "ask", noted)
     measure(nn.Linear(12, 4), torch.randn(2, 12), providers=["eager"], threads=1, rounds=1, seconds=0.05)
     assert [order for order in asked if order.startswith("time")] == ["time 0.05"]
 
@@ -189,11 +190,15 @@ def test_peer_of_another_environment_finds_neither_programs_nor_this_one(monkeyp
 
 @pytest.mark.parametrize("name", NAMES)
 def test_providers_keep_to_the_protocol(name):
-    module = provider(name)
-    assert module.TITLE
-    assert isinstance(module.ONNX, bool)
-    assert isinstance(module.APART, bool)
-    assert callable(module.load)
+    assert provider(name).title
+    assert callable(importlib.import_module(f"resnet_fast.bench.providers.{name}").load)
+
+
+def test_a_provider_is_what_its_module_says_and_the_defaults():
+    ncnn = provider("ncnn")
+    assert (ncnn.title, ncnn.needs, ncnn.onnx, ncnn.apart) == ("ncnn, image by image", "ncnn", True, True)
+    assert (ncnn.devices, ncnn.unavailable()) == (("cpu",), None)
+    assert (provider("eager").needs, provider("eager").devices) == (None, ("cpu", "cuda"))
 
 
 def test_ratio_is_theirs_over_ours():

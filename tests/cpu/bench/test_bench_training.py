@@ -13,9 +13,8 @@ from torch import nn
 from resnet_fast import accelerate
 from resnet_fast.bench.norms import norms_of, randomise_batch_norm, settle_relus
 from resnet_fast.bench.runner import Measurement, _checked_step
-from resnet_fast.bench.saved import saved_bytes
 from resnet_fast.bench.traffic import blocks, compare
-from resnet_fast.bench.training_step import Step
+from resnet_fast.bench.training_step import Step, saved_bytes
 from resnet_fast.cli import main
 from resnet_fast.models.named import build
 

@@ -11,8 +11,9 @@ from resnet_fast.bench.gpu import parts, peers, report, suite
 from resnet_fast.bench.gpu.cases import cases
 from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.cli import main
-from resnet_fast.kernels import native, onednn
-from resnet_fast.kernels.triton import cudnn
+from resnet_fast.kernels import onednn
+from resnet_fast.kernels.native import inference as native
+from resnet_fast.kernels.triton.tuning import cudnn
 from resnet_fast.models.named import build
 from tests.fake_gpu import on_gpu
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast.bench import pipelines, roofline
-from resnet_fast.bench.moves import Move, Place, Value
+from resnet_fast.bench.ledger import Move, Place, Value
 from resnet_fast.bench.roofline import Assumptions, Roofline, peak_of, predict
 from resnet_fast.bench.traffic import blocks, compare
 from resnet_fast.cli import main
-from resnet_fast.kernels.reference.training import Affine, Gate, Geometry
-from resnet_fast.kernels.triton import training_backward, training_forward
-from resnet_fast.kernels.triton.gpus import GPUS
+from resnet_fast.kernels.contract import Affine, Gate, Geometry
+from resnet_fast.kernels.triton import dgrad, forward, gram, tail_backward, wgrad
+from resnet_fast.kernels.triton.cost_model.gpus import GPUS
 from resnet_fast.models.named import build
 
 H100 = GPUS["h100"]
@@ -292,25 +292,25 @@ def launches(op: str, reads: list[Tensor], writes: list[Tensor]) -> int:
 def test_launches_are_those_that_the_kernels_plan(shape):
     x, weight, vector = image(*shape), image(64, 64, 3, 3), torch.empty(64, device="meta")
     affine, geometry, target = Affine(vector, vector), Geometry((1, 1), (1, 1)), "sm_90"
-    forward = training_forward.plan_conv_statistics(x, affine, weight, geometry, target)
-    assert launches("conv_statistics", [x, weight], [x, vector]) == len(forward)
+    statistics_plan = forward.plan_conv_statistics(x, affine, weight, geometry, target)
+    assert launches("conv_statistics", [x, weight], [x, vector]) == len(statistics_plan.launches)
     statistics = torch.empty(65, 64, device="meta")
-    assert launches("gram", [x], [statistics]) == len(training_forward.plan_gram(x, affine, (1, 1), target))
+    assert launches("gram", [x], [statistics]) == len(gram.plan_gram(x, affine, (1, 1), target).launches)
     for gate, sums in ((None, []), (Gate(affine, vector), [vector, vector])):
-        back = training_backward.plan_dgrad(x, weight, geometry, x, gate, None, target)
-        assert launches("dgrad", [x, weight], [x, *sums]) == len(back.plans)
+        back = dgrad.plan_dgrad(x, weight, geometry, x, gate, None, target)
+        assert launches("dgrad", [x, weight], [x, *sums]) == len(back.launches)
     wide = image(shape[0], 256, *shape[2:])
     matrices = torch.empty(256, 64, device="meta"), torch.empty(64, 64, device="meta")
-    back = training_backward.plan_dgrad_expand(wide, *matrices, vector, (1, 1), x, affine, gate, None, target)
-    assert launches("dgrad_expand", [wide, matrices[0]], [x, vector, vector]) == len(back.plans)
-    back = training_backward.plan_tail_backward(x, x, x, vector, None, None, target)
-    assert launches("tail_backward", [x], [x, vector, vector]) == len(back.plans)
+    back = dgrad.plan_dgrad_expand(wide, *matrices, vector, (1, 1), x, affine, gate, None, target)
+    assert launches("dgrad_expand", [wide, matrices[0]], [x, vector, vector]) == len(back.launches)
+    back = tail_backward.plan_tail_backward(x, x, x, vector, None, None, target)
+    assert launches("tail_backward", [x], [x, vector, vector]) == len(back.launches)
     pooled = image(shape[0], 64, (shape[2] + 1) // 2, (shape[3] + 1) // 2)
-    back = training_backward.plan_tail_pool_backward(pooled, x, affine, vector, target)
-    assert launches("tail_pool_backward", [pooled], [x, vector, vector]) == len(back.plans)
+    back = tail_backward.plan_tail_pool_backward(pooled, x, affine, vector, target)
+    assert launches("tail_pool_backward", [pooled], [x, vector, vector]) == len(back.launches)
     # A sum in few parts may need no second launch.
-    back = training_backward.plan_wgrad(x, x, affine, weight.shape, geometry, target)
-    assert launches("wgrad", [x, x], [weight]) >= len(back.plans)
+    back = wgrad.plan_wgrad(x, x, affine, weight, geometry, target)
+    assert launches("wgrad", [x, x], [weight]) >= len(back.launches)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

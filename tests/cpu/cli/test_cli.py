@@ -11,18 +11,21 @@ import onnx
 import pytest
 import torch
 import torchvision
+import typer
 from safetensors.torch import save_file
 
 import resnet_fast
+from resnet_fast import ops
 from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.cli import main
+from resnet_fast.cli.app import app
 from resnet_fast.cli.console import write_json
-from resnet_fast.kernels.native import choices, library, planner
+from resnet_fast.kernels.native import library, planner
 from resnet_fast.models.named import build, read_checkpoint
-from resnet_fast.ops import inference as ops
 from resnet_fast.utils.optional import EXTRAS
 from resnet_fast.verify import WINOGRAD, check_layers
 
+COMMANDS = typer.main.get_command(app).commands
 SMALL = ["--size", "64", "--batch", "1"]
 
 
@@ -54,11 +57,13 @@ def test_console_script_and_module_agree():
         (["export", "resnet18", "m.onnx", "--mean", "a,b,c"], "expected numbers with commas"),
         (["export", "resnet18", "m.onnx", "--weights", "IMAGENET1K_V9"], "IMAGENET1K_V1"),
         (["verify", "resnet18", "resnet34", "--weights", "DEFAULT"], "fits one model, not 2"),
-        (["verfy"], "verify"),
+        (["verfy"], "Did you mean 'verify'?"),
         (["bench", "--rounds", "0"], "--rounds"),
         (["tune", "resnet18", "--device", "cpu", "--dtype", "float16"], "expected float32"),
-        (["tune", "resnet18", "--dtype", "int8"], "'int8' is none of float32, float16, bfloat16"),
-        (["tune", "resnet18", "--device", "tpu"], "'tpu' is none of auto, cpu, cuda"),
+        (["tune", "resnet18", "--dtype", "int8"], "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
+        (["tune", "resnet18", "--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
+        (["export", "resnet18", "m.onnx", "--precision", "fp8"], "'fp8' is not one of 'fp32', 'fp16', 'bf16', 'int8'"),
+        (["roofline", "resnet18", "--model", "resnet34"], "give one of them"),
     ],
 )
 def test_usage_errors_exit_with_2(arguments, said, capsys):
@@ -75,6 +80,28 @@ def test_runtime_errors_exit_with_1_and_one_line(capsys, tmp_path):
     assert "does not exist" in said[0]
     assert main(["export", "resnet18", str(tmp_path / "absent" / "m.onnx"), "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_exits_with_130(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("resnet_fast.models.named.build", interrupted)
+    assert main(["explain", "resnet18"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "arguments",
+    [["finetune", "digits", "--device", "cuda"], ["gpu"], ["tune", "resnet18", "--device", "cuda"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_missing_device_exits_with_4(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 4
+    assert "--device cuda" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -112,6 +139,79 @@ def test_extras_bring_what_they_are_said_to():
         assert any(re.match(rf"{name}\b.*extra == ['\"]{extra}['\"]", line) for line in requirements), (module, extra)
 
 
+# --- what all commands have in common ---------------------------------------------------------------------------------
+
+NEEDED = {  # what a command cannot do without
+    "explain": ["resnet18"],
+    "verify": ["resnet18"],
+    "tune": ["resnet18"],
+    "traffic": ["resnet18"],
+    "finetune": ["digits"],
+    "export": ["resnet18", "m.onnx"],
+    "serve": ["."],
+    "loadtest": ["127.0.0.1:9", "net"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns(command, monkeypatch, capsys):
+    """No option's name is cut, no switch asks for a value, and every option is explained."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in text.splitlines())
+    words = text.replace(",", " ").split()
+    params = COMMANDS[command].params
+    assert {name for param in params for name in (*param.opts, *param.secondary_opts) if name[0] == "-"} <= set(words)
+    assert all(param.help for param in params)
+    assert "<bool>" not in text
+    assert {"--json", "--quiet", "--debug"} <= set(words)
+
+
+def test_help_imports_nothing_that_takes_time():
+    program = f"""
+import sys
+from resnet_fast.cli import main
+from resnet_fast.cli.app import app
+for arguments in ([], ["--version"], ["verfy"], *([name, "--help"] for name in {list(COMMANDS)})):
+    main(arguments)
+slow = {{"torch", "torchvision", "numpy", "onnx", "triton", "matplotlib", "timm"}} & set(sys.modules)
+assert not slow, slow
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_where_json_goes_is_checked_before_the_work(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for target, said in (("absent/r.json", "does not exist"), (str(tmp_path), "is a folder")):
+        assert main([command, *NEEDED.get(command, []), "--json", target]) == 2
+        output = capsys.readouterr()
+        assert said in " ".join(output.err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_quiet_leaves_errors_and_json(tmp_path, capsys):
+    for command in (["explain", "timm:test_resnet"], ["traffic", "resnet18"], ["doctor"]):
+        assert main([*command, "--quiet", "--json", str(tmp_path / "r.json")]) == 0
+        assert capsys.readouterr() == ("", "")
+        assert parsed((tmp_path / "r.json").read_text())
+    assert main(["explain", "resnt50", "-q"]) == 2
+    assert "did you mean resnet50" in capsys.readouterr().err
+    assert main(["explain", "timm:test_resnet"]) == 0  # and the next call speaks again
+    assert "convolutions fused" in capsys.readouterr().err
+
+
+def test_shells_complete_commands(monkeypatch, capsys):
+    monkeypatch.setenv("_RESNET_FAST_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "resnet-fast ex")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert main([]) == 0
+    assert capsys.readouterr().out.split() == ["explain", "export"]
+
+
 # --- doctor, explain ----------------------------------------------------------------------------------------------
 
 
@@ -136,7 +236,7 @@ def test_json_to_stdout_is_all_there_is_on_stdout(capsys):
     assert data["model"] == "timm:test_resnet"
     assert {row["status"] for row in data["rows"]} <= {"fused", "partly fused", "stock"}
     assert any(row["status"] == "fused" for row in data["rows"])
-    assert "modules fused" in output.err
+    assert data["summary"] in " ".join(output.err.split())
 
 
 def test_json_file_survives_a_failure(tmp_path):
@@ -156,12 +256,12 @@ def test_json_file_survives_a_failure(tmp_path):
 @pytest.mark.skipif(library.unavailable() is not None, reason="tunes the native kernels")
 def test_tune_measures_and_keeps(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
-    choices.forget()
+    planner.choices.forget()
     arguments = ["tune", "resnet18", "--size", "32", "--device", "cpu", "--calls", "1", "--threads", "1"]
     try:
         assert main([*arguments, "--json", "-"]) == 0
     finally:
-        choices.forget()
+        planner.choices.forget()
         planner.changed()
     output = capsys.readouterr()
     data = parsed(output.out)
@@ -172,14 +272,6 @@ def test_tune_measures_and_keeps(capsys, monkeypatch, tmp_path):
     kept = json.loads((tmp_path / "cpu-choices.json").read_text())["machines"]
     assert {choice["convolution"] for choice in data["choices"]} <= set(next(iter(kept.values())))
     assert "cpu-choices.json" in output.err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_tune_without_the_gpu_that_is_asked_for_exits_with_4(capsys):
-    assert main(["tune", "resnet18", "--device", "cuda", "--dtype", "float16"]) == 4
-    said = capsys.readouterr()
-    assert "--device cuda needs a GPU: " in said.err
-    assert said.out == ""
 
 
 # --- verify -------------------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def test_unusable_images(tmp_path):
     unnormalised = Metadata("Net", (3, 16, 16))
     image = torch.zeros(1, 3, 16, 16)
     for given, error, message in (
-        (empty, FileNotFoundError, "calibration is '.*empty', a folder without images"),
+        (empty, FileNotFoundError, "calibration is '.*empty', expected a folder with pictures in it or below"),
         (broken, ValueError, r"calibration: images has '.*x\.jpg', expected a picture"),
         (tmp_path / "absent", FileNotFoundError, "absent', expected a folder of images or a file"),
         (tmp_path / "flat.npy", ValueError, r"calibration has shape \[5, 3\], expected \[N, C, H, W\]"),

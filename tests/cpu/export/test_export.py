@@ -19,9 +19,9 @@ import resnet_fast
 from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.export import MissingPackageError, VerificationError, export_onnx, tensorrt
 from resnet_fast.export.compare import compare
+from resnet_fast.export.file_checks import check_file
 from resnet_fast.export.folding import fold_batch_norm, thaw
 from resnet_fast.export.precision import folded as folded_network
-from resnet_fast.export.reading import check_file
 from resnet_fast.export.runner import session
 from resnet_fast.utils.files import replacing
 

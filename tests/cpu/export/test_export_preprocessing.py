@@ -13,8 +13,8 @@ from torchvision.models import ResNet50_Weights
 from torchvision.transforms import InterpolationMode, v2
 
 from resnet_fast.export import Preprocess, export_onnx, tensorrt
+from resnet_fast.export.file_checks import metadata_of
 from resnet_fast.export.metadata import gather
-from resnet_fast.export.reading import metadata_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -20,8 +20,8 @@ import resnet_fast
 from resnet_fast import OnnxModel, export_onnx
 from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.export import MissingPackageError, onnx_providers
-from resnet_fast.export.compare import error_limit
 from resnet_fast.export.onnx_providers import CPU, CUDA, TENSORRT, ProviderError, profile_for, tensorrt_options
+from resnet_fast.utils.tolerance import error_limit
 
 CLASSES = [f"class {index} é" for index in range(10)]
 

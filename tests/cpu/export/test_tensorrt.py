@@ -170,7 +170,7 @@ def test_no_onnx_file(tmp_path):
         tensorrt.build(tmp_path / "none.onnx")
     for content in (b"", b"\xff\xfe words"):
         (tmp_path / "text.onnx").write_bytes(content)
-        with pytest.raises(ValueError, match="which is no ONNX file"):
+        with pytest.raises(ValueError, match="which is not an ONNX file"):
             tensorrt.build(tmp_path / "text.onnx")
 
 

@@ -418,7 +418,7 @@ def test_frozen_modules_survive_train():
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--freeze", "layer9"], "names 'layer9', which is no module; there are layer4"),
+        (["--freeze", "layer9"], "names 'layer9', which is not a module; there are layer4"),
         (["--freeze", "conv1,bn1,layer1,layer2,layer3,layer4,fc"], "leaves nothing that learns"),
         (["--warmup-epochs", "2"], "is 2, expected fewer than --epochs 1"),
         (["--amp", "fp8"], "fp8"),

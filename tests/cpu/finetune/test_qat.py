@@ -310,7 +310,10 @@ def with_own_forward():
         (PreActivation, r"odd \(PreActivation\) adds 'x' to odd.conv, and 'bn' reads it too"),
         (Branching, r"odd \(Branching\) has convolutions, and what it adds to them is not known: .* not be traced"),
         (Repeated, r"odd \(Repeated\) adds 'shared_1' to odd.conv, expected a child that is called once only"),
-        (lambda: OwnConv2d(3, 3, 1), r"model has a tests.cpu.test_qat.OwnConv2d at odd, expected a plain nn.Conv2d"),
+        (
+            lambda: OwnConv2d(3, 3, 1),
+            r"model has a tests.cpu.finetune.test_qat.OwnConv2d at odd, expected a plain nn.Conv2d",
+        ),
         (with_own_forward, r"model has a .*\.Conv2d at odd, with a forward set on the instance, expected a plain"),
     ],
     ids=["option a", "pre-activation", "branching", "repeated", "own conv", "own forward"],

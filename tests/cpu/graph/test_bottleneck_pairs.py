@@ -19,7 +19,8 @@ from torchvision.models import resnet
 import resnet_fast
 from resnet_fast import network
 from resnet_fast.graph import functional
-from resnet_fast.graph.programs import program_of
+from resnet_fast.graph.bottleneck_pairs import bottlenecks_of
+from resnet_fast.graph.state import state_of
 from resnet_fast.kernels.native import library
 from resnet_fast.kernels.reference import inference as reference
 from tests.cpu.small_models import accelerated, fused_calls, images, randomise_norms, relative_error
@@ -31,7 +32,7 @@ TOLERANCE = 1e-5  # as in test_ecosystem.py
 
 
 def rows_of(model: nn.Module) -> list[list[str]]:
-    return [[".".join(path) for path in row.blocks] for row in program_of(model).rows]
+    return [[".".join(path) for path in row.blocks] for row in bottlenecks_of(state_of(model).eval)]
 
 
 def bottlenecks(layers: tuple = (3, 2, 1, 1), **kwargs) -> nn.Module:
@@ -191,10 +192,10 @@ def test_rows_of_torchvision_and_timm():
         ["layer1.0", "layer1.1"],
         ["layer4.0", "layer4.1", "layer4.2"],
     ]
-    assert program_of(fast).in_training.rows == []
-    (pair, *_) = program_of(fast).rows[0].pairs
+    assert bottlenecks_of(state_of(fast).training) == []
+    (pair, *_) = bottlenecks_of(state_of(fast).eval)[0].pairs
     assert pair == (("layer1", "0", "conv3"), ("layer1", "1", "conv1"))
-    assert program_of(fast).rows[3].widths == ((512, 512), (512, 512))
+    assert bottlenecks_of(state_of(fast).eval)[3].widths == ((512, 512), (512, 512))
 
 
 @pytest.mark.parametrize("name", ["resnetblur50", "resnet26t"])

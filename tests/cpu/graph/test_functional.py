@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from resnet_fast.graph import functional
+from resnet_fast.graph import batch_norm, functional
 from tests.cpu.ops.cases import HALF, assert_channels_last, dtype_name, nhwc
 
 CHANNELS = 40  # the fold's first 64 bytes are compared: tests that write must be able to write behind them
@@ -138,7 +138,7 @@ def test_fold_batch_norm(name):
     for dtype in (torch.float32, torch.float64, torch.float16):
         bn = _bn(cls, **bn_options).to(dtype)
         given = None if bias is None else bias.to(dtype)
-        scale, shift = functional.fold_batch_norm(bn, given)
+        scale, shift = batch_norm.fold_batch_norm(bn, given)
         assert scale.dtype == shift.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert scale.shape == shift.shape == (CHANNELS,)
         wide = y.to(scale.dtype)

@@ -11,11 +11,10 @@ import torchvision
 from torch import Tensor, nn
 
 import resnet_fast
-from resnet_fast import network
+from resnet_fast import network, ops
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import library
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.ops import inference as ops
 from tests.cpu.ops.cases import HALF, SERVED, assert_close, cpu_implementations, dtype_name, nhwc
 from tests.cpu.small_models import accelerated, fused_calls, images, randomise_norms, relative_error, small_resnet
 
@@ -216,7 +215,11 @@ def check(net: nn.Module, expected: list[str]) -> nn.Module:
         given = net(X)
         assert relative_error(fast(X), given) < 1e-6
         assert fused_calls(lambda: fast(X)) == expected
-    if library.unavailable() is None and "head" in expected and "softmax" not in str(fast._resnet_fast_program.source):
+    if (
+        library.unavailable() is None
+        and "head" in expected
+        and "softmax" not in str(fast._resnet_fast_state.eval.source)
+    ):
         assert isinstance(network.last_plan(fast), network.Plan), network.last_plan(fast)
     return fast
 

@@ -132,6 +132,21 @@ def test_both_operands_are_convolutions():
     check(forward, expected_ops=2)
 
 
+@pytest.mark.parametrize("shortcut_first", [False, True])
+def test_the_main_path_has_more_convolutions(shortcut_first):
+    """Whichever is written first: the shortcut's convolution may end in the addition as well."""
+
+    def forward(self, x):
+        if shortcut_first:
+            return F.relu(self.bn3(self.conv3(x)) + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.bn3(self.conv3(x)))
+
+    fast, _ = check(forward, expected_ops=3, conv3=nn.Conv2d(8, 8, 1), bn3=nn.BatchNorm2d(8))
+    steps = resnet_fast.explain(fast).rows[0].steps
+    assert {step.split(":")[0] for step in steps} == {"conv1+bn1+relu", "conv2+bn2+add+relu", "conv3+bn3"}
+    assert fused_calls(lambda: fast.train()(X)) == ["residual_block"]
+
+
 def test_scalar_addition_is_left_alone():
     check(lambda self, x: F.relu(self.bn1(self.conv1(x)) + 1.5), expected_ops=1)
 
@@ -367,7 +382,7 @@ def test_hook_on_an_inlined_sequential_fires():
 
 def test_the_program_can_be_read():
     fast = accelerated(network(lambda self, x: self.relu(self.bn1(self.conv1(x)))))
-    program = fast.__dict__["_resnet_fast_program"]
+    program = fast.__dict__["_resnet_fast_state"].eval
     assert isinstance(program, Program)
     assert "conv_bn_act(" in program.source
     assert program.rest == []

@@ -16,8 +16,9 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast.finetune.sync_batch_norm import synchronise
-from resnet_fast.graph.program import Fused, Program
-from resnet_fast.graph.programs import program_of
+from resnet_fast.graph.conditions import Fused
+from resnet_fast.graph.program import Program
+from resnet_fast.graph.state import state_of
 from tests.cpu.ops.residual_blocks import SHAPES, Block, Layer, Shape, assert_close
 
 BLOCKS = {
@@ -88,8 +89,8 @@ def test_two_processes(folder, kind, method, name):
 
 def _programs(module: Fused) -> tuple[Program, Program]:
     """For eval mode and for training mode."""
-    program = program_of(module)
-    return program, program.in_training
+    state = state_of(module)
+    return state.eval, state.training
 
 
 def test_a_model_with_the_norm_for_cpus_runs_fused():
@@ -100,7 +101,7 @@ def test_a_model_with_the_norm_for_cpus_runs_fused():
         assert isinstance(ours, Fused) == isinstance(stock, Fused)
         if isinstance(ours, Fused):
             for program, expected in zip(_programs(ours), _programs(stock), strict=True):
-                assert list(map(str, program.steps)) == list(map(str, expected.steps))
+                assert list(map(str, program.ops)) == list(map(str, expected.ops))
                 assert program.refusal(ours) == expected.refusal(stock)
     block = model.layer2[0]
     assert _programs(block)[1].refusal(block) == ""

@@ -5,10 +5,10 @@ import gc
 import pytest
 import torch
 
-from resnet_fast.kernels import native
+from resnet_fast import ops
 from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import library
-from resnet_fast.ops import inference as ops
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import cudnn, launch, measuring, planner, tiles
-from resnet_fast.kernels.triton.planner import Problem
+from resnet_fast.kernels.triton import forward, tiles
+from resnet_fast.kernels.triton.tuning import cudnn, measuring, planner
+from resnet_fast.kernels.triton.tuning.planner import Problem
 
 CPU = torch.device("cpu")
 
@@ -101,13 +102,13 @@ def test_the_tables_tile_is_the_one_that_a_launch_takes(changes):
     weight = torch.empty(p.k, p.c // p.groups, *p.kernel, dtype=p.dtype, device="meta")
     vector = torch.empty(p.k, device="meta")
     residual = image(p.k, *p.output()) if p.residual else None
-    plan = launch.plan_conv(
+    plan = forward.plan_conv_bn_act(
         image(p.c, p.h, p.w), weight, vector, vector, residual, p.stride, p.padding, p.dilation, p.groups, p.relu,
         p.architecture,
     )  # fmt: skip
     first = next(iter(planner.candidates(p).values())).tile
     assert first is not None
-    assert first.constants().items() <= plan.constants.items()
+    assert first.constants().items() <= plan.launches[0].constants.items()
 
 
 def test_key():
@@ -293,22 +294,6 @@ def test_measuring_leaves_the_users_random_numbers_alone():
     clock = Clock({})
     measuring.measure(problem(), CPU, clock, 2, runner(clock))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_measure_and_keep(monkeypatch, folder):
-    clock = Clock({cudnn.FUSED: 0.1})
-    monkeypatch.setattr(measuring, "Events", lambda device: clock)
-    measure = measuring.measure
-    monkeypatch.setattr(measuring, "measure", lambda *arguments: measure(*arguments, 2, runner(clock)))
-    monkeypatch.setattr(measuring, "_operands", lambda p, device, made=measuring._operands: made(p, CPU))
-    measuring.measure_and_keep(problem(), torch.device("cuda", 1))
-    assert planner.choose(problem(), 1).name == cudnn.FUSED
-    assert planner.choose(problem(), 0) is None
-    (folder / "file").write_text("")
-    monkeypatch.setenv("RESNET_FAST_CACHE", str(folder / "file" / "below"))
-    with pytest.warns(UserWarning, match="is not written"), pytest.warns(UserWarning, match="is ignored"):
-        measuring.measure_and_keep(problem(k=8), torch.device("cuda", 1))
-    assert planner.choose(problem(k=8), 1).name == cudnn.FUSED
 
 
 def test_events_flush_warm_up_and_wait_for_nothing_else(monkeypatch):

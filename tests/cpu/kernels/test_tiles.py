@@ -9,9 +9,10 @@ import torchvision
 
 pytest.importorskip("triton")
 
-from resnet_fast.kernels.triton import cost, tiles
-from resnet_fast.kernels.triton.cost import Code, Problem
-from resnet_fast.kernels.triton.gpus import GPUS
+from resnet_fast.kernels.triton import tiles
+from resnet_fast.kernels.triton.cost_model import cost
+from resnet_fast.kernels.triton.cost_model.cost import Code, Problem
+from resnet_fast.kernels.triton.cost_model.gpus import GPUS
 from resnet_fast.kernels.triton.problem import conv_problem
 from resnet_fast.kernels.triton.tiles import Tile
 

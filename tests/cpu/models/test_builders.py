@@ -12,8 +12,8 @@ from torchvision.models import resnet as stock
 from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fast
+from resnet_fast import ops
 from resnet_fast.kernels.native import library
-from resnet_fast.ops import inference as ops
 from tests.cpu.ops.cases import stock_error
 
 BUILDERS = [
@@ -258,8 +258,8 @@ def test_output(name, monkeypatch):
     """
     ours, theirs = _pair(name, num_classes=10)
     served = []
-    serve = ops._implementation
-    monkeypatch.setattr(ops, "_implementation", lambda case, x: served.append(case.op) or serve(case, x))
+    serve = ops.inference.implementation
+    monkeypatch.setattr(ops.inference, "implementation", lambda case, x: served.append(case.op) or serve(case, x))
     _check_same_output(ours, theirs, _images())
     if library.unavailable() is None:
         assert resnet_fast.explain(ours).network.startswith("one native program")

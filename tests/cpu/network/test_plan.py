@@ -20,11 +20,13 @@ from torchvision.models import resnet
 
 import resnet_fast
 from resnet_fast import network
-from resnet_fast.graph.programs import PROGRAM, program_of
+from resnet_fast.graph.program import STATE
+from resnet_fast.graph.state import state_of
 from resnet_fast.kernels import packing
-from resnet_fast.kernels.native import library, planner
+from resnet_fast.kernels.native import abi, library, planner
 from resnet_fast.network import memory, schedule
-from resnet_fast.network.lowering import Image, Lowering, Storage
+from resnet_fast.network.lowering import Lowering
+from resnet_fast.network.steps import Image, Storage
 from tests.cpu.small_models import SEED, images, randomise_norms, relative_error, small_resnet
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
@@ -538,7 +540,7 @@ def test_a_replica_with_parameters_of_its_own():
 
 def test_restore_drops_the_plan(runs):
     fast = resnet_fast.restore(planned(small_resnet()))
-    assert PROGRAM not in fast.__dict__
+    assert STATE not in fast.__dict__
     assert not one_program(fast, runs)
 
 
@@ -811,7 +813,7 @@ def test_explain_says_what_ran():
     assert "one native program" in explanation.network
     assert "[2, 3, 64, 64]" in str(explanation)
     steps = [step for row in explanation.rows for step in row.steps if "conv" in step]
-    assert all(step.split(": native ")[1] in library.ALGORITHMS for step in steps)
+    assert all(step.split(": native ")[1] in abi.ALGORITHMS for step in steps)
     assert explanation.as_dict()["network"] == explanation.network
 
 
@@ -975,9 +977,9 @@ def test_the_rule_for_splits(name, monkeypatch):
 
 
 def _steps(model, batch, size):
-    lowering = Lowering(1, {})
+    lowering = Lowering(1)
     given = Image((batch, 3, size, size), Storage(batch * 3 * size * size), False)
-    result = lowering.graph(model, program_of(model), (given,))
+    result = lowering.graph(model, state_of(model).eval, (given,))
     return schedule.needed(lowering.steps, [result.storage])
 
 

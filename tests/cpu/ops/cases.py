@@ -8,11 +8,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from resnet_fast.kernels import native
+from resnet_fast import ops
 from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.native import planner
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.ops import inference as ops
 
 # The function itself: tests put counters in its place in the module.
 _definition = reference.conv_bn_act

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from resnet_fast import ops
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import library
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.ops import inference as ops
 from tests.cpu.ops.cases import (
     HALF,
     SERVED,

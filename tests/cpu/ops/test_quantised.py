@@ -10,10 +10,9 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from resnet_fast import quantised
+from resnet_fast import ops, quantised
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.reference.quantised import MOST_PRODUCTS, RANGE
-from resnet_fast.ops import inference as ops
 
 INT8, FP8 = RANGE
 conv_quantised = torch.ops.resnet_fast.conv_quantised

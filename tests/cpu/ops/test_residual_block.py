@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from resnet_fast import ops
 from resnet_fast.graph import functional
-from resnet_fast.ops import inference as ops
 from tests.cpu.ops.cases import HALF, assert_channels_last, dtype_name, nhwc, stock_error
 from tests.cpu.ops.residual_blocks import (
     FROZEN,

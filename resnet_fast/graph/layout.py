@@ -1,0 +1,51 @@
+"""Layout in memory: ``torch.channels_last`` inside a program, results as the input came."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
+
+from resnet_fast.graph.conditions import Fused
+from resnet_fast.kernels.contract import nhwc
+
+# What reads the strides of its input, or makes a view that keeps them: given a channels_last tensor, it (or a ``view``
+# further on) would fail or see another layout.
+_LAYOUT_FUNCTIONS = {
+    *("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "storage", "untyped_storage", "numpy"),
+    *("getitem", "chunk", "split", "tensor_split", "narrow", "select", "unbind", "expand", "unfold", "diagonal"),
+    *("permute", "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze"),
+}
+_LAYOUT_SAFE_PACKAGES = {"resnet_fast", "torch", "torchvision", "timm", "_operator", "builtins", "math"}
+
+
+def channels_last(x: Any) -> Any:
+    """A 4-dimensional tensor in channels_last, anything else as it is."""
+    return nhwc(x) if isinstance(x, Tensor) and x.dim() == 4 else x
+
+
+def laid_out_like(value: Any, given: Any) -> Any:
+    """``value`` (a tensor or a structure of them) in the layout that ``given``, the program's input, came in."""
+    if not isinstance(given, Tensor) or given.dim() != 4:
+        return value
+    if given.is_contiguous(memory_format=torch.channels_last) and not given.is_contiguous():
+        return value
+
+    def restored(leaf: Any) -> Any:
+        moved = isinstance(leaf, Tensor) and leaf.dim() == 4 and leaf.is_contiguous(memory_format=torch.channels_last)
+        return leaf.contiguous() if moved else leaf
+
+    return tree_map(restored, value)
+
+
+def reads_layout(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node may depend on how its input lies in memory. Code that is not known is taken to."""
+    if node.op == "call_method":
+        return node.target in _LAYOUT_FUNCTIONS
+    if node.op == "call_function":
+        package = (getattr(node.target, "__module__", None) or type(node.target).__module__).split(".")[0]
+        return package not in _LAYOUT_SAFE_PACKAGES or getattr(node.target, "__name__", "") in _LAYOUT_FUNCTIONS
+    if node.op == "call_module":
+        child = module.get_submodule(str(node.target))
+        return not isinstance(child, Fused) and type(child).__module__.split(".")[0] not in _LAYOUT_SAFE_PACKAGES
+    return False

@@ -1,0 +1,60 @@
+"""A traced graph with fused ops in place of what they compute, as a Python function."""
+
+import linecache
+from collections.abc import Callable
+from itertools import count
+
+from torch import fx, nn
+
+from resnet_fast.graph.layout import channels_last, laid_out_like, reads_layout
+from resnet_fast.graph.patterns import Match
+
+
+def rewrite(module: nn.Module, graph: fx.Graph, matches: list[Match]) -> None:
+    """Change the graph of ``module``: an op for each match; the input is laid out once, the results as it came."""
+    replaced: dict[fx.Node, fx.Node] = {}  # the inputs of a match may have been replaced since it was found
+    for match in matches:
+        last = match.nodes[-1]
+        with graph.inserting_before(last):
+            args = _with_children(graph, match.args)
+            args, kwargs = fx.map_arg((args, match.kwargs), lambda node: replaced.get(node, node))
+            fused = graph.call_function(match.target, args, kwargs)
+        last.replace_all_uses_with(fused)
+        replaced[last] = fused
+        for node in reversed(match.nodes):
+            graph.erase_node(node)
+
+    given = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        entry = graph.call_function(channels_last, (given,))
+    given.replace_all_uses_with(entry, delete_user_cb=lambda user: user is not entry)
+
+    def restored(value: fx.Node) -> fx.Node:
+        return graph.call_function(laid_out_like, (value, given))
+
+    for node in list(graph.nodes):
+        if node.op == "output" or reads_layout(module, node):
+            with graph.inserting_before(node):
+                node.args = fx.map_arg(node.args, restored)
+                node.kwargs = fx.map_arg(node.kwargs, restored)
+
+
+def _with_children(graph: fx.Graph, args: tuple) -> tuple:
+    """The arguments of a match, children instead of their names."""
+    return tuple(
+        _with_children(graph, arg) if isinstance(arg, tuple) else graph.get_attr(arg) if isinstance(arg, str) else arg
+        for arg in args
+    )
+
+
+_serial = count()
+
+
+def compile_graph(graph: fx.Graph, name: str) -> tuple[Callable, str]:
+    code = graph.python_code("self")
+    filename = f"<resnet_fast {name} {next(_serial)}>"
+    namespace = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), namespace)
+    # Tracebacks and debuggers show the lines, as they do for torch.fx.
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+    return namespace["forward"], code.src

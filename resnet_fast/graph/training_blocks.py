@@ -1,0 +1,133 @@
+"""Residual blocks in training: convolutions in a row, found one by one, put together with their shortcuts."""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from torch import fx, nn
+
+from resnet_fast.graph import functional
+from resnet_fast.graph.conditions import NORMS, Path, stem_pool_refusal
+from resnet_fast.graph.patterns import FusedOp, Match, Matcher, harmless, path_of
+
+
+def blocks(module: nn.Module, graph: fx.Graph, found: list[Match]) -> list[Match]:
+    """The matches in training mode: convolutions put together to blocks (``ops/block.py``), with their shortcuts."""
+    matcher = Matcher(module, graph)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    convs = [match for match in found if match.op.conv]
+    by_first = {match.nodes[0]: match for match in convs}
+    by_last: dict[Any, Match] = {match.nodes[-1]: match for match in convs}
+    following = {id(match): after for match in convs if (after := _following(matcher, match, by_first))}
+    followers = {id(link.match) for link in following.values()}
+
+    rows: list[tuple[list[Match], list[_Link]]] = []
+    for match in convs:
+        if id(match) in followers:
+            continue
+        row, links = [match], []
+        while link := following.get(id(row[-1])):
+            row.append(link.match)
+            links.append(link)
+        rows.append((row, links))
+    shortcuts: dict[int, Match] = {}  # by the row's last match
+    for row, _ in rows:
+        shortcut = by_last.get(row[-1].kwargs.get("residual"))
+        if shortcut is not None and id(shortcut) not in followers and _linear(shortcut) and _read_once(shortcut):
+            shortcuts[id(row[-1])] = shortcut
+
+    joined: list[Match] = []
+    alone = {id(match) for match in shortcuts.values()}
+    for row, links in rows:
+        if id(row[0]) in alone:
+            continue
+        block = _block(matcher, row, links, shortcuts.get(id(row[-1])))
+        if _movable(matcher, order, block.nodes):
+            joined.append(block)
+            continue
+        singles = [_block(matcher, [match], [], None) for match in (*row, *filter(None, [shortcuts.get(id(row[-1]))]))]
+        joined += [single for single in singles if _movable(matcher, order, single.nodes)]
+    return [*(match for match in found if not match.op.conv), *joined]
+
+
+@dataclass
+class _Link:
+    """From a convolution's ReLU to the next convolution."""
+
+    match: Match
+    parts: dict[Path, str]  # identities on the way
+    nodes: list[fx.Node]
+
+
+def _following(matcher: Matcher, match: Match, by_first: dict[fx.Node, Match]) -> Optional[_Link]:
+    """The convolution that alone reads a match's ReLU."""
+    if match.target is not functional.conv_bn_act or not match.kwargs["relu"] or _added(match):
+        return None
+    parts: dict[Path, str] = {}
+    passed: list[fx.Node] = []
+    reader = matcher.next(match.nodes[-1], parts, passed)
+    return _Link(by_first[reader], parts, passed) if reader in by_first else None
+
+
+def _linear(match: Match) -> bool:
+    return not match.kwargs.get("relu", True) and not _added(match)
+
+
+def _read_once(match: Match) -> bool:
+    return len(match.nodes[-1].users) == 1
+
+
+def _added(match: Match) -> bool:
+    return match.kwargs.get("residual") is not None
+
+
+def _block(matcher: Matcher, row: list[Match], links: list[_Link], shortcut: Optional[Match]) -> Match:
+    first, last = row[0], row[-1]
+    x = first.args[0]
+    residual, identity = last.kwargs.get("residual"), False
+    if shortcut is not None:
+        residual = None if shortcut.args[0] is x else shortcut.args[0]
+    elif residual is x:
+        residual, identity = None, True
+    members = [*row, *([shortcut] if shortcut else [])]
+    nodes = [node for match in members for node in match.nodes] + [node for link in links for node in link.nodes]
+    parts = {path: kind for link in links for path, kind in link.parts.items()}
+    for match in members:
+        kinds = {"norm": "training norm", "stem conv": "conv"}
+        parts |= {path: kinds.get(kind, kind) for path, kind in match.parts.items()}
+    names = [name for match in members for name in match.op.parts]
+
+    pool = last.target is functional.stem
+    relu = pool or last.kwargs["relu"]
+    if relu and not pool and not _added(last):
+        pool_node = matcher.next(last.nodes[-1], {}, [])
+        child = matcher.child(pool_node) if pool_node is not None else None
+        if pool_node is not None and child is not None and not stem_pool_refusal(child):
+            pool = True
+            nodes.append(pool_node)
+            parts[path_of(pool_node)] = "stem pool"
+            names.append(str(pool_node.target))
+
+    convs = tuple(str(match.args[1]) for match in members)
+    norms = tuple(str(match.args[2]) for match in members)
+    kwargs = {
+        "residual": residual,
+        "identity": identity,
+        "projection": shortcut is not None,
+        "relu": relu,
+        "pool": pool,
+        "inplace_add": last.kwargs.get("inplace_add", False),
+    }
+    op = FusedOp("residual_block", tuple(names), first.op.conv)
+    return Match(op, nodes, parts, functional.residual_block, (x, convs, norms), kwargs)
+
+
+def _movable(matcher: Matcher, order: dict[fx.Node, int], nodes: list[fx.Node]) -> bool:
+    """Whether all nodes may run where the last of them does. Sorts them.
+
+    Not past another call of one of their norms: running statistics depend on the order.
+    """
+    nodes.sort(key=order.__getitem__)
+    norms = {node.target for node in nodes if isinstance(matcher.child(node), NORMS)}
+    every = list(order)
+    between = [node for node in every[order[nodes[0]] : order[nodes[-1]]] if node not in nodes]
+    return all(node.target not in norms and harmless(node, matcher.child(node)) for node in between)
