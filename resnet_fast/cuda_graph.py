@@ -184,7 +184,7 @@ def graphed(model: nn.Module, example: Union[Tensor, tuple[Tensor, ...]], *, cop
     For inference in eval mode, without control flow that depends on values. One call starts all kernels, so no time
     goes into Python between them; that is what counts with few images. The graph runs on the stream that is current in
     the call. When parameters, buffers, hooks or other attributes of the model have changed (by version and address:
-    what the README's "What it cannot see" names goes unnoticed here as well), or settings such as autocast, the next
+    what docs/limits.md says it cannot see goes unnoticed here as well), or settings such as autocast, the next
     call captures again, which waits for the GPU.
 
     Args:
