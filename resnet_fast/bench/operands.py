@@ -38,8 +38,10 @@ class Primitives:
         definition = getattr(reference, name)
         with _disable_current_modes():  # its own operations on tensors are none of the model's
             results = definition(*tree_map_only(Tensor, lambda tensor: tensor.to("meta"), args))
-            keep = 0 if name == "wgrad" else 4  # dimensions of an image
-            results = tree_map_only(Tensor, lambda tensor: tensor if tensor.dim() == keep else _zeros(tensor), results)
+            if name == "wgrad":
+                results = _zeros(results)
+            else:
+                results = tree_map_only(Tensor, lambda made: made if made.dim() == 4 else _zeros(made), results)
             self._enter(name, dict(zip(inspect.signature(definition).parameters, args)), _tensors(results))
         return results
 
