@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from resnet_fast.kernels import contract, onednn
-from resnet_fast.kernels.contract import Case, Pair
+from resnet_fast.kernels.contract import Case, Pair, nhwc
 from resnet_fast.kernels.native import library, planner
 from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
 from resnet_fast.kernels.packing import PackCache
@@ -105,7 +105,7 @@ def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
     n, c, h, w = x.shape
     if max(n, h, w) > LARGEST:
         return reference.global_avg_pool(x)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = nhwc(x)
     y = _empty((n, c, 1, 1), x.dtype)
     shape = Shape(_DTYPES[x.dtype], n, h, w, c, 1, 1, c, h, w, 1, 1, 0, 0, 1, 1, 1, 0, 0)
     op = Op(library.AVG_POOL, 0, shape, 0, None, None, Ref(0, 0, 0), NOWHERE, Ref(1, 0, 0))
@@ -181,12 +181,12 @@ def _prepare(
 def _run(call: _Call, x: torch.Tensor, weight: torch.Tensor, residual: Optional[torch.Tensor]) -> torch.Tensor:
     # Strides of dimensions of one element may be anything, also in a tensor that calls itself contiguous; no pixel
     # is reached through them, and the kernels compute addresses from sizes.
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = nhwc(x)
     y = _empty((x.shape[0], weight.shape[0], call.height, call.width), x.dtype)
     if residual is None:
         buffers = _three_buffers(x.data_ptr(), y.data_ptr())
     else:
-        residual = residual.contiguous(memory_format=torch.channels_last)
+        residual = nhwc(residual)
         buffers = _three_buffers(x.data_ptr(), y.data_ptr(), residual.data_ptr())
     library.run(call.program, 1, buffers, torch.get_num_threads())
     return y

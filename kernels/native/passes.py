@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Affine, Case, Gate, Gradient
+from resnet_fast.kernels.contract import Affine, Case, Gate, Gradient, nhwc
 from resnet_fast.kernels.native import library
 from resnet_fast.kernels.native.library import Pass
 
@@ -41,7 +41,7 @@ def activate(x: Tensor, affine: Optional[Affine]) -> Tensor:
 
 def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     """``mean [C]`` and ``variance [C]`` (biased) of the channels of ``y [N, C, H, W]``."""
-    y = _nhwc(y)
+    y = nhwc(y)
     mean, variance = _sums(y, 2)
     _run(library.STATISTICS, y, {"x": y}, [mean, variance])
     return mean, variance
@@ -51,7 +51,7 @@ def tail(
     y: Tensor, affine: Affine, residual: Optional[Tensor], residual_affine: Optional[Affine], relu: bool
 ) -> Tensor:
     """See ``reference_training.tail``."""
-    y, residual = _nhwc(y), None if residual is None else _nhwc(residual)
+    y, residual = nhwc(y), nhwc(residual)
     result = _image(*y.shape)
     scale, shift = affine
     own_scale, own_shift = residual_affine or (None, None)
@@ -62,7 +62,7 @@ def tail(
 
 def tail_pool(y: Tensor, affine: Affine) -> Tensor:
     """See ``reference_training.tail_pool``."""
-    y = _nhwc(y)
+    y = nhwc(y)
     n, c, h, w = y.shape
     result = _image(n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
     _run(library.TAIL_POOL, y, {"x": y, "result": result, "scale": affine.scale, "shift": affine.shift})
@@ -78,7 +78,7 @@ def gate(dx: Tensor, x: Tensor, gate: Optional[Gate], residual: Optional[Tensor]
     What the definition does behind a convolution's gradient ``dx``. Without a gate neither ``total`` nor ``product`` is
     computed; with one whose mean is None, only ``total``.
     """
-    dx, x, residual = _nhwc(dx), _nhwc(x), None if residual is None else _nhwc(residual)
+    dx, x, residual = nhwc(dx), nhwc(x), nhwc(residual)
     operands = {"x": dx, "residual": residual, "result": dx}
     if gate is None:
         if residual is not None:
@@ -100,15 +100,15 @@ def tail_backward(
     residual_mean: Optional[Tensor],
 ) -> tuple[Gradient, Optional[Tensor]]:
     """See ``reference_training.tail_backward``. Without ``out``, ``g`` is ``grad`` itself."""
-    grad = _nhwc(grad)
+    grad = nhwc(grad)
     result = grad if out is None else _image(*grad.shape)
     # Products are with y and then the residual; where only the residual has one, it takes the first place.
-    factors = [(_nhwc(raw), of) for raw, of in ((y, mean), (residual, residual_mean)) if raw is not None]
+    factors = [(nhwc(raw), of) for raw, of in ((y, mean), (residual, residual_mean)) if raw is not None]
     (first, first_mean), (second, second_mean) = (*factors, (None, None), (None, None))[:2]
     total, *products = sums = _sums(grad, 1 + len(factors))
     operands = {"x": grad, "y": first, "mean": first_mean, "residual_y": second, "residual_mean": second_mean}
     if out is not None:
-        operands |= {"gate": _nhwc(out), "result": result}
+        operands |= {"gate": nhwc(out), "result": result}
     _run(library.GATE, grad, operands, sums)
     product = None if y is None else products.pop(0)
     return Gradient(result, total, product), None if residual is None else products.pop(0)
@@ -116,7 +116,7 @@ def tail_backward(
 
 def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[Tensor]) -> Gradient:
     """See ``reference_training.tail_pool_backward``. Where the maximum is is found again, not stored."""
-    grad, y = _nhwc(grad), _nhwc(y)
+    grad, y = nhwc(grad), nhwc(y)
     g = _image(*y.shape)
     sums = _sums(y, 1 if mean is None else 2)
     operands = {"x": grad, "y": y, "result": g, "scale": affine.scale, "shift": affine.shift, "mean": mean}
@@ -126,17 +126,13 @@ def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[T
 
 def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool) -> Tensor:
     """See ``reference_training.bn_backward``."""
-    g, y = _nhwc(g), _nhwc(y)
+    g, y = nhwc(g), nhwc(y)
     result = g if overwrite else _image(*g.shape)
     _run(library.BN_BACKWARD, g, {"x": g, "y": y, "result": result, "mean": mean, "scale": a, "slope": b, "shift": c})
     return result
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _image(*size: int) -> Tensor:

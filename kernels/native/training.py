@@ -17,7 +17,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Affine, Case, Gate, Geometry, Gradient, Pair
+from resnet_fast.kernels.contract import Affine, Case, Gate, Geometry, Gradient, Pair, nhwc
 from resnet_fast.kernels.native import LARGEST, conv_shape, library, memory, passes, planner
 from resnet_fast.kernels.native.library import ALGORITHMS, NOWHERE, Op, Ref, Shape
 from resnet_fast.kernels.native.passes import bn_backward, tail, tail_backward, tail_pool, tail_pool_backward
@@ -228,7 +228,7 @@ def _convolve(
     if out is not None and pixels is not None and algorithm not in library.SPREADING:
         out[(..., *pixels)] = _convolve(shape, x, weight, scale, shift, prologue=prologue, backward=backward)
         return out
-    x = _nhwc(x)
+    x = nhwc(x)
     if out is None:
         size = (shape.n, shape.k, shape.p, shape.q)
         out = torch.empty(size, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
@@ -239,7 +239,7 @@ def _convolve(
     op.shift, op.x, op.y, op.residual = shift.data_ptr(), Ref(0, 0, 0), Ref(1, 0, 0), NOWHERE
     buffers = [x.data_ptr(), out.data_ptr()]
     if residual is not None:
-        residual, op.residual = _nhwc(residual), Ref(2, 0, 0)
+        residual, op.residual = nhwc(residual), Ref(2, 0, 0)
         buffers.append(residual.data_ptr())
     if prologue is not None:
         prologue = Affine(*(vector.to(x.dtype).contiguous() for vector in prologue))
@@ -251,7 +251,3 @@ def _convolve(
         op.y.offset = (rows.start * op.y_w + columns.start) * shape.k * out.element_size()
     library.run((Op * 1)(op), 1, (c_void_p * len(buffers))(*buffers), threads)
     return out
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast.kernels import native
-from resnet_fast.kernels.contract import Affine, Case, Geometry, Pair
+from resnet_fast.kernels.contract import Affine, Case, Geometry, Pair, nhwc
 from resnet_fast.kernels.native import library
 from resnet_fast.kernels.native.library import Shape
 from resnet_fast.kernels.reference import training as reference_training
@@ -36,7 +36,9 @@ def wgrad(dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geo
     if dw.numel() == 0:
         return dw
     shape = native.conv_shape(x.shape, weight.shape, *geometry, False, False)
-    library.wgrad(shape, choose(shape), _nhwc(dy), _nhwc(x), _vectors(prologue), dw, torch.get_num_threads())
+    library.wgrad(
+        shape, choose(shape), nhwc(dy.detach()), nhwc(x.detach()), _vectors(prologue), dw, torch.get_num_threads()
+    )
     return dw
 
 
@@ -47,7 +49,7 @@ def gram(x: Tensor, prologue: Optional[Affine], stride: Pair) -> tuple[Tensor, T
         return reference_training.gram(x, prologue, stride)
     shape = native.conv_shape(x.shape, (c, c, 1, 1), stride, (0, 0), (1, 1), 1, False, False)
     mean, covariance = x.new_empty(c), x.new_empty(c, c)
-    library.gram(shape, _nhwc(x), _vectors(prologue), mean, covariance, torch.get_num_threads())
+    library.gram(shape, nhwc(x.detach()), _vectors(prologue), mean, covariance, torch.get_num_threads())
     return mean, covariance
 
 
@@ -71,10 +73,6 @@ def _seconds(s: Shape, algorithm: str) -> float:
     points, tiles = (side + 2) ** 2, s.n * -(-s.p // side) * -(-s.q // side)
     transformed = tiles * (s.c + s.k) + -(-tiles // _CHUNK) * weights
     return points * (tiles * weights * _MULTIPLY_ADD + transformed * _TRANSFORM)
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.detach().contiguous(memory_format=torch.channels_last)
 
 
 def _vectors(prologue: Optional[Affine]) -> library.Vectors:

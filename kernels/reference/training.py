@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Affine, Case, Gate, Geometry, Gradient, Pair, wide
+from resnet_fast.kernels.contract import Affine, Case, Gate, Geometry, Gradient, Pair, nhwc, wide
 
 
 def supports(case: Case) -> Optional[str]:
@@ -84,12 +84,12 @@ def tail(
     z = _apply(y, affine)
     if residual is not None:
         z = z + (residual if residual_affine is None else _apply(residual, residual_affine))
-    return _nhwc((F.relu(z) if relu else z).to(y.dtype))
+    return nhwc((F.relu(z) if relu else z).to(y.dtype))
 
 
 def tail_pool(y: Tensor, affine: Affine) -> Tensor:
     """``max_pool2d(relu(y * scale + shift), 3, 2, 1)``: the stem's tail. NaN wins."""
-    return _nhwc(F.max_pool2d(activate(y, affine), 3, 2, 1))
+    return nhwc(F.max_pool2d(activate(y, affine), 3, 2, 1))
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def tail_backward(
         ``Gradient`` with ``total``, and ``product`` against ``y`` if that is given; and the product against
         ``residual``, if that is given (a raw one).
     """
-    g = _nhwc(grad) if out is None else torch.ops.aten.threshold_backward(_nhwc(grad), out, 0)
+    g = nhwc(grad) if out is None else torch.ops.aten.threshold_backward(nhwc(grad), out, 0)
     values = g.to(wide(g))
     gradient = Gradient(g, values.sum((0, 2, 3)), None if y is None else _product(values, y, mean))
     return gradient, None if residual is None else _product(values, residual, residual_mean)
@@ -122,7 +122,7 @@ def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[T
     """
     a = activate(y, affine)
     _, indices = torch.ops.aten.max_pool2d_with_indices(a, [3, 3], [2, 2], [1, 1])
-    g = torch.ops.aten.max_pool2d_with_indices_backward(_nhwc(grad), a, [3, 3], [2, 2], [1, 1], [1, 1], False, indices)
+    g = torch.ops.aten.max_pool2d_with_indices_backward(nhwc(grad), a, [3, 3], [2, 2], [1, 1], [1, 1], False, indices)
     return _gated(g, y, Gate(affine, mean))
 
 
@@ -183,7 +183,7 @@ def wgrad(dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geo
 
 def activate(x: Tensor, affine: Optional[Affine]) -> Tensor:
     """What a prologue makes of ``x``: ``relu(x * scale + shift)`` in the dtype of ``x``; ``x`` itself without one."""
-    return x if affine is None else _nhwc(F.relu(_apply(x, affine)).to(x.dtype))
+    return x if affine is None else nhwc(F.relu(_apply(x, affine)).to(x.dtype))
 
 
 def _apply(x: Tensor, affine: Affine) -> Tensor:
@@ -192,8 +192,8 @@ def _apply(x: Tensor, affine: Affine) -> Tensor:
 
 def _gated(dx: Tensor, x: Tensor, gate: Optional[Gate]) -> Gradient:
     if gate is None:
-        return Gradient(_nhwc(dx))
-    g = torch.ops.aten.threshold_backward(_nhwc(dx), activate(x, gate.affine), 0)
+        return Gradient(nhwc(dx))
+    g = torch.ops.aten.threshold_backward(nhwc(dx), activate(x, gate.affine), 0)
     values = g.to(wide(g))
     return Gradient(g, values.sum((0, 2, 3)), None if gate.mean is None else _product(values, x, gate.mean))
 
@@ -204,12 +204,8 @@ def _product(g: Tensor, y: Tensor, mean: Optional[Tensor]) -> Tensor:
 
 
 def _conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    return _nhwc(F.conv2d(x, weight.to(x.dtype), None, *geometry))
+    return nhwc(F.conv2d(x, weight.to(x.dtype), None, *geometry))
 
 
 def _channels(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
