@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 
-from resnet_fast.kernels.contract import Case, Pair
+from resnet_fast.kernels.contract import Case, Pair, nhwc
 from resnet_fast.kernels.folding import fold
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.kernels.reference import inference as reference
@@ -66,7 +66,7 @@ def conv_bn_act(
         # as well (2.14). Cut to what that column sees, the image gives the same without one.
         x = F.pad(x, (padding[1], max(0, extents[1] - padding[1] - x.shape[3])))[..., : extents[1]]
         stride, padding = (stride[0], 1), (padding[0], 0)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = nhwc(x)
     pack = _packs.get(
         (weight, scale, shift),
         (x.dtype, x.shape, stride, padding, dilation),
@@ -78,7 +78,7 @@ def conv_bn_act(
     if residual is None:
         y = torch.ops.mkldnn._convolution_pointwise(x, *pack, *geometry, "none", [], "")
     else:
-        residual = residual.contiguous(memory_format=torch.channels_last)
+        residual = nhwc(residual)
         y = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *pack, *geometry, "add", None, None, [], None)
     return y.relu_() if relu else y
 
@@ -109,4 +109,4 @@ def stem(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torc
 
 def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
     """See ``reference.global_avg_pool``."""
-    return F.adaptive_avg_pool2d(x.contiguous(memory_format=torch.channels_last), 1)
+    return F.adaptive_avg_pool2d(nhwc(x), 1)

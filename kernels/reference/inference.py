@@ -14,7 +14,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from resnet_fast.kernels.contract import Case, Pair
+from resnet_fast.kernels.contract import Case, Pair, nhwc
 
 
 def supports(case: Case) -> Optional[str]:
@@ -41,7 +41,7 @@ def conv_bn_act(
         y = y + residual
     if relu:
         y = F.relu(y)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return nhwc(y.to(x.dtype))
 
 
 def conv_chain(
@@ -73,7 +73,7 @@ def stem(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shift: torc
 
 def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
     """Mean over H and W: ``[N, C, H, W] -> [N, C, 1, 1]``."""
-    return F.adaptive_avg_pool2d(x, 1).contiguous(memory_format=torch.channels_last)
+    return nhwc(F.adaptive_avg_pool2d(x, 1))
 
 
 def head(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Case, Pair
+from resnet_fast.kernels.contract import Case, Pair, nhwc
 
 RANGE = {torch.int8: (-128.0, 127.0), torch.float8_e4m3fn: (-448.0, 448.0)}
 """The quantised dtypes, and their lowest and highest numbers."""
@@ -73,7 +73,7 @@ def conv_quantised(
     if relu:
         y = F.relu(y)
     y = quantise(y, out_scale, out_dtype) if out_dtype in RANGE else y.to(out_dtype)
-    return y.contiguous(memory_format=torch.channels_last)
+    return nhwc(y)
 
 
 def quantise(x: Tensor, scale: Union[float, Tensor], dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from resnet_fast.kernels import streams
-from resnet_fast.kernels.contract import Pair
+from resnet_fast.kernels.contract import Pair, nhwc
 from resnet_fast.kernels.folding import fold
 
 Call = Callable[[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor]
@@ -60,7 +60,7 @@ def prepare(
     def call(
         x: torch.Tensor, residual: Optional[torch.Tensor], scale: torch.Tensor, shift: torch.Tensor
     ) -> torch.Tensor:
-        return finish(F.conv2d(_nhwc(x), plain, None, *geometry), residual, scale, shift)
+        return finish(F.conv2d(nhwc(x), plain, None, *geometry), residual, scale, shift)
 
     call.owners, call.bound = (plain,), False  # type: ignore[attr-defined]
     return call
@@ -74,13 +74,9 @@ def _fused(weight: torch.Tensor, bias: torch.Tensor, geometry: tuple[Pair, Pair,
         x: torch.Tensor, residual: Optional[torch.Tensor], scale: torch.Tensor, shift: torch.Tensor
     ) -> torch.Tensor:
         if residual is None:
-            return _nhwc(convolution_relu(_nhwc(x), weight, bias, *geometry))
+            return nhwc(convolution_relu(nhwc(x), weight, bias, *geometry))
         # Third comes the residual, then its factor.
-        return _nhwc(convolution_add_relu(_nhwc(x), weight, _nhwc(residual), 1.0, bias, *geometry))
+        return nhwc(convolution_add_relu(nhwc(x), weight, nhwc(residual), 1.0, bias, *geometry))
 
     call.owners, call.bound = (weight, bias), True  # type: ignore[attr-defined]
     return call
-
-
-def _nhwc(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
