@@ -122,17 +122,6 @@ def _defined(name: str) -> set[str]:
     return within(ast.parse(text), "")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_reference_has_every_option(command):
-    """But for those that all commands have, which it explains once, and the demo's, which is for a first look."""
-    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGES["docs/cli.md"], re.MULTILINE | re.DOTALL))
-    common = {"--json", "--quiet", "--debug"}
-    options = {param.opts[0] for param in COMMANDS[command].params if param.opts[0].startswith("--")} - common
-    missing = {name for name in options if not re.search(rf"{name}\b(?!-)", sections[command])}
-    assert not missing or command == "demo"
-    assert re.search(rf"^resnet-fast {command}\b", sections[command], re.MULTILINE)
-
-
 @each_page
 def test_public_names_exist(page):
     for name in re.findall(r"resnet_fast\.(\w+)\(", PAGES[page]):
@@ -154,6 +143,34 @@ def test_commands_and_their_options_exist(page):
         elif not words[1].startswith("-"):
             options = {name for one in COMMANDS[words[1]].params for name in one.opts}
             assert {word for word in words[2:] if word.startswith("--")} <= options, words
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_reference_has_every_option(command):
+    """But for those that all commands have, which it explains once, and the demo's, which is for a first look."""
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGES["docs/cli.md"], re.MULTILINE | re.DOTALL))
+    common = {"--json", "--quiet", "--debug"}
+    options = {param.opts[0] for param in COMMANDS[command].params if param.opts[0].startswith("--")} - common
+    missing = {name for name in options if not re.search(rf"{name}\b(?!-)", sections[command])}
+    assert not missing or command == "demo"
+    assert re.search(rf"^resnet-fast {command}\b", sections[command], re.MULTILINE)
+
+
+@functools.cache
+def _make_targets() -> set[str]:
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_workflows_and_forms_are_sound():
+    """They cannot run here, but they are YAML, and what they ask of ``make`` exists."""
+    yaml = pytest.importorskip("yaml")
+    files = [*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"]
+    loaded = {path: yaml.safe_load(path.read_text()) for path in files}
+    jobs = [job for content in loaded.values() for job in content.get("jobs", {}).values()]
+    commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+    assert {"make test", "make lint"} <= set(commands)
+    assert {command.split()[1] for command in commands if command.startswith("make ")} <= _make_targets()
+    assert loaded[ROOT / "CITATION.cff"]["version"] in PAGES["CHANGELOG.md"]
 
 
 @each_page
