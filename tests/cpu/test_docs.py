@@ -154,7 +154,7 @@ def test_the_reference_has_every_option(command):
     options = {param.opts[0] for param in COMMANDS[command].params if param.opts[0].startswith("--")} - common
     missing = {name for name in options if not re.search(rf"{name}\b(?!-)", sections[command])}
     assert not missing or command == "demo"
-    assert re.search(rf"^ +resnet-fast {command}\b", sections[command], re.MULTILINE)
+    assert re.search(rf"^resnet-fast {command}\b", sections[command], re.MULTILINE)
 
 
 @functools.cache
