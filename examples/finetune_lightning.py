@@ -1,7 +1,7 @@
 """Lightning, with its own way to thaw a backbone: early layers are frozen in the first epoch and learn from then on.
 
 Lightning's freeze leaves frozen batch norms in training mode, normalising by the batch, and stops their running
-statistics (``track_running_stats=False``). Fused blocks do the same.
+statistics (``track_running_stats=False``). Accelerated blocks do the same.
 """
 
 import warnings

@@ -12,7 +12,7 @@ Pair = tuple[int, int]
 class Case(NamedTuple):
     """One call of an op, without its data. ``in_channels`` and ``out_channels`` count all groups together."""
 
-    op: str  # of ops.py, as "conv_bn_act"; out_channels of "conv_chain" are those of its second convolution
+    op: str  # as "conv_bn_act"; out_channels of "conv_chain" are those of its second convolution
     device: str  # torch.device.type
     dtype: torch.dtype  # of x, and so of the result; of 8-bit ops, the 8-bit one
     in_channels: int

@@ -1,7 +1,7 @@
 """``accelerate(model)``: the one line. ``restore`` undoes it.
 
 An accelerated module is the same object with the same children, parameters and buffers; only its class has changed, to
-a subclass that carries the name of the original and runs a fused program: ``fused`` makes one of a class,
+a subclass that carries the name of the original and runs a fused program: ``accelerated`` makes one of a class,
 ``accelerated_class`` derives one. The program follows from the module's structure, so it is in no state_dict, is left
 out when the module is copied or pickled, and is made anew there.
 """
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from resnet_fast import network
-from resnet_fast.graph.conditions import Fused, stock_wanted
+from resnet_fast.graph.conditions import Accelerated, stock_wanted
 from resnet_fast.graph.program import STATE, Traced, inlined, trace_forward
 from resnet_fast.graph.state import drop_state, rebuild, state_of
 from resnet_fast.kernels import packing
@@ -48,17 +48,17 @@ def accelerate(model: M, inplace: bool = True) -> M:
     traced: dict[nn.Module, Traced] = {}
     called: set[nn.Module] = set()  # Sequentials whose children another's program calls itself
     for module in _containers(model):
-        if module not in called or isinstance(module, Fused):
+        if module not in called or isinstance(module, Accelerated):
             traced[module] = trace_forward(module)
             called.update(inlined(module, traced[module].parts))
     for module, forward in traced.items():
-        if not forward.reason and module not in called and not isinstance(module, Fused):
+        if not forward.reason and module not in called and not isinstance(module, Accelerated):
             stock: Any = type(module)
             module.__class__ = accelerated_class(stock)
     # Programs are written when all children are what they will be, for unknown code is treated with more care; children
     # first, whose programs may become part of their parents'.
     for module, forward in reversed(traced.items()):
-        if isinstance(module, Fused):
+        if isinstance(module, Accelerated):
             rebuild(module, forward)
     return model
 
@@ -73,7 +73,7 @@ def restore(model: M, inplace: bool = True) -> M:
     if not inplace:
         model = copy.deepcopy(model)
     for module in model.modules():
-        if isinstance(module, Fused):
+        if isinstance(module, Accelerated):
             drop_state(module)
             module.__class__ = type(module).stock_class
     return model
@@ -90,7 +90,7 @@ def _containers(model: nn.Module) -> Iterator[nn.Module]:
 # --- the classes ------------------------------------------------------------------------------------------------------
 
 
-def fused(cls: Any) -> Any:
+def accelerated(cls: Any) -> Any:
     """Class decorator for an ``nn.Module`` subclass: its inherited forward stays, for where a program cannot run."""
     stock = cls.__mro__[1]
 
@@ -136,7 +136,7 @@ def fused(cls: Any) -> Any:
 def accelerated_class(stock: Any) -> Any:
     """The subclass of ``stock`` that an accelerated instance has. It is found again by ``stock`` when unpickled."""
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    cls: Any = fused(type(stock.__name__, (stock, Fused), names))
+    cls: Any = accelerated(type(stock.__name__, (stock, Accelerated), names))
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # The derived class has no importable name: pickle the stock class and derive again.

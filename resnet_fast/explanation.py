@@ -12,7 +12,7 @@ from torch import nn
 
 from resnet_fast import network, ops
 from resnet_fast.graph.bottleneck_pairs import Bottlenecks, bottlenecks_of
-from resnet_fast.graph.conditions import DROPS_OUT, Fused, Path, child_at, head_refusals
+from resnet_fast.graph.conditions import DROPS_OUT, Accelerated, Path, child_at, head_refusals
 from resnet_fast.graph.patterns import FusedOp
 from resnet_fast.graph.program import Program, State, inlined, trace_forward
 from resnet_fast.graph.state import state_of
@@ -164,7 +164,7 @@ def explain(model: nn.Module, training: bool = False) -> Explanation:
         TypeError: ``model`` is not an ``nn.Module``.
     """
     check_module(model)
-    states = {module: state_of(module) for module in model.modules() if isinstance(module, Fused)}
+    states = {module: state_of(module) for module in model.modules() if isinstance(module, Accelerated)}
     called = {child for module, state in states.items() if state for child in inlined(module, state.eval.parts)}
     algorithms = _algorithms(model)
     rows, fused = [], set()
@@ -194,7 +194,7 @@ def _explain_network(model: nn.Module) -> str:
     last = network.last_plan(model)
     if last is None:
         unplanned = "not planned yet (the first call in eval mode without gradients plans it)"
-        return unplanned if isinstance(model, Fused) else ""
+        return unplanned if isinstance(model, Accelerated) else ""
     return str(last) if isinstance(last, network.Plan) else f"no single program: {last}"
 
 
@@ -260,7 +260,7 @@ def _head_refusal(module: nn.Module, names: tuple[str, ...]) -> str:
 
 def _unusual(child: nn.Module) -> bool:
     """Whether a child left as it is deserves a word: not an accelerated block, nor a layer that no op could replace."""
-    if isinstance(child, Fused):
+    if isinstance(child, Accelerated):
         return False
     fusable = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.ReLU)
     return isinstance(child, fusable) or not type(child).__module__.startswith("torch.nn.modules")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.graph.conditions import Fused
+from resnet_fast.graph.conditions import Accelerated
 from resnet_fast.kernels.native import abi, library, planner
 from resnet_fast.kernels.triton.tuning import planner as gpu_planner
 from resnet_fast.utils.modules import check_module
@@ -120,7 +120,7 @@ def _tune_cpu(model: nn.Module, example_input: Tensor, calls: int) -> Tuning:
 
 def _check(model: nn.Module, calls: int) -> None:
     check_module(model)
-    if not any(isinstance(module, Fused) for module in model.modules()):
+    if not any(isinstance(module, Accelerated) for module in model.modules()):
         raise ValueError("model is not accelerated: call accelerate(model) first")
     if model.training:
         raise ValueError("model is in training mode, expected eval mode")

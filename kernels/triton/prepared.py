@@ -60,7 +60,7 @@ class _Kept:
         self.state = (scale._version, scale.data_ptr(), shift._version, shift.data_ptr()) if versions else None
 
     def takes(self, scale: torch.Tensor, shift: torch.Tensor) -> bool:
-        """Whether the call is right for these. Others than the last ones have not been checked by ``ops.py``."""
+        """Whether the call is right for these. Others than the last ones have not been checked by the op."""
         if (
             self.scale() is scale
             and self.shift() is shift
@@ -107,7 +107,7 @@ def run(
 ) -> Optional[torch.Tensor]:
     """``reference.conv_bn_act`` by a call that was prepared, or None: there is none, or it does not fit these tensors.
 
-    What a prepared call is found by has passed all checks of ``ops.py`` when it was kept.
+    What a prepared call is found by has passed all checks of the op when it was kept.
     """
     weights = _kept.get(id(weight))
     if weights is None:

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from resnet_fast.graph import functional
-from resnet_fast.graph.conditions import Fused, Path, child_at, customised, exact, stock_wanted
+from resnet_fast.graph.conditions import Accelerated, Path, child_at, customised, exact, stock_wanted
 from resnet_fast.graph.layout import channels_last, laid_out_like
 from resnet_fast.graph.patterns import path_of
 from resnet_fast.graph.program import Program, kept
@@ -132,7 +132,7 @@ def _block(module: nn.Module, node: fx.Node) -> Optional[_Block]:
         return None
     child = module.get_submodule(str(node.target))
     program = kept(child)
-    if not isinstance(child, Fused) or program is None or program.reason or len(program.inputs) != 1:
+    if not isinstance(child, Accelerated) or program is None or program.reason or len(program.inputs) != 1:
         return None
     assert program.graph is not None
     _, *nodes, output = program.graph.nodes

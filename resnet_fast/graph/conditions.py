@@ -17,7 +17,7 @@ BATCH_STATISTICS = "normalises by batch statistics (training mode)"
 DROPS_OUT = "drops out (training mode)"
 
 
-class Fused:
+class Accelerated:
     """Mark of the classes whose forward runs a program; see ``accelerated.py``."""
 
     stock_class: type  # the class that the forward was derived from

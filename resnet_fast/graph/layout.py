@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from resnet_fast.graph.conditions import Fused
+from resnet_fast.graph.conditions import Accelerated
 from resnet_fast.kernels.contract import nhwc
 
 # What reads the strides of its input, or makes a view that keeps them: given a channels_last tensor, it (or a ``view``
@@ -47,5 +47,5 @@ def reads_layout(module: nn.Module, node: fx.Node) -> bool:
         return package not in _LAYOUT_SAFE_PACKAGES or getattr(node.target, "__name__", "") in _LAYOUT_FUNCTIONS
     if node.op == "call_module":
         child = module.get_submodule(str(node.target))
-        return not isinstance(child, Fused) and type(child).__module__.split(".")[0] not in _LAYOUT_SAFE_PACKAGES
+        return not isinstance(child, Accelerated) and type(child).__module__.split(".")[0] not in _LAYOUT_SAFE_PACKAGES
     return False

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict
 
-from resnet_fast.graph.conditions import Fused, Path, is_sequential
+from resnet_fast.graph.conditions import Accelerated, Path, is_sequential
 
 
 class _Proxy(fx.Proxy):
@@ -129,7 +129,7 @@ def trace(module: nn.Module, training: bool) -> tuple[Tracer, fx.Graph]:
         m.__dict__["training"] = training
     try:
         with _everything_on():
-            tracer = Tracer("stock_forward" if isinstance(module, Fused) else "forward")
+            tracer = Tracer("stock_forward" if isinstance(module, Accelerated) else "forward")
             graph = tracer.trace(module)
     except Exception as error:
         first_line = (str(error) or repr(error)).splitlines()[0]

@@ -6,12 +6,12 @@ from typing import Optional
 from torch import nn
 from torchvision.models import resnet
 
-from resnet_fast.accelerated import fused, rebuild
-from resnet_fast.graph.conditions import Fused
+from resnet_fast.accelerated import accelerated, rebuild
+from resnet_fast.graph.conditions import Accelerated
 
 
-@fused
-class BasicBlock(resnet.BasicBlock, Fused):
+@accelerated
+class BasicBlock(resnet.BasicBlock, Accelerated):
     """``relu(bn2(conv2(relu(bn1(conv1(x))))) + downsample(x))``, two 3x3 convolutions (He et al. 2015, figure 5 left).
 
     Args:
@@ -41,8 +41,8 @@ class BasicBlock(resnet.BasicBlock, Fused):
         rebuild(self)
 
 
-@fused
-class Bottleneck(resnet.Bottleneck, Fused):
+@accelerated
+class Bottleneck(resnet.Bottleneck, Accelerated):
     """``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + downsample(x))``: 1x1 reduce, 3x3, 1x1 expand.
 
     He et al. 2015, figure 5 right, with the stride on the 3x3 convolution, as in torchvision.

@@ -24,13 +24,13 @@ from torchvision.models.resnet import (
     Wide_ResNet101_2_Weights,
 )
 
-from resnet_fast.accelerated import fused, rebuild
-from resnet_fast.graph.conditions import Fused
+from resnet_fast.accelerated import accelerated, rebuild
+from resnet_fast.graph.conditions import Accelerated
 from resnet_fast.models.blocks import BasicBlock, Bottleneck
 
 
-@fused
-class ResNet(resnet.ResNet, Fused):
+@accelerated
+class ResNet(resnet.ResNet, Accelerated):
     """torchvision's ResNet (He et al. 2015) whose stem, blocks and pooling run fused in eval mode.
 
     Input ``[N, 3, H, W]`` in NCHW or channels_last, result ``[N, num_classes]``. Arguments and errors are those of

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from resnet_fast.graph import conditions, functional
 from resnet_fast.graph.bottleneck_pairs import Bottlenecks
-from resnet_fast.graph.conditions import Fused, Path
+from resnet_fast.graph.conditions import Accelerated, Path
 from resnet_fast.graph.program import Program, build, hidden_state
 from resnet_fast.graph.state import state_of
 from resnet_fast.network.calls import CALLS, MODULES
@@ -90,7 +90,7 @@ class Lowering(Steps):
 
     def _program(self, module: nn.Module) -> Program:
         """The graph to follow into, its conditions checked."""
-        if isinstance(module, Fused):
+        if isinstance(module, Accelerated):
             state = state_of(module)
             assert state is not None
             program = state.eval

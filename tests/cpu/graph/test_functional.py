@@ -49,7 +49,7 @@ def stock(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Optional[Tensor] 
 
 
 def _check(conv: nn.Conv2d, bn: nn.Module, x: Optional[Tensor] = None, tolerance: float = 1e-5) -> None:
-    """Fused and stock agree, in all four epilogues, relative to the largest result."""
+    """Accelerated and stock agree, in all four epilogues, relative to the largest result."""
     x = _x(dtype=conv.weight.dtype) if x is None else x
     residual = torch.randn_like(stock(x, conv, bn))
     for added, relu in itertools.product((None, residual), (False, True)):

@@ -16,7 +16,7 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast.finetune.sync_batch_norm import synchronise
-from resnet_fast.graph.conditions import Fused
+from resnet_fast.graph.conditions import Accelerated
 from resnet_fast.graph.program import Program
 from resnet_fast.graph.state import state_of
 from tests.cpu.ops.residual_blocks import SHAPES, Block, Layer, Shape, assert_close
@@ -87,7 +87,7 @@ def test_two_processes(folder, kind, method, name):
         torch.testing.assert_close(buffers[key], buffer, rtol=1e-12, atol=1e-13)
 
 
-def _programs(module: Fused) -> tuple[Program, Program]:
+def _programs(module: Accelerated) -> tuple[Program, Program]:
     """For eval mode and for training mode."""
     state = state_of(module)
     return state.eval, state.training
@@ -98,8 +98,8 @@ def test_a_model_with_the_norm_for_cpus_runs_fused():
     model = resnet_fast.accelerate(synchronise(torchvision.models.resnet18(), torch.device("cpu")))
     plain = resnet_fast.accelerate(torchvision.models.resnet18())
     for ours, stock in zip(model.modules(), plain.modules(), strict=True):
-        assert isinstance(ours, Fused) == isinstance(stock, Fused)
-        if isinstance(ours, Fused):
+        assert isinstance(ours, Accelerated) == isinstance(stock, Accelerated)
+        if isinstance(ours, Accelerated):
             for program, expected in zip(_programs(ours), _programs(stock), strict=True):
                 assert list(map(str, program.ops)) == list(map(str, expected.ops))
                 assert program.refusal(ours) == expected.refusal(stock)
