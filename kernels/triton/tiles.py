@@ -45,7 +45,7 @@ _NARROWEST = 16  # channels that a matrix instruction takes
 class Tile(NamedTuple):
     """One program makes [rows, columns] of the output, ``reduction`` elements of the inner dimension at a time.
 
-    kernel: "pointers", or another way to the same result, where there is one (launch.py). parts: of the inner
+    kernel: "pointers", or another way to the same result, where there is one (forward.py). parts: of the inner
     dimension, each made by programs of its own and summed afterwards.
     """
 
