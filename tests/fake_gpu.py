@@ -137,6 +137,14 @@ def _record_stream(tensor: torch.Tensor, stream: _Stream) -> None:
     _driver.in_use.append((tensor.data_ptr(), stream.number))
 
 
+def _architecture(device: torch.device) -> str:
+    return "sm_90"
+
+
+def _allocate(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+
+
 @contextlib.contextmanager
 def installed() -> Iterator[Driver]:
     """Makes a fake GPU of compute capability 9.0 the active one, for Triton, for our plans and for streams."""
@@ -145,12 +153,8 @@ def installed() -> Iterator[Driver]:
     fake.started = None
     active = driver._active
     with (
-        mock.patch.object(device, "architecture", return_value="sm_90"),
-        mock.patch.object(
-            operands,
-            "allocate",
-            lambda x, shape: torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last),
-        ),
+        mock.patch.object(device, "architecture", _architecture),
+        mock.patch.object(operands, "allocate", _allocate),
         mock.patch.object(nvidia, "PyKernelArg", lambda nested_tuple, type: type),
         mock.patch.object(streams, "current", fake.get_current_stream),
         mock.patch.multiple(

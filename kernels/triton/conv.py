@@ -21,7 +21,7 @@ tap of every window is inside, and nothing is checked.
 Groups: each is a convolution of its own, on the second axis of the grid.
 
 Small images and batches: one tile after the other would leave most of the GPU idle, with a long loop each. With
-``PARTS`` the loop is cut, and each part is made by programs of its own, the third axis of the grid; see parts.py.
+``PARTS`` the loop is cut, and each part is made by programs of its own, the third axis of the grid; see split_k.py.
 
 Training's convolutions differ at the two ends. With ``PROLOGUE`` the image is a raw result, which gets its batch norm
 and ReLU as it is loaded (prologue.py). With ``STATISTICS`` the sums are stored as they are, and the statistics for the

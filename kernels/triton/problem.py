@@ -17,7 +17,7 @@ def conv_problem(
     prologue: bool = False,
     statistics: bool = False,
 ) -> Problem:
-    """The products that ``plan_conv`` makes of a convolution; by their kind it chooses the kernel."""
+    """The products that the plans make of a convolution; by their kind it chooses the kernel."""
     n, c, h, w = x_shape
     k, _, r, s = weight_shape
     flags = residual, prologue, statistics

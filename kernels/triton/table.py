@@ -123,7 +123,12 @@ def _run(op: str, *arguments: Any, **options: Any) -> Any:
     row = OPS[op]
     if any(isinstance(one, torch.Tensor) and one.numel() == 0 for one in arguments):
         return getattr(row.definition, op)(*arguments, **options)
-    file = importlib.import_module(row.file, __package__)
+    file = _file(row.file)
     options["target"] = device.architecture(arguments[0].device)
     own = getattr(file, op, None)
     return getattr(file, f"plan_{op}")(*arguments, **options).run() if own is None else own(*arguments, **options)
+
+
+@functools.cache
+def _file(name: str) -> ModuleType:
+    return importlib.import_module(name, __package__)

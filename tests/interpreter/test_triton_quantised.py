@@ -19,7 +19,7 @@ from resnet_fast import quantised as api
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.reference import quantised as reference
 from resnet_fast.kernels.reference.quantised import RANGE, REAL
-from resnet_fast.kernels.triton import operands, pack, table, tiles
+from resnet_fast.kernels.triton import device, operands, pack, table, tiles
 from tests.interpreter.cases import CONVS, SMALL, Conv, nhwc
 from tests.interpreter.checking import assert_within, rounding
 
@@ -452,7 +452,7 @@ def test_supports():
     assert table.supports(case._replace(op="quantise", in_channels=3, groups=1)) is None
     assert "float16" in table.supports(case._replace(dtype=torch.float16))
     assert "mps" in table.supports(case._replace(device="mps"))
-    assert "conv_bn_act" in table.supports(case._replace(op="conv_bn_act"))
+    assert "no torch.int8" in table.supports(case._replace(op="conv_bn_act"))
     assert "3 input channels; multiples of 16" in table.supports(case._replace(in_channels=3, groups=1))
     assert "48 input channels in 2 groups" in table.supports(case._replace(in_channels=48, groups=2))
     assert table.supports(case._replace(in_channels=128, groups=32)) is None  # merged to 32 channels
@@ -461,10 +461,10 @@ def test_supports():
 
 def test_fp8_is_refused_where_no_instruction_multiplies_it():
     for architecture in ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx950"):
-        assert table.no_fp8(architecture) is None
+        assert device.no_fp8(architecture) is None
     for architecture in ("sm_80", "sm_86", "sm_87", "gfx90a", "gfx1100"):
-        assert f"{architecture} does not multiply" in table.no_fp8(architecture)
-    assert "float8_e4m3fnuz" in table.no_fp8("gfx942")
+        assert f"{architecture} does not multiply" in device.no_fp8(architecture)
+    assert "float8_e4m3fnuz" in device.no_fp8("gfx942")
 
 
 def test_empty_tensors_get_the_definition():

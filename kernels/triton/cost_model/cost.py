@@ -132,7 +132,7 @@ class Cost(NamedTuple):
 
 
 def served(problem: Problem, tile: "Tile") -> "Tile":
-    """The tile as ``launch.plan_conv`` launches it, which has a simpler kernel or fewer parts where there is no choice.
+    """The tile as forward.py launches it, which has a simpler kernel or fewer parts where there is no choice.
 
     Descriptors serve inference at stride 1 without groups, of pixels that are multiples of 16 bytes (descriptor.py),
     and are not cut in parts.
