@@ -1,7 +1,7 @@
 """The definition of the primitives that training is made of, in plain PyTorch.
 
 ``resnet_fast/ops/block.py`` composes them into the forward and backward pass of a residual block. An
-implementation (``triton.training``, ``native.training``) has the functions below, or those of them that its
+implementation (``triton.table``, ``native.training``) has the functions below, or those of them that its
 ``supports(case)`` covers (``case.op`` is the function's name), and is checked against these in float64.
 
 Images are ``[N, C, H, W]`` in ``torch.channels_last``. What an image is followed by is not computed until it is read:

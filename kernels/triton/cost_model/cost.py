@@ -26,12 +26,10 @@ warp that needs them.
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from resnet_fast.kernels.triton.cost_model.gpus import Gpu
-
-if TYPE_CHECKING:  # tiles.py uses this file
-    from resnet_fast.kernels.triton.tiles import Tile
+from resnet_fast.kernels.triton.cost_model.tile import Tile
 
 KINDS = ("1x1", "rxs", "strided", "grouped", "stem")
 """Of convolutions: gemm.py's; and conv.py's with stride 1, with another stride, with groups, with few channels."""
@@ -131,7 +129,7 @@ class Cost(NamedTuple):
         return self.cycles / gpu.clock / 1e3
 
 
-def served(problem: Problem, tile: "Tile") -> "Tile":
+def served(problem: Problem, tile: Tile) -> Tile:
     """The tile as forward.py launches it, which has a simpler kernel or fewer parts where there is no choice.
 
     Descriptors serve inference at stride 1 without groups, of pixels that are multiples of 16 bytes (descriptor.py),
@@ -147,7 +145,7 @@ def served(problem: Problem, tile: "Tile") -> "Tile":
     return tile._replace(kernel=kernel, parts=parts)
 
 
-def _steps(problem: Problem, tile: "Tile") -> int:
+def _steps(problem: Problem, tile: Tile) -> int:
     """Of the main loop, over taps and channels."""
     return problem.taps * -(-problem.channels // tile.reduction)
 
@@ -157,7 +155,7 @@ def parts_of(steps: int, wanted: int) -> int:
     return -(-steps // -(-steps // min(wanted, steps)))
 
 
-def predict(gpu: Gpu, problem: Problem, tile: "Tile", codes: Mapping[str, Code]) -> Cost:
+def predict(gpu: Gpu, problem: Problem, tile: Tile, codes: Mapping[str, Code]) -> Cost:
     """The model's opinion. codes: by kernel family, of the GPU's architecture."""
     code = codes[problem.family]
     tile = served(problem, tile)
@@ -215,7 +213,7 @@ def _together(cycles: Iterable[float]) -> float:
     return max(cycles) + _OVERLAP_LOSS * (sum(cycles) - max(cycles))
 
 
-def violations(gpu: Gpu, problem: Problem, tile: "Tile", code: Code) -> tuple[str, ...]:
+def violations(gpu: Gpu, problem: Problem, tile: Tile, code: Code) -> tuple[str, ...]:
     """Names of the limits that a program breaks: "shared memory", "registers", "tensor memory", "threads".
 
     An estimate, from formulas; the compiler has the last word (tests/aot).
@@ -231,7 +229,7 @@ def violations(gpu: Gpu, problem: Problem, tile: "Tile", code: Code) -> tuple[st
     return tuple(name for name, broken in found.items() if broken)
 
 
-def shared_memory(gpu: Gpu, precision: str, tile: "Tile") -> int:
+def shared_memory(gpu: Gpu, precision: str, tile: Tile) -> int:
     """Bytes that a program takes. Tensor cores that read shared memory hold on to one more stage than those that do
     not."""
     operands = (tile.rows + tile.columns) * tile.reduction * _BYTES[precision]
@@ -242,13 +240,13 @@ def shared_memory(gpu: Gpu, precision: str, tile: "Tile") -> int:
     return max(held * operands, tile.rows * tile.columns * _BYTES[precision] // (2 if tile.split else 1))
 
 
-def register_count(gpu: Gpu, tile: "Tile", code: Code) -> int:
+def register_count(gpu: Gpu, tile: Tile, code: Code) -> int:
     """Registers of a thread."""
     accumulators = tile.rows * tile.columns / (tile.warps * _lanes(gpu))
     return math.ceil(code.registers + code.registers_accumulator * accumulators)
 
 
-def instructions(gpu: Gpu, problem: Problem, tile: "Tile", code: Code) -> float:
+def instructions(gpu: Gpu, problem: Problem, tile: Tile, code: Code) -> float:
     """Instructions that each warp issues in a step of the main loop."""
     threads = tile.warps * _lanes(gpu)
     size = _BYTES[problem.precision]
@@ -265,7 +263,7 @@ def instructions(gpu: Gpu, problem: Problem, tile: "Tile", code: Code) -> float:
     return issued + (code.prologue * x if problem.prologue else 0.0)
 
 
-def products(gpu: Gpu, precision: str, tile: "Tile") -> float:
+def products(gpu: Gpu, precision: str, tile: Tile) -> float:
     """Of a step, in instructions of each warp: wgmma and tcgen05 take 64 or 128 rows and up to 256 columns, mma 16 and
     8, mfma 32 and 32; 32 bytes of the inner dimension."""
     depth = tile.reduction * _BYTES[precision] / 32
@@ -278,7 +276,7 @@ def products(gpu: Gpu, precision: str, tile: "Tile") -> float:
     return depth * (tile.rows / rows) * (tile.columns / columns) / tile.warps
 
 
-def _mma(gpu: Gpu, precision: str, tile: "Tile") -> float:
+def _mma(gpu: Gpu, precision: str, tile: Tile) -> float:
     """Cycles of one step."""
     rate = {"half": gpu.half, "tf32": gpu.tf32, "ieee": gpu.float32}[precision]
     assert rate is not None, f"{gpu.name} has no {precision}"
@@ -292,7 +290,7 @@ def _l2_bandwidth(gpu: Gpu) -> float:
     return _L2_BANDWIDTH / (3 if gpu.architecture in _GEFORCE else 1)
 
 
-def _shared_bytes(gpu: Gpu, problem: Problem, tile: "Tile", size: int) -> float:
+def _shared_bytes(gpu: Gpu, problem: Problem, tile: Tile, size: int) -> float:
     """Bytes of a step to and from shared memory."""
     x, w = tile.rows * tile.reduction * size, tile.columns * tile.reduction * size
     unit = "mma" if _scalar(gpu, problem.precision) else _unit(gpu)
@@ -311,7 +309,7 @@ def _shared_bytes(gpu: Gpu, problem: Problem, tile: "Tile", size: int) -> float:
     return written + read + x_reads * x
 
 
-def _warps(tile: "Tile", shape: tuple[int, int]) -> tuple[int, int]:
+def _warps(tile: Tile, shape: tuple[int, int]) -> tuple[int, int]:
     """How many warps stand side by side along the rows and the columns, each on a share that is nearly square."""
     rows = columns = 1
     while rows * columns < tile.warps:
@@ -323,7 +321,7 @@ def _warps(tile: "Tile", shape: tuple[int, int]) -> tuple[int, int]:
     return rows, columns
 
 
-def _memory_bytes(problem: Problem, tile: "Tile", size: int) -> float:
+def _memory_bytes(problem: Problem, tile: Tile, size: int) -> float:
     """Bytes that must move: each pixel that is needed, the weight and the result once; a split's sums twice."""
     # A strided 1x1 skips pixels, a larger kernel needs them all.
     pixels = problem.rows * (4 if problem.kind in ("strided", "stem") and problem.taps > 1 else 1)
@@ -334,7 +332,7 @@ def _memory_bytes(problem: Problem, tile: "Tile", size: int) -> float:
     return moved * size + (2 * 4 * tile.parts * results if tile.parts > 1 else 0)
 
 
-def _occupancy(gpu: Gpu, problem: Problem, tile: "Tile", code: Code) -> int:
+def _occupancy(gpu: Gpu, problem: Problem, tile: Tile, code: Code) -> int:
     """Programs that share a multiprocessor; 0 if not one fits."""
     threads = tile.warps * _lanes(gpu)
     shared = shared_memory(gpu, problem.precision, tile) + (0 if _amd(gpu) else _RESERVED)
@@ -348,7 +346,7 @@ def _occupancy(gpu: Gpu, problem: Problem, tile: "Tile", code: Code) -> int:
     return min(*limits, _MOST_PROGRAMS)
 
 
-def _tensor_memory(tile: "Tile") -> int:
+def _tensor_memory(tile: Tile) -> int:
     """Columns, which are handed out in powers of two from 32 on."""
     return max(32, tile.columns * max(1, tile.rows // 128))
 
