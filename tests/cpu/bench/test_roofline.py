@@ -371,7 +371,7 @@ def test_command(mode, tmp_path, capsys):
 
 def test_help_says_that_it_is_a_model(capsys):
     assert main(["roofline", "--help"]) == 0
-    assert "A model: nothing is measured, no GPU is needed" in " ".join(capsys.readouterr().out.split())
+    assert "Nothing is measured, and no GPU is needed" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])

@@ -20,6 +20,7 @@ from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.cli import main
 from resnet_fast.cli.app import app
 from resnet_fast.cli.console import write_json
+from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import library, planner
 from resnet_fast.models.named import build, read_checkpoint
 from resnet_fast.utils.optional import EXTRAS
@@ -292,7 +293,7 @@ def test_verify_passes_and_reports_every_block_and_layer(tmp_path, capsys):
 
 
 def test_verify_notices_a_slightly_wrong_kernel(monkeypatch, tmp_path, capsys):
-    name = ops.implementation_for(ops.Case("conv_bn_act", "cpu", torch.float32, 64, 64, (3, 3), (1, 1), (1, 1)))
+    name = ops.implementation_for(Case("conv_bn_act", "cpu", torch.float32, 64, 64, (3, 3), (1, 1), (1, 1)))
     implementation = ops.IMPLEMENTATIONS[name]
     right = implementation.conv_bn_act
 

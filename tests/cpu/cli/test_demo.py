@@ -20,6 +20,7 @@ from resnet_fast.cli.demo.photographs import photographs
 from resnet_fast.cli.demo.report import _sentence, _untimed, write_report
 from resnet_fast.cli.demo.study import learnt, study
 from resnet_fast.finetune.digits import CLASSES, digits
+from resnet_fast.kernels.contract import Case
 from resnet_fast.models.named import build
 
 REDUCED = ["--model", "resnet18", "--size", "64", "--providers", "ours,eager", "--rounds", "1", "--seconds", "0"]
@@ -93,7 +94,7 @@ def test_report_is_one_honest_file(outcome):
 
 
 def test_wrong_kernel_fails_the_checks_and_the_report(monkeypatch, tmp_path):
-    name = ops.implementation_for(ops.Case("conv_bn_act", "cpu", torch.float32, 64, 64, (3, 3), (1, 1), (1, 1)))
+    name = ops.implementation_for(Case("conv_bn_act", "cpu", torch.float32, 64, 64, (3, 3), (1, 1), (1, 1)))
     implementation = ops.IMPLEMENTATIONS[name]
     right = implementation.conv_bn_act
 
