@@ -1,5 +1,6 @@
 """Residual blocks in training: convolutions in a row, found one by one, put together with their shortcuts."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -40,12 +41,13 @@ def blocks(module: nn.Module, graph: fx.Graph, found: list[Match]) -> list[Match
     for row, links in rows:
         if id(row[0]) in alone:
             continue
-        block = _block(matcher, row, links, shortcuts.get(id(row[-1])))
-        if _movable(matcher, order, block.nodes):
-            joined.append(block)
-            continue
-        singles = [_block(matcher, [match], [], None) for match in (*row, *filter(None, [shortcuts.get(id(row[-1]))]))]
-        joined += [single for single in singles if _movable(matcher, order, single.nodes)]
+        shortcut = shortcuts.get(id(row[-1]))
+        for way in _ways(row, links, shortcut):
+            made = [_block(matcher, *one) for one in way if _norms_in_order(order, *one)]
+            movable = [block for block in made if _movable(matcher, order, block.nodes)]
+            if len(movable) == len(way):
+                break
+        joined += movable
     return [*(match for match in found if not match.op.conv), *joined]
 
 
@@ -119,6 +121,25 @@ def _block(matcher: Matcher, row: list[Match], links: list[_Link], shortcut: Opt
     }
     op = FusedOp("residual_block", tuple(names), first.op.conv)
     return Match(op, nodes, parts, functional.residual_block, (x, convs, norms), kwargs)
+
+
+def _ways(row: list[Match], links: list[_Link], shortcut: Optional[Match]) -> Iterator[list[tuple]]:
+    """How a row and its shortcut may be put together: as one block, as two, and each convolution alone."""
+    yield [(row, links, shortcut)]
+    beside: list[tuple] = [] if shortcut is None else [([shortcut], [], None)]
+    yield [(row, links, None), *beside]
+    yield [*(([match], [], None) for match in row), *beside]
+
+
+def _norms_in_order(order: dict[fx.Node, int], row: list[Match], links: list[_Link], shortcut: Optional[Match]) -> bool:
+    """Whether a norm that several of a block's convolutions share is called in the block's order.
+
+    Its running statistics depend on that.
+    """
+    calls: dict[Any, list[int]] = {}
+    for match in (*row, *filter(None, [shortcut])):
+        calls.setdefault(match.args[2], []).append(order[match.nodes[0]])
+    return all(places == sorted(places) for places in calls.values())
 
 
 def _movable(matcher: Matcher, order: dict[fx.Node, int], nodes: list[fx.Node]) -> bool:

@@ -297,7 +297,7 @@ def test_an_accelerated_model(cuda):
     torch.manual_seed(0)
     model = resnet_fast.resnet18(num_classes=7).eval()
     x = torch.randn(2, 3, 32, 32)
-    run = resnet_fast.graphs._graphed(model, x, True, cuda)
+    run = resnet_fast.cuda_graph._graphed(model, x, True, cuda)
     with torch.inference_mode():
         torch.testing.assert_close(run(x + 1), model(x + 1))
     assert cuda.captures == 1

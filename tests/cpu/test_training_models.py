@@ -316,7 +316,7 @@ def two_convolutions_on_either_side(self, x):
     return F.relu(_unit(self, 3, F.relu(_unit(self, 1, x))) + identity)
 
 
-@graph(1)
+@graph(2)
 def shortcut_first_with_a_norm_of_the_main_side(self, x):
     return F.relu(self.bn1(self.conv3(x)) + _unit(self, 2, F.relu(_unit(self, 1, x))))
 
