@@ -78,14 +78,16 @@ class Matcher:
             passed.append(user)
             node = user
 
-    def is_main_path(self, end: fx.Node, other: fx.Node) -> bool:
+    def is_main_path(self, end: fx.Node, other: Any) -> bool:
         """Whether a convolution's result, and not the other operand of its addition, is the block's main path."""
         operands = (end, other)
         ends = main_path(operands, lambda node: node is end or self.ends_in_convolution(node), self.depths.__getitem__)
-        return end is not other and ends == operands
+        return ends == operands
 
-    def ends_in_convolution(self, node: fx.Node) -> bool:
+    def ends_in_convolution(self, node: Any) -> bool:
         """Whether ``conv`` would find a convolution and its batch norm before ``node``, and nothing else reads it."""
+        if not isinstance(node, fx.Node):
+            return False
         norm = self.child(node)
         while norm is not None and not exact(nn.Identity)(norm) and len(node.users) == 1:
             node = node.all_input_nodes[0]
@@ -174,9 +176,10 @@ class Matcher:
             first, second = follower.args
             add = ADDITIONS[follower.target]
             residual = second if first is chain else first
-            # x += conv(...) writes to x, which others may see: only the convolution's own result may be overwritten.
-            own = first is chain or add is operator.add
-            if own and isinstance(residual, fx.Node) and self.is_main_path(chain, residual):
+            # x += conv(...) writes to x, which others may see: only the convolution's own result may be overwritten. So
+            # what is added to in place ends in the addition; else the block's main path does.
+            ends_here = first is chain if add is operator.iadd else self.is_main_path(chain, residual)
+            if ends_here and isinstance(residual, fx.Node) and residual is not chain:
                 nodes += [*passed, follower]
                 parts |= tail_parts
                 names.append("add")
