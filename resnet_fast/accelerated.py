@@ -50,9 +50,9 @@ def accelerate(model: M, inplace: bool = True) -> M:
     for module in _containers(model):
         if module not in called or isinstance(module, Accelerated):
             traced[module] = trace_forward(module)
-            called.update(inlined(module, traced[module].parts))
+            called.update(inlined(module, traced[module].program.parts))
     for module, forward in traced.items():
-        if not forward.reason and module not in called and not isinstance(module, Accelerated):
+        if not forward.program.reason and module not in called and not isinstance(module, Accelerated):
             stock: Any = type(module)
             module.__class__ = accelerated_class(stock)
     # Programs are written when all children are what they will be, for unknown code is treated with more care; children

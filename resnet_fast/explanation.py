@@ -176,7 +176,7 @@ def explain(model: nn.Module, training: bool = False) -> Explanation:
                 fused |= {child_at(module, op.conv) for op in state.eval.ops if op.conv}
         elif module not in called and any(isinstance(child, nn.Conv2d) for child in module.children()):
             reason = "has a forward of its own set on the instance" if "forward" in module.__dict__ else ""
-            reason = reason or trace_forward(module).reason or "accelerate() has not been called on it"
+            reason = reason or trace_forward(module).program.reason or "accelerate() has not been called on it"
             rows.append(Row(path, type(module).__name__, "stock", reason=reason))
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     return Explanation(rows, _explain_network(model), dict(_layers(model)), convolutions, len(fused), training)

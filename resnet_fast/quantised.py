@@ -25,7 +25,7 @@ from resnet_fast.kernels.contract import Case, nhwc
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.kernels.reference import quantised as reference_quantised
 from resnet_fast.kernels.reference.quantised import MOST_PRODUCTS, RANGE, REAL
-from resnet_fast.ops.checks import check_images, check_shapes, geometry_of
+from resnet_fast.ops.checks import check_images, check_shapes, empty_channels_last, geometry_of
 from resnet_fast.ops.dispatch import QUANTISED, conv_case, implementation
 from resnet_fast.ops.registry import register
 
@@ -222,11 +222,7 @@ def _conv_output(
 
 
 def _conv_quantised_fake(*operands: Any) -> Tensor:
-    return _empty(operands[0], _conv_output(*operands), operands[-1])
-
-
-def _empty(x: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    return empty_channels_last(operands[0], _conv_output(*operands), operands[-1])
 
 
 def _quantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -237,7 +233,7 @@ def _quantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 def _quantise_fake(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     _check_quantise(x, scale, dtype)
-    return _empty(x, x.shape, dtype)
+    return empty_channels_last(x, x.shape, dtype)
 
 
 def _check_quantise(x: Tensor, scale: float, dtype: torch.dtype) -> None:
@@ -256,7 +252,7 @@ def _dequantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 def _dequantise_fake(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     _check_dequantise(x, scale, dtype)
-    return _empty(x, x.shape, dtype)
+    return empty_channels_last(x, x.shape, dtype)
 
 
 def _check_dequantise(x: Tensor, scale: float, dtype: torch.dtype) -> None:

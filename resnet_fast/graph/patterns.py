@@ -4,6 +4,7 @@ head."""
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Optional
 
 import torch
@@ -57,8 +58,12 @@ class Match:
 class Matcher:
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         self.module = module
-        self.depths = depths(module, graph)
+        self.graph = graph
         self.taken: set[fx.Node] = set()  # nodes of matches found so far
+
+    @cached_property
+    def depths(self) -> dict[fx.Node, int]:
+        return depths(self.module, self.graph)
 
     def child(self, node: fx.Node) -> Optional[nn.Module]:
         return called(self.module, node)

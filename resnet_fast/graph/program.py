@@ -14,7 +14,7 @@ In training mode, what is found is put together to whole residual blocks: see ``
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Generic, Optional, TypeVar
+from typing import Any, Generic, NamedTuple, Optional, TypeVar
 
 import torch
 from torch import fx, nn
@@ -134,57 +134,42 @@ def kept(module: Optional[nn.Module]) -> Optional[Program]:
 # --- making one -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Traced:
-    """A module's own forward in one of its modes, and what in it could be fused."""
+class Traced(NamedTuple):
+    """A program that is yet to be written, and what it will have in place of the nodes of its graph."""
 
-    inputs: tuple[str, ...] = ()
-    graph: Optional[fx.Graph] = None
-    found: list[Match] = field(default_factory=list)
-    reason: str = ""  # why nothing could
-    parts: dict[Path, str] = field(default_factory=dict)
-    children: dict[Path, tuple[str, ...]] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    training: bool = False
+    program: Program
+    found: list[Match]
 
 
 def trace_forward(module: nn.Module, training: bool = False) -> Traced:
-    children: dict[Path, tuple[str, ...]] = {(): _child_names(module)}
-    settings = _settings(module)
+    program = Program(children={(): _child_names(module)}, settings=_settings(module), training=training)
     try:
-        tracer, graph = trace(module, training)
+        tracer, program.graph = trace(module, training)
     except Untraceable as error:
-        return Traced(reason=str(error), children=children, settings=settings, training=training)
-    parts: dict[Path, str] = {}
+        program.reason = str(error)
+        return Traced(program, [])
+    program.inputs = tracer.inputs
     for path in tracer.inlined:
         owner = child_at(module, path)
         assert owner is not None
-        parts[path] = "sequential"
-        children[path] = _child_names(owner)
-    found = matches(module, graph, training)
-    reason = ""
+        program.parts[path] = "sequential"
+        program.children[path] = _child_names(owner)
+    found = matches(module, program.graph, training)
     if not any(match.op.conv for match in found):
-        found, reason = [], "no convolution followed by batch norm in its own forward"
-    return Traced(tracer.inputs, graph, found, reason, parts, children, settings, training)
+        program.reason = "no convolution followed by batch norm in its own forward"
+    return Traced(program, found)
 
 
 def write_program(module: nn.Module, traced: Traced) -> Program:
-    """The program of what was traced, whose graph it takes. Children that are to be accelerated must be so already."""
-    graph, parts = traced.graph, traced.parts
-    program = Program(
-        inputs=traced.inputs,
-        reason=traced.reason,
-        parts=parts,
-        children=traced.children,
-        settings=traced.settings,
-        graph=graph,
-        training=traced.training,
-    )
-    if traced.reason or graph is None:
+    """The program of what was traced. Children that are to be accelerated must be so already."""
+    program, found = traced
+    graph = program.graph
+    if program.reason or graph is None:
         return program
-    found = blocks(module, graph, traced.found) if traced.training else traced.found
+    if program.training:
+        found = blocks(module, graph, found)
     for match in found:
-        parts |= match.parts
+        program.parts |= match.parts
     rewrite(module, graph, found)
     program.ops = [match.op for match in found]
     program.rest = [str(node.target) for node in graph.nodes if node.op == "call_module"]

@@ -127,7 +127,8 @@ def _ways(row: list[Match], links: list[_Link], shortcut: Optional[Match]) -> It
     """How a row and its shortcut may be put together: as one block, as two, and each convolution alone."""
     yield [(row, links, shortcut)]
     beside: list[tuple] = [] if shortcut is None else [([shortcut], [], None)]
-    yield [(row, links, None), *beside]
+    if beside:
+        yield [(row, links, None), *beside]
     yield [*(([match], [], None) for match in row), *beside]
 
 

@@ -107,5 +107,5 @@ def check_device(name: str, tensor: Tensor, x: Any) -> None:
         raise RuntimeError(f"{name} is on {tensor.device}, expected the device of x, {x.device}")
 
 
-def empty_channels_last(x: Tensor, shape: list[Any]) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def empty_channels_last(x: Tensor, shape: Any, dtype: Optional[torch.dtype] = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)

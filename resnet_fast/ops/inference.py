@@ -21,7 +21,7 @@ from resnet_fast.ops.checks import (
     geometry_of,
     pooled,
 )
-from resnet_fast.ops.dispatch import BACK_TO_BACK, PREPARED, conv_case, implementation, implementation_for
+from resnet_fast.ops.dispatch import BACK_TO_BACK, PREPARED, conv_case, implementation
 from resnet_fast.ops.registry import register
 
 # --- conv_bn_act ----------------------------------------------------------------------------------------------------
@@ -90,9 +90,9 @@ def _conv_chain(*operands: Tensor) -> tuple[Tensor, Tensor]:
     x, weight, scale, shift, residual, next_weight, next_scale, next_shift = operands
     n, _, p, q = _conv_chain_output(*operands)
     case = Case("conv_chain", x.device.type, x.dtype, weight.shape[1], next_weight.shape[0])
-    name = "reference" if x.numel() == 0 else implementation_for(case, BACK_TO_BACK)
-    if name != "reference" and BACK_TO_BACK[name].chain_pays(case, n * p * q):
-        return BACK_TO_BACK[name].conv_chain(*operands)
+    serving = implementation(case, x, BACK_TO_BACK)
+    if serving is not BACK_TO_BACK["reference"] and serving.chain_pays(case, n * p * q):
+        return serving.conv_chain(*operands)
     out = _conv_bn_act(x, weight, scale, shift, residual, *_POINTWISE, True)
     return out, _conv_bn_act(out, next_weight, next_scale, next_shift, None, *_POINTWISE, True)
 
