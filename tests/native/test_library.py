@@ -58,7 +58,7 @@ import sys, torch, resnet_fast
 from pathlib import Path
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import abi, library
-from resnet_fast.ops import inference as ops
+from resnet_fast import ops
 {change}
 case = Case("conv_bn_act", "cpu", torch.float32, 3, 8, (7, 7), (2, 2), (3, 3))
 print(library.unavailable())
