@@ -266,3 +266,17 @@ def test_the_choices_lie_where_the_pages_say(file, page, monkeypatch, tmp_path):
     for name in ("RESNET_FAST_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     assert f"~/{Choices(file).path().relative_to(tmp_path)}" in PAGES[page]
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def test_versions():
+    """The releases that the tests run on are those that the README names, from the oldest that is admitted."""
+    files = [path.stem for path in (ROOT / "tests/versions").glob("*.txt")]
+    *some, last = sorted(files, key=lambda version: [int(part) for part in version.split(".")])
+    assert f"Tested with PyTorch {', '.join(some)} and {last};" in PAGES["README.md"]
+    project = (ROOT / "pyproject.toml").read_text()
+    major, minor = map(int, last.split("."))
+    assert f'"torch>={some[0]},<{major}.{minor + 1}"' in project
+    assert f"NEWEST := {last}\n" in (ROOT / "Makefile").read_text()
