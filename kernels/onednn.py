@@ -14,6 +14,7 @@ from resnet_fast.kernels.contract import Case, Pair, nhwc
 from resnet_fast.kernels.folding import fold
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.kernels.reference import inference as reference
+from resnet_fast.utils import compat
 
 _packs = PackCache()
 
@@ -24,6 +25,8 @@ def supports(case: Case) -> Optional[str]:
         return f"runs on cpu, not on {case.device}"
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return "this PyTorch has no oneDNN, or it is switched off"
+    if not compat.has_fused_onednn():
+        return "this PyTorch has no fused convolutions of oneDNN"
     if case.op == "head":
         return "no more than PyTorch's own operators"
     if case.op == "global_avg_pool":
@@ -77,8 +80,9 @@ def conv_bn_act(
     geometry = (padding, stride, dilation, groups)
     if residual is None:
         y = torch.ops.mkldnn._convolution_pointwise(x, *pack, *geometry, "none", [], "")
+    elif (residual := nhwc(residual)).is_contiguous() and not compat.onednn_adds_flat():
+        y = torch.ops.mkldnn._convolution_pointwise(x, *pack, *geometry, "none", [], "").add_(residual)
     else:
-        residual = nhwc(residual)
         y = torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *pack, *geometry, "add", None, None, [], None)
     return y.relu_() if relu else y
 

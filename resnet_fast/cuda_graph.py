@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from resnet_fast.graph.guard import Guard
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.triton.tuning import planner
+from resnet_fast.utils import compat
 from resnet_fast.utils.devices import MissingDeviceError, gpu_missing
 from resnet_fast.utils.modules import check_module
 
@@ -48,13 +49,12 @@ class Cuda:
 
     def settings(self) -> tuple:
         """What decides which kernels a model launches, beside the model."""
-        convolutions: Any = torch.backends.cudnn
         return (
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
-            convolutions.enabled,
-            convolutions.conv.fp32_precision,
-            torch.backends.cuda.matmul.fp32_precision,
+            torch.backends.cudnn.enabled,
+            compat.convolutions_in_tf32(),
+            compat.products_in_tf32(),
             planner.version,
         )
 

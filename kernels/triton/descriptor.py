@@ -12,6 +12,7 @@ from typing import Optional
 import torch
 
 from resnet_fast.kernels.triton import tiles
+from resnet_fast.utils import compat
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # NVIDIA's compute capabilities. The copy engine came with 9.0. What Triton specialises well are programs whose sums lie
@@ -43,6 +44,10 @@ def refusal(
         target.startswith("sm_") and int(target.removeprefix("sm_")) in _CAPABILITIES[tile.kernel]
     ):
         return f"no {tile.kernel} on {target}"
+    if not compat.has_descriptors():
+        return "this Triton has no tensor descriptors that serve"
+    if precision == "tf32" and not compat.descriptors_round():
+        return "this Triton's descriptors do not round to TF32"
     if precision == "ieee" and target != "interpreter":
         return "float32 without TF32, for which there are no matrix instructions that read what the copy engine wrote"
     if training:
@@ -90,4 +95,5 @@ def weight(packed: torch.Tensor, tile: tiles.Tile, tf32: bool) -> TensorDescript
 def describe(x: torch.Tensor, shape: tuple[int, ...], block: tuple[int, ...], tf32: bool) -> TensorDescriptor:
     """Of a contiguous ``x``, taken as of ``shape``. tf32: the copy rounds to it; matrix instructions would truncate."""
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return TensorDescriptor(x, list(shape), strides, list(block), round_f32_to_tf32=tf32)
+    rounding = {"round_f32_to_tf32": True} if tf32 else {}  # which not every Triton knows
+    return TensorDescriptor(x, list(shape), strides, list(block), **rounding)

@@ -10,6 +10,8 @@ from typing import Optional
 
 import torch
 
+from resnet_fast.utils import compat
+
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, on the CPU."""
@@ -70,7 +72,7 @@ def precision_of(dtype: torch.dtype, target: str) -> str:
     """Which list of tiles: float32 goes through TF32 where PyTorch's own convolutions would."""
     if dtype != torch.float32:
         return "half"
-    return "tf32" if target.startswith("sm_") and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if target.startswith("sm_") and compat.convolutions_in_tf32() else "ieee"
 
 
 def dot_precision(dtype: torch.dtype, target: str) -> str:

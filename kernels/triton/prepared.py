@@ -22,6 +22,7 @@ import torch
 
 from resnet_fast.kernels import packing, streams
 from resnet_fast.kernels.triton.tuning import planner
+from resnet_fast.utils import compat
 
 Call = Callable[[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor], Optional[torch.Tensor]]
 """Takes x, the residual, scale and shift, gives the result, or None where the call has to be decided anew.
@@ -188,7 +189,7 @@ def _key(
         relu,
         planner.version,
         _environment.get(_IMPLEMENTATION),
-        torch.backends.cudnn.conv.fp32_precision if dtype is torch.float32 else None,
+        compat.convolutions_in_tf32() if dtype is torch.float32 else None,
     )
 
 
@@ -271,7 +272,8 @@ class _Described:
 
     def __init__(self, image: torch.Tensor, like: Any) -> None:
         self.base, self.shape, self.strides = image, like.shape, like.strides
-        self.padding, self.round_f32_to_tf32 = like.padding, like.round_f32_to_tf32
+        self.padding = like.padding
+        self.round_f32_to_tf32 = getattr(like, "round_f32_to_tf32", False)
 
 
 def _launches(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from resnet_fast.export.folding import fold_batch_norm
+from resnet_fast.utils import compat
 
 INT8 = "int8"
 """Around its convolutions such a file computes in float32."""
@@ -69,7 +70,7 @@ def folded(stock: nn.Module, input_size: Sequence[int], dynamic_batch: bool) -> 
     with quiet(), explained(stock):
         # What is traced shares its parameters with what was given.
         program = torch.export.export(copy.deepcopy(stock), (example,), dynamic_shapes=batch_shapes(dynamic_batch))
-        traced = program.module(check_guards=False)
+        traced = compat.unguarded(program)
     fold_batch_norm(traced, torch.float64)
     for module in traced.modules():
         module.training = False  # a traced module has no eval()

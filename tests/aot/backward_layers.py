@@ -17,7 +17,8 @@ from resnet_fast.kernels.triton.tail_backward import (
     plan_tail_pool_backward,
 )
 from resnet_fast.kernels.triton.wgrad import plan_wgrad
-from tests.aot.layers import DTYPES, Item, Layer, float32_precision, image, items, model_layers
+from resnet_fast.utils import compat
+from tests.aot.layers import DTYPES, Item, Layer, image, items, model_layers
 
 BATCHES = (8, 128)
 
@@ -29,7 +30,7 @@ def backward_launches(architecture: str, precision: str) -> Iterator[Item]:
 
 def _plans(architecture: str, precision: str) -> Iterator[tuple[str, Plan]]:
     dtype = DTYPES[precision]
-    with float32_precision(precision):
+    with compat.float32_in_tf32(precision == "tf32"):
         for layer in model_layers():
             for batch in BATCHES:
                 if layer.groups == 1:

@@ -10,7 +10,8 @@ import torch
 from resnet_fast.kernels.triton import tiles
 from resnet_fast.kernels.triton.chain import plan_conv_chain
 from resnet_fast.kernels.triton.plan import Plan
-from tests.aot.layers import BATCHES, DTYPES, Item, float32_precision, image, items
+from resnet_fast.utils import compat
+from tests.aot.layers import BATCHES, DTYPES, Item, image, items
 
 STAGES = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels of the narrow side, height and width
 
@@ -30,7 +31,7 @@ def covered(architecture: str, precision: str) -> list[tuple[int, int]]:
 
 def plan(architecture: str, precision: str, width: int, size: int, batch: int = BATCHES[-1]) -> Plan:
     dtype = DTYPES[precision]
-    with float32_precision(precision):
+    with compat.float32_in_tf32(precision == "tf32"):
         x, residual = (image(batch, channels, size, size, dtype) for channels in (width, 4 * width))
         weight, next_weight = (
             torch.empty(*shape, 1, 1, dtype=dtype, device="meta") for shape in ((4 * width, width), (width, 4 * width))

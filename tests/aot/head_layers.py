@@ -9,7 +9,8 @@ import torch
 
 from resnet_fast.kernels.triton.classifier import plan_head
 from resnet_fast.kernels.triton.plan import Plan
-from tests.aot.layers import BATCHES, DTYPES, Item, float32_precision, image, items
+from resnet_fast.utils import compat
+from tests.aot.layers import BATCHES, DTYPES, Item, image, items
 
 CHANNELS = (512, 2048)
 CLASSES = (1000, 10)
@@ -28,5 +29,5 @@ def head_launches(architecture: str, precision: str) -> Iterator[Item]:
 def plan(architecture: str, precision: str, batch: int, channels: int, classes: int) -> Plan:
     dtype = DTYPES[precision]
     weight, bias = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((classes, channels), (classes,)))
-    with float32_precision(precision):
+    with compat.float32_in_tf32(precision == "tf32"):
         return plan_head(image(batch, channels, 7, 7, dtype), weight, bias, architecture)

@@ -4,7 +4,6 @@ Many layers share a binary: shapes that are runtime arguments do not matter, and
 size may be chosen for others. ``distinct`` keeps one launch per binary.
 """
 
-import contextlib
 import functools
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, NamedTuple, Optional
@@ -14,6 +13,7 @@ import torchvision
 
 from resnet_fast.kernels.triton import forward, pool, tiles
 from resnet_fast.kernels.triton.plan import Launch, Plan
+from resnet_fast.utils import compat
 
 MODELS = ("resnet18", "resnet50", "resnext50_32x4d")
 BATCHES = (1, 8, 128)
@@ -146,21 +146,10 @@ def model_layers(models: tuple[str, ...] = MODELS) -> list[Layer]:
     return list(found)
 
 
-@contextlib.contextmanager
-def float32_precision(precision: str) -> Iterator[None]:
-    """PyTorch's setting for float32 convolutions, which decides whether ours go through TF32."""
-    setting = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = setting
-
-
 def plan_layer(layer: Layer, batch: int, precision: str, architecture: str) -> list[Item]:
     """The launches of ``layer``, on the meta device."""
     dtype = DTYPES[precision]
-    with float32_precision(precision):
+    with compat.float32_in_tf32(precision == "tf32"):
         x = image(batch, layer.c, layer.h, layer.w, dtype)
         weight = torch.empty(layer.k, layer.c // layer.groups, *layer.kernel, dtype=dtype, device="meta")
         vector = torch.empty(layer.k, device="meta")

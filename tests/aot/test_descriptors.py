@@ -11,8 +11,9 @@ import torch
 
 from resnet_fast.kernels.triton import forward, tiles
 from resnet_fast.kernels.triton.tiles import Tile
+from resnet_fast.utils import compat
 from tests.aot.checks import Result, faults, offenders, shared_memory, spills, too_large
-from tests.aot.layers import DTYPES, Item, Layer, float32_precision, image, items
+from tests.aot.layers import DTYPES, Item, Layer, image, items
 from tests.aot.offline import Compiled
 
 EXPAND = Layer(256, 14, 14, 1024, (1, 1), (1, 1), (0, 0), 1, residual=True, relu=True)
@@ -53,7 +54,7 @@ def planned(architecture: str, kernel: str, precision: str, tile: Tile, layer: L
     weight = torch.empty(layer.k, layer.c, *layer.kernel, dtype=dtype, device="meta")
     vector = torch.empty(layer.k, device="meta")
     residual: Optional[torch.Tensor] = image(batch, layer.k, layer.h, layer.w, dtype) if layer.residual else None
-    with float32_precision(precision):
+    with compat.float32_in_tf32(precision == "tf32"):
         plan = forward.plan_conv_bn_act(
             x, weight, vector, vector, residual, layer.stride, layer.padding, (1, 1), 1, layer.relu, architecture,
             tile=tile._replace(kernel=kernel),

@@ -283,7 +283,7 @@ def test_cudnns_fused_op_is_bound_to_scale_and_shift(gpu, monkeypatch, tmp_path)
         weights.append((weight, bias))
         return torch.zeros(1, 64, 8, 8, dtype=x.dtype)
 
-    monkeypatch.setattr(torch, "cudnn_convolution_relu", fused, raising=False)
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", fused)
     conv = Conv()
     conv.call()
     conv.call()

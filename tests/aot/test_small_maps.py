@@ -11,10 +11,11 @@ import torch
 
 from resnet_fast.kernels.triton import forward, tiles
 from resnet_fast.kernels.triton.plan import Plan
+from resnet_fast.utils import compat
 from tests.aot.checks import faults
 from tests.aot.head_layers import CHANNELS, CLASSES, IMAGES
 from tests.aot.head_layers import plan as plan_head
-from tests.aot.layers import DTYPES, REAL, Item, distinct, float32_precision, image, items
+from tests.aot.layers import DTYPES, REAL, Item, distinct, image, items
 
 TARGETS = [(a, "fp16") for a in ("sm_80", "sm_90", "sm_100", "gfx942")]
 TARGETS += [("sm_90", "bf16"), ("sm_90", "tf32"), ("sm_80", "ieee"), ("gfx942", "ieee")]
@@ -30,7 +31,7 @@ CONVS = [
 
 def in_parts(architecture: str, precision: str) -> Iterator[Item]:
     dtype = DTYPES[precision]
-    with float32_precision(precision):
+    with compat.float32_in_tf32(precision == "tf32"):
         for c, size, k, kernel, stride, groups, parts in CONVS:
             x, y = image(1, c, size, size, dtype), image(1, k, 7, 7, dtype)
             weight = torch.empty(k, c // groups, kernel, kernel, dtype=dtype, device="meta")

@@ -124,9 +124,7 @@ def test_tensors_of_the_cpu_have_no_streams(gpu):
 @pytest.mark.parametrize("name", ["triton", cudnn.POINTWISE, cudnn.FUSED])
 def test_prepared_calls(name, gpu, monkeypatch):
     """Which find no pack by themselves, and hold some that no cache knows: cuDNN's."""
-    monkeypatch.setattr(
-        torch, "cudnn_convolution_relu", lambda x, weight, *_: torch.zeros(1, 64, 8, 8, dtype=x.dtype), raising=False
-    )
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda x, weight, *_: torch.zeros(1, 64, 8, 8, dtype=x.dtype))
     if name != "triton":
         problem = planner.Problem(
             "sm_90", torch.float16, "half", 1, 64, 8, 8, 64, (3, 3), (1, 1), (1, 1), (1, 1), 1, False, relu=True

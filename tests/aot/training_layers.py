@@ -14,7 +14,8 @@ from resnet_fast.kernels.triton.gram import plan_gram
 from resnet_fast.kernels.triton.plan import Plan
 from resnet_fast.kernels.triton.pool import plan_tail_pool
 from resnet_fast.kernels.triton.tail import plan_tail
-from tests.aot.layers import DTYPES, Item, Layer, float32_precision, image, items, model_layers
+from resnet_fast.utils import compat
+from tests.aot.layers import DTYPES, Item, Layer, image, items, model_layers
 
 BATCHES = (8, 128)
 
@@ -22,7 +23,7 @@ BATCHES = (8, 128)
 def forward_launches(architecture: str, precision: str, batches: tuple[int, ...] = BATCHES) -> Iterator[Item]:
     if precision == "tf32" and architecture.startswith("gfx"):
         return
-    with float32_precision(precision):
+    with compat.float32_in_tf32(precision == "tf32"):
         for layer in model_layers():
             for batch in batches:
                 for name, plan in _convolution(layer, batch, DTYPES[precision], architecture):

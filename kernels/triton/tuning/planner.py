@@ -17,9 +17,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from resnet_fast.kernels.choices import Choices, own_version
 from resnet_fast.kernels.contract import Pair, output_size
-from resnet_fast.kernels.triton import tiles
+from resnet_fast.kernels.triton import device, tiles
 from resnet_fast.kernels.triton.problem import conv_problem
 from resnet_fast.kernels.triton.tuning import cudnn
+from resnet_fast.utils import compat
 
 _TILES = 6  # of our own, at most, that are measured for a problem
 
@@ -149,12 +150,12 @@ def recorded() -> Iterator[list[Problem]]:
 def machine(index: int) -> str:
     """All that a measurement on GPU number ``index`` depends on beside the problem: GPU, driver, versions."""
     properties = torch.cuda.get_device_properties(index)
-    capability = getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}")
-    driver = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA driver {torch._C._cuda_getDriverVersion()}"
+    architecture = device.architecture(torch.device("cuda", index))
+    driver = f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA driver {compat.cuda_driver()}"
     library = f"{cudnn.LIBRARY} {torch.backends.cudnn.version()}"
     ours = f"resnet-fast {own_version()}, torch {torch.__version__}, triton {_triton_version()}"
     units = f"{properties.multi_processor_count} multiprocessors"
-    return f"{properties.name}, {capability}, {units}, {driver}, {library}, {ours}"
+    return f"{properties.name}, {architecture}, {units}, {driver}, {library}, {ours}"
 
 
 def _triton_version() -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from resnet_fast.bench.gpu.cases import DTYPES, Case, cases
+from resnet_fast.utils import compat
 
 Results = Iterator[dict[str, Any]]
 
@@ -101,7 +102,7 @@ def _guarded(check: Callable[[Case, str, str], dict[str, Any]], case: Case, dtyp
 
 
 def _compared(case: Case, name: str, device: str) -> dict[str, Any]:
-    with _precision(name):
+    with compat.float32_in_tf32(name == "tf32"):
         inputs = case.cast(_torch_dtype(name), device)
         ours, stock = case.ours(*inputs), case.definition(*inputs)
     # The definition of the very numbers that were given, which may have been rounded.
@@ -149,7 +150,7 @@ def _error(result: Tensor, exact: Tensor, scale: float = 0.0) -> float:
 
 
 def _repeated(case: Case, name: str, device: str) -> dict[str, Any]:
-    with _precision(name):
+    with compat.float32_in_tf32(name == "tf32"):
         inputs = case.cast(_torch_dtype(name), device)
         first = case.ours(*inputs)
         different = 0
@@ -173,21 +174,6 @@ def _other_work(device: str) -> Iterator[None]:
             noise.random_()
     yield
     side.synchronize()
-
-
-@contextmanager
-def _precision(name: str) -> Iterator[None]:
-    """Choose whether float32 convolutions and products go through TF32."""
-    backends: Any = torch.backends
-    settings = [backends.cudnn.conv, backends.cuda.matmul]
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = "tf32" if name == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        for setting, value in zip(settings, before):
-            setting.fp32_precision = value
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -32,6 +32,7 @@ def demo(
         require(module, "the demo")
 
     import functools
+    import functools
     import time
 
     import torch
@@ -45,7 +46,7 @@ def demo(
     from resnet_fast.cli.demo.photographs import photographs
     from resnet_fast.cli.demo.report import write_report
     from resnet_fast.cli.demo.study import Study, learnt, study
-    from resnet_fast.cli.options import build
+    from resnet_fast.cli.models import build
     from resnet_fast.export import VerificationError
     from resnet_fast.utils.cpuinfo import available_cores
 
@@ -63,8 +64,7 @@ def demo(
     measured = functools.partial(measure, providers=names, threads=threads, rounds=rounds, seconds=seconds)
 
     def show(found: Study) -> None:
-        rows = [(each.name, each.found, each.expected, "ok" if each.passed else "FAILED") for each in found.checks]
-        terminal.print(table(found.title, ("check", "found", "expected", ""), rows))
+        terminal.print(table(found.title, *found.summary()))
         title = f"{found.title}: time of a call, batch {found.bench_batch}"
         terminal.print(measurements_table(title, found.measurements, found.bench_batch))
 

@@ -239,8 +239,8 @@ def test_cudnns_fused_op_gets_what_it_wants(residual, monkeypatch):
     def convolution_add_relu(x, weight, z, alpha, bias, *geometry):
         return torch.relu(torch.nn.functional.conv2d(x, weight, bias, *geometry) + alpha * z)
 
-    monkeypatch.setattr(torch, f"{cudnn.LIBRARY}_convolution_relu", convolution_relu, raising=False)
-    monkeypatch.setattr(torch, f"{cudnn.LIBRARY}_convolution_add_relu", convolution_add_relu, raising=False)
+    monkeypatch.setattr(torch, f"{cudnn.LIBRARY}_convolution_relu", convolution_relu)
+    monkeypatch.setattr(torch, f"{cudnn.LIBRARY}_convolution_add_relu", convolution_add_relu)
     torch.manual_seed(0)
     model = build("resnet18")
     randomise_batch_norm(model, 0)

@@ -23,6 +23,7 @@ from resnet_fast.export.file_checks import check_file
 from resnet_fast.export.folding import fold_batch_norm, thaw
 from resnet_fast.export.precision import folded as folded_network
 from resnet_fast.export.runner import session
+from resnet_fast.utils import compat
 from resnet_fast.utils.files import replacing
 
 RESNET_OPS = {"Conv", "Relu", "Add", "MaxPool", "GlobalAveragePool", "Flatten", "Gemm"}
@@ -301,7 +302,7 @@ def test_replacing_follows_links_and_obeys_umask(tmp_path):
 
 
 def folded(model, images):
-    traced = torch.export.export(model.eval(), (images,)).module(check_guards=False)
+    traced = compat.unguarded(torch.export.export(model.eval(), (images,)))
     return traced, fold_batch_norm(traced)
 
 

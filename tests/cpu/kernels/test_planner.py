@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from resnet_fast.kernels.reference import inference as reference
-from resnet_fast.kernels.triton import forward, tiles
+from resnet_fast.kernels.triton import device, forward, tiles
 from resnet_fast.kernels.triton.tuning import cudnn, measuring, planner
 from resnet_fast.kernels.triton.tuning.planner import Problem
+from resnet_fast.utils import compat
 
 CPU = torch.device("cpu")
 
@@ -173,11 +174,12 @@ def test_recorded():
 
 def test_what_a_measurement_depends_on_beside_the_problem(monkeypatch):
     class Properties:
-        name, major, minor, multi_processor_count = "NVIDIA Imaginary 100", 9, 0, 114
+        name, multi_processor_count = "NVIDIA Imaginary 100", 114
 
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties())
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(device, "architecture", lambda gpu: "sm_90")
+    monkeypatch.setattr(compat, "cuda_driver", lambda: 13000)
     planner.machine.cache_clear()
     text = planner.machine(0)
     planner.machine.cache_clear()
