@@ -296,6 +296,14 @@ def test_imports_go_through_the_package():
     assert [name for name in sources if wrong.search((ROOT / name).read_text())] == []
 
 
+def test_no_module_starts_with_an_import_of_what_only_unix_has():
+    """Windows could not import it."""
+    wrong = re.compile(r"^(import|from) (fcntl|grp|pwd|resource|termios)\b", re.MULTILINE)
+    sources = [name for name in tracked() if name.startswith(("resnet_fast/", "kernels/")) and name.endswith(".py")]
+    assert len(sources) > 100
+    assert [name for name in sources if wrong.search((ROOT / name).read_text())] == []
+
+
 def test_no_machine_paths():
     """Nothing tracked names a folder of the machine that it was written on."""
     paths = re.compile(rb"(?<![\w.~-])/(work|root|tmp|home)/\w")
