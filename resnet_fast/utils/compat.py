@@ -117,7 +117,10 @@ def has_descriptors() -> bool:
 
 @functools.cache
 def descriptors_round() -> bool:
-    """Whether copies through tensor descriptors round float32 to TF32."""
+    """Whether copies through tensor descriptors round float32 to TF32.
+
+    A Triton that has no word for it, up to 3.6, also fails to compile our programs with specialised warps.
+    """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__

@@ -14,7 +14,7 @@ def install() -> None:
 
 
 def _index_with_one_element() -> None:
-    """A number that a kernel has loaded bounds its loops: an array of one element, which ``int`` of NumPy 2.5 refuses."""
+    """A number that a kernel loaded bounds its loops: an array of one element, which ``int`` of NumPy 2.5 refuses."""
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, *scope: Any) -> None:

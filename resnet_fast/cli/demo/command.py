@@ -32,7 +32,6 @@ def demo(
         require(module, "the demo")
 
     import functools
-    import functools
     import time
 
     import torch

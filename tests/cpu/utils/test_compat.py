@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import resnet_fast.ops  # noqa: F401: its names are among those that are looked up
+import resnet_fast.quantised  # noqa: F401: likewise
 from resnet_fast.utils import compat
 
 ROOT = Path(__file__).parents[3]
