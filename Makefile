@@ -158,7 +158,7 @@ $(PEER_VENV)/.installed: Makefile
 wheel: export PATH := $(abspath $(WHEEL_VENV)/bin):$(PATH)
 wheel: WHEEL = python -W ignore setup.py --quiet bdist_wheel
 wheel: $(WHEEL_VENV)/.installed
-	rm -rf build dist
+	rm -rf build/lib* build/wheels dist
 	RESNET_FAST_NO_NATIVE=1 $(WHEEL)
 	@for machine in x86_64 aarch64; do \
 		compiler=$$machine-linux-gnu-g++; platform=auto; \
