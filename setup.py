@@ -8,17 +8,24 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Optional
 
 from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("resnet_fast/kernels/native")
 
+OPENMP = ["-fopenmp"]
+if sys.platform == "darwin":  # untested: Apple's clang has no OpenMP of its own, so that of torch is compiled against
+    torch = sysconfig.get_path("purelib") + "/torch"
+    OPENMP = ["-Xclang", "-fopenmp", f"-I{torch}/include", f"-L{torch}/lib", "-lomp"]
+    OPENMP += ["-Wl,-rpath,@loader_path/../../../torch/lib"]
 FLAGS = [
-    *("-std=gnu++17", "-O3", "-ffp-contract=off", "-fopenmp", "-fPIC", "-fvisibility=hidden"),
+    *("-std=gnu++17", "-O3", "-ffp-contract=off", *OPENMP, "-fPIC", "-fvisibility=hidden"),
     *("-Wall", "-Wextra"),
 ]
 # Name to flags: variant.cpp is compiled once for each, and the best one that the CPU runs is picked at load.
@@ -100,6 +107,14 @@ class BuildKernels(build_ext):
         subprocess.run([*compiler, "-shared", *objects, "-o", str(target)], check=True)
 
 
+class Wheel(bdist_wheel):
+    """Is for every Python, which the library knows nothing of; where that is missing, for every machine as well."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        self.root_is_pure = not Path(self.bdist_dir, f"{NATIVE}/_native.so").exists()
+        return "py3", "none", super().get_tag()[2]
+
+
 def _instructions(compiler: list[str], flags: list[str]) -> Optional[set[str]]:
     """The extensions of x86-64 that the compiler uses with ``flags``, from AVX on; None if it refuses them."""
     command = [*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull]
@@ -127,5 +142,5 @@ if __name__ == "__main__":  # the tests read the flags above
                 optional=True,
             )
         ],
-        cmdclass={"build_ext": BuildKernels},
+        cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
     )

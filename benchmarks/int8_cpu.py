@@ -28,12 +28,13 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from torch import Tensor, nn
 
-from resnet_fast.bench.machine import available_cores, describe, load
+from resnet_fast.bench.machine import describe, load
 from resnet_fast.bench.runner import Worker
 from resnet_fast.cli.console import console, table, write_json
 from resnet_fast.cli.demo.photographs import photographs
 from resnet_fast.export import export_onnx
 from resnet_fast.models.named import build
+from resnet_fast.utils.cpuinfo import available_cores
 
 _FILES = ("fp32", "static", "uint8", "ours")
 _PATIENCE = 300  # seconds for an answer

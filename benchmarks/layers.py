@@ -24,7 +24,7 @@ from torch import nn
 from benchmarks.layer_report import COLUMN_NAMES, NOTES, NUMBERS, conditions, draw, markdown, problems, rows, title
 from resnet_fast import accelerate
 from resnet_fast.bench import Bench, Measurement, prepare
-from resnet_fast.bench.machine import available_cores, describe, load
+from resnet_fast.bench.machine import describe, load
 from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.bench.roofline_chart import save_figure
 from resnet_fast.bench.worker import timed_round
@@ -34,6 +34,7 @@ from resnet_fast.kernels.native import abi, library
 from resnet_fast.kernels.native import inference as native
 from resnet_fast.models.named import UnknownNameError, build
 from resnet_fast.network.plan import Plan, last_plan
+from resnet_fast.utils.cpuinfo import available_cores
 from resnet_fast.utils.files import replacing
 
 OURS, PEER = "plan", "onnxruntime"

@@ -15,12 +15,13 @@ from typing import Any, Optional
 import torch
 
 from resnet_fast.bench import Bench, prepare
-from resnet_fast.bench.machine import available_cores, describe, load
+from resnet_fast.bench.machine import describe, load
 from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.cli.console import console, table, write_json
 from resnet_fast.models.named import build
 from resnet_fast.serving import Server, write_repository
 from resnet_fast.serving.load import Target, load_test
+from resnet_fast.utils.cpuinfo import available_cores
 
 IN_PROCESS = "in a process, without a server"
 

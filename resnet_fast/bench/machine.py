@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Optional
 
 from resnet_fast.bench import peer_environment
-from resnet_fast.utils.cpuinfo import first_processor
+from resnet_fast.utils.cpuinfo import available_cores, first_processor
 
 PACKAGES = (
     "resnet-fast",
@@ -28,11 +28,6 @@ PACKAGES = (
 _DISTRIBUTIONS = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
 _ISA = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 _ISA_ARM = ("asimd", "asimddp", "sve", "sve2", "bf16", "i8mm")
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe() -> dict[str, Any]:

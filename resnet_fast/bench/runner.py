@@ -1,10 +1,10 @@
 """Every provider in a process of its own, timed in alternating rounds."""
 
+import concurrent.futures
 import contextlib
 import importlib.util
 import json
 import os
-import select
 import signal
 import statistics
 import subprocess
@@ -214,7 +214,7 @@ class Bench:
                 results[name] = replace(
                     results[name],
                     rounds_ms=[*results[name].rounds_ms, statistics.median(answer["times"]) * 1e3],
-                    peak_mib=round(answer["peak_bytes"] / 2**20, 1),
+                    peak_mib=None if answer["peak_bytes"] is None else round(answer["peak_bytes"] / 2**20, 1),
                 )
         return list(results.values())
 
@@ -287,6 +287,7 @@ class Worker:
 
     def __init__(self, name: str, folder: Path, threads: int) -> None:
         self._log = folder / f"{name}.log"
+        self._reader = concurrent.futures.ThreadPoolExecutor(1)  # Windows cannot wait for a pipe for some time only
         python, environment = sys.executable, dict(os.environ)
         if provider(name).apart:
             python, environment = peer_environment.python(), peer_environment.environment(folder)
@@ -306,25 +307,28 @@ class Worker:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        self._process.send_signal(signal.SIGCONT)
+        if sys.platform != "win32":
+            self._process.send_signal(signal.SIGCONT)
         try:
             stdin.write(line.encode() + b"\n")
-            ready, _, _ = select.select([stdout], [], [], timeout)
-            answer = stdout.readline() if ready else b""
+            answer = self._reader.submit(stdout.readline).result(timeout)
         except BrokenPipeError:
-            ready, answer = [stdout], b""
-        if not ready:
-            raise WorkerError(f"no answer within {timeout:.0f} s")
+            answer = b""
+        except concurrent.futures.TimeoutError:
+            raise WorkerError(f"no answer within {timeout:.0f} s") from None
         if not answer:
             raise WorkerError(self._last_words())
         self._stop()
         return json.loads(answer)
 
     def _stop(self) -> None:
-        """Stop the process, and return when it stands still."""
+        """Stop the process, where the system can, and return when it stands still."""
+        if sys.platform == "win32":
+            return
         self._process.send_signal(signal.SIGSTOP)
-        # It may have ended instead; that is left for Popen to find.
-        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if hasattr(os, "waitid"):  # on macOS from Python 3.13 on
+            # It may have ended instead; that is left for Popen to find.
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def _last_words(self) -> str:
         code = self._process.wait()
@@ -335,4 +339,5 @@ class Worker:
 
     def kill(self) -> None:
         self._process.kill()
+        self._reader.shutdown()  # reads to the end
         self._process.communicate()

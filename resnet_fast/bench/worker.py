@@ -16,14 +16,13 @@ It ends with its stdin.
 import ctypes
 import json
 import os
-import resource
 import runpy
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Optional, TextIO
 
 import numpy as np
 
@@ -81,8 +80,8 @@ def timed_round(run: Callable[[], Any], seconds: float) -> list[float]:
     return times
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held; once it uses a GPU, that PyTorch has held there."""
+def peak_bytes() -> Optional[int]:
+    """The most memory that this process has held; once it uses a GPU, that PyTorch has held there. None on Windows."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
@@ -91,6 +90,10 @@ def peak_bytes() -> int:
         # Not ru_maxrss: on Linux it starts from the memory of the process that forked this one.
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) * 1024
+    if sys.platform == "win32":
+        return None
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

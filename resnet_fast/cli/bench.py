@@ -58,12 +58,13 @@ def bench(
     import torch
 
     from resnet_fast.bench import measure
-    from resnet_fast.bench.machine import available_cores, describe, load
+    from resnet_fast.bench.machine import describe, load
     from resnet_fast.bench.norms import freeze_batch_norm, randomise_batch_norm, settle_relus
     from resnet_fast.bench.providers import NAMES, TRAINING, provider_names
     from resnet_fast.bench.traffic import blocks, compare
     from resnet_fast.export import VerificationError
     from resnet_fast.export.metadata import channels_of
+    from resnet_fast.utils.cpuinfo import available_cores
 
     try:
         names = provider_names(provider, TRAINING if training else NAMES)

@@ -31,11 +31,12 @@ def tune(
 
     from resnet_fast import accelerate
     from resnet_fast import tune as measure
-    from resnet_fast.bench.machine import available_cores, describe
+    from resnet_fast.bench.machine import describe
     from resnet_fast.bench.norms import randomise_batch_norm
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.kernels.native import planner as cpu_planner
     from resnet_fast.kernels.triton.tuning import planner as gpu_planner
+    from resnet_fast.utils.cpuinfo import available_cores
     from resnet_fast.utils.devices import gpu_missing, require_gpu
 
     if device == "cuda":

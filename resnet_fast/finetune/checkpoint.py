@@ -34,6 +34,8 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt":
+        return  # Windows flushes nothing that is open to be read, and opens no folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,7 +6,6 @@ uninterrupted one would have, and several processes share the batches that one o
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Union
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from resnet_fast.finetune.arguments import Settings
 from resnet_fast.finetune.data import Arrays, Images
 from resnet_fast.finetune.distributed import Processes
+from resnet_fast.utils.cpuinfo import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -144,4 +144,4 @@ class _Keys(Sampler[Key]):
 def _default_workers(images: Images) -> int:
     if isinstance(images, Arrays) and len(images) < 10_000:
         return 0  # sooner done than sent from one process to another
-    return min(len(os.sched_getaffinity(0)), 8)
+    return min(available_cores(), 8)

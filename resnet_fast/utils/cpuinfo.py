@@ -1,6 +1,12 @@
-"""What Linux says about the processor."""
+"""What the system says about the processors."""
 
+import os
 from pathlib import Path
+
+
+def available_cores() -> int:
+    """Cores that this process may run on; where the system does not say, all that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def first_processor() -> dict[str, str]:

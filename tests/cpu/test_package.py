@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -80,11 +81,19 @@ def wheel(source, tmp_path_factory) -> dict[str, bytes]:
 COMPILED = "resnet_fast/kernels/native/_native.so"
 
 
+def _tag(wheel: dict[str, bytes]) -> str:
+    """The Pythons and the machines that pip installs the wheel for."""
+    (about,) = (text.decode() for name, text in wheel.items() if name.endswith(".dist-info/WHEEL"))
+    (tag,) = re.findall("^Tag: (.*)$", about, re.MULTILINE)
+    return tag
+
+
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler")
 def test_wheel_has_the_compiled_kernels(wheel):
     """And not their sources, which nothing there could use."""
     assert COMPILED in wheel
     assert not [name for name in wheel if name.endswith((".cpp", ".h"))]
+    assert _tag(wheel) == f"py3-none-{re.sub(r'[-.]', '_', sysconfig.get_platform())}"
 
 
 @pytest.mark.parametrize(
@@ -100,6 +109,7 @@ def test_wheel_without_a_compiler(environment, reason, source, tmp_path):
     """The build says why the compiled kernels are missing, and the package works without them."""
     files, printed = _build(source, tmp_path / "wheel", **environment)
     assert COMPILED not in files
+    assert _tag(files) == "py3-none-any"
     (warning,) = [line for line in printed.splitlines() if "WITHOUT its compiled CPU kernels" in line]
     assert reason in warning
     _unpack(files, tmp_path)
@@ -283,6 +293,14 @@ def test_imports_go_through_the_package():
     wrong = re.compile(r"^\s*(from|import)\s+kernels\b", re.MULTILINE)
     sources = [name for name in tracked() if name.endswith(".py") and "/test_package.py" not in name]
     assert len(sources) > 20
+    assert [name for name in sources if wrong.search((ROOT / name).read_text())] == []
+
+
+def test_no_module_starts_with_an_import_of_what_only_unix_has():
+    """Windows could not import it."""
+    wrong = re.compile(r"^(import|from) (fcntl|grp|pwd|resource|termios)\b", re.MULTILINE)
+    sources = [name for name in tracked() if name.startswith(("resnet_fast/", "kernels/")) and name.endswith(".py")]
+    assert len(sources) > 100
     assert [name for name in sources if wrong.search((ROOT / name).read_text())] == []
 
 

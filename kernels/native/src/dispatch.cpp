@@ -87,8 +87,11 @@ struct Scratch {
 thread_local Scratch scratch[SLOTS];
 
 int64_t cache_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)  // not on macOS
   const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  return bytes > 0 ? bytes : 256 << 10;
+  if (bytes > 0) return bytes;
+#endif
+  return 256 << 10;
 }
 
 }  // namespace

@@ -12,9 +12,15 @@
 namespace RF_VARIANT {
 
 template <int WIDTH, int CHANNEL> static inline vec spread(vec v) {
+#if defined(__clang__)
+  vec result;
+  for (int i = 0; i < VL; i++) result[i] = v[i / WIDTH * WIDTH + CHANNEL];
+  return result;
+#else
   ivec lanes;
   for (int i = 0; i < VL; i++) lanes[i] = i / WIDTH * WIDTH + CHANNEL;
   return __builtin_shuffle(v, lanes);
+#endif
 }
 
 // each(0), each(1), ..., with numbers that are known when it is compiled.

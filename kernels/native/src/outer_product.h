@@ -116,7 +116,7 @@ struct Outers {
 
 // rows: 1 to MR; the vectors are those that t.columns needs.
 static inline void outer(const Outer& t, int rows) {
-  static constexpr Outers outers;
+  static const Outers outers;  // a constant, though clang does not see it in time to believe it
   outers.table[rows - 1][t.columns > VL](t);
 }
 

@@ -7,7 +7,7 @@
 
 namespace RF_VARIANT {
 
-static inline vec maximum(vec a, vec b) { return (b > a) | (b != b) ? b : a; }  // NaN wins
+static inline vec maximum(vec a, vec b) { return ((b > a) | (b != b)) ? b : a; }  // NaN wins
 
 template <class Each> static inline void each_vector(int64_t count, Each each) {
   int64_t i = 0;

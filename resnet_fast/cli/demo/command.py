@@ -37,7 +37,7 @@ def demo(
     import torch
 
     from resnet_fast.bench import measure
-    from resnet_fast.bench.machine import available_cores, describe, load
+    from resnet_fast.bench.machine import describe, load
     from resnet_fast.bench.norms import freeze_batch_norm
     from resnet_fast.bench.providers import provider_names
     from resnet_fast.cli.bench import measurements_table
@@ -47,6 +47,7 @@ def demo(
     from resnet_fast.cli.demo.study import Study, learnt, study
     from resnet_fast.cli.options import build
     from resnet_fast.export import VerificationError
+    from resnet_fast.utils.cpuinfo import available_cores
 
     try:
         names = provider_names(providers)

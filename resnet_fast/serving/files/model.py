@@ -15,7 +15,7 @@ import torch
 import triton_python_backend_utils as pb_utils
 from torch import Tensor
 
-from resnet_fast.bench.machine import available_cores
+from resnet_fast.utils.cpuinfo import available_cores
 
 FLOATS = {"TYPE_FP16": torch.float16, "TYPE_FP32": torch.float32}
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import time
 import venv
 from pathlib import Path
@@ -110,6 +111,15 @@ def test_one_failure_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
     assert eager["status"] == "ok"
     assert eager["median_ms"] > 0
     assert eager["ratio"] is None
+
+
+def test_a_worker_that_does_not_answer_is_given_up(tmp_path):
+    """While it still reads its provider."""
+    worker = runner.Worker("eager", tmp_path, 1)
+    with pytest.raises(runner.WorkerError, match="no answer within 0 s"):
+        worker.ask("load nothing", 0.01)
+    worker.kill()
+    assert worker._process.returncode == -signal.SIGKILL
 
 
 def test_missing_peer_is_shown_with_its_reason(monkeypatch, capsys):
