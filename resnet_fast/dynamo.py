@@ -45,7 +45,7 @@ def backend(
         raise ValueError(f'options["rest"] is {rest!r}, expected "inductor" or "eager"')
     planned = _fuse(module, inputs)
     if planned is not None:
-        return planned
+        return planned.run
     if rest == "eager":
         return module.forward
     from torch._inductor import list_mode_options
@@ -60,7 +60,7 @@ def _fuse(module: fx.GraphModule, inputs: Sequence[Any]) -> Optional["_Planned"]
     """Put our ops into ``module``. Gives the whole as one native program, if it is one for these inputs."""
     graph = module.graph
     convolutions = sum(node.target is torch.conv2d for node in graph.nodes)
-    layers = {} if _transformed(graph) else raise_layers(module)
+    layers = raise_layers(module)
     norms = [one for one in layers.values() if isinstance(one.layer, nn.BatchNorm2d)]
     training = any(one.layer.training or "running_mean" not in one.tensors for one in norms)
     image = _image(graph, layers)
@@ -70,9 +70,7 @@ def _fuse(module: fx.GraphModule, inputs: Sequence[Any]) -> Optional["_Planned"]
     fused = sum(
         isinstance(layers[name].layer, nn.Conv2d) for match in found for name in match.op.parts if name in layers
     )
-    planned = None
-    if fused and not training and not torch.is_grad_enabled():
-        planned = _plan(module, layers, inputs)
+    planned = _plan(module, layers, inputs) if fused and not training else None
     if fused:
         rewrite(module, graph, blocks(module, graph, found) if training else found, image)
     lower_layers(module, layers)
@@ -80,14 +78,6 @@ def _fuse(module: fx.GraphModule, inputs: Sequence[Any]) -> Optional["_Planned"]
     logger.info("%d of %d convolutions fused%s", fused, convolutions, whole)
     logger.debug("what runs now:\n%s", graph)
     return planned
-
-
-def _transformed(graph: fx.Graph) -> bool:
-    """Whether a transform of ``torch.func``, or forward-mode differentiation, is in the graph or around it."""
-    modules = {str(getattr(node.target, "__module__", "")) for node in graph.nodes if node.op == "call_function"}
-    inside = any(name.startswith(("torch._functorch", "torch._C._functorch")) for name in modules)
-    around = torch._C._functorch.peek_interpreter_stack() is not None
-    return inside or around or torch.autograd.forward_ad._current_level >= 0
 
 
 def _image(graph: fx.Graph, layers: dict[str, Layer]) -> Optional[fx.Node]:
@@ -133,7 +123,7 @@ class _Planned:
     def _forget(self, reference: weakref.ref) -> None:
         self.model = None
 
-    def __call__(self, *inputs: Any) -> Any:
+    def run(self, *inputs: Any) -> Any:
         model = self.model
         if model is None or not all(
             inputs[i] is reference() and inputs[i].data_ptr() == address for i, reference, address in self.parameters

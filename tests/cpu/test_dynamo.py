@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
 from torch.profiler import profile
 from torchvision.models import resnet
 
 import resnet_fast
-from resnet_fast import network
+from resnet_fast import accelerate, dynamo, network
 from resnet_fast.dynamo import backend
 from resnet_fast.kernels.native import inference as native
 from tests.cpu.small_models import (
@@ -234,6 +235,14 @@ def _replace(model: nn.Module) -> None:
     model.norm.weight = nn.Parameter(torch.full_like(model.norm.weight, 2))
 
 
+def _share(model: nn.Module) -> None:
+    """Another parameter with the same memory, whose writes do not show in the first one's version."""
+    conv = model.blocks[0].conv1
+    model.__dict__["kept"] = conv.weight
+    conv.weight = nn.Parameter(conv.weight.data)
+    conv.weight[-1].mul_(9)
+
+
 CHANGES = {
     "optimiser": _optimise,
     "recalibration": _recalibrate,
@@ -241,6 +250,7 @@ CHANGES = {
     "in place": lambda model: model.blocks[0].conv1.weight.mul_(2),
     "data": _swap,
     "another": _replace,
+    "shared": _share,
 }
 
 
@@ -273,14 +283,18 @@ def test_other_parameters_in_the_same_graph(fused):
     assert fused() == [(2, 2, True)]
 
 
-def test_a_graph_keeps_no_model_alive():
+def test_a_graph_keeps_no_model_alive(monkeypatch):
+    """Neither the parameters, nor the program that was made of them."""
+    made = []
+    monkeypatch.setattr(dynamo, "accelerate", lambda model: made.append(weakref.ref(accelerate(model))) or made[-1]())
     model = net()
     with torch.no_grad():
         torch.compile(model, backend=backend)(images())
-    parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+    made += map(weakref.ref, model.parameters())
+    assert all(reference() is not None for reference in made)
     del model
     gc.collect()
-    assert not any(reference() is not None for reference in parameters)
+    assert not any(reference() is not None for reference in made)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -364,18 +378,24 @@ class OneNormTwice(Block):
 class WithoutBatch(Block):
     """One image of three dimensions, which a batch norm takes as a function."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rows = nn.BatchNorm2d(12)
+
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm1
+        rows = self.rows
         y = self.conv1(x[0])
-        return F.relu(F.batch_norm(y, norm.running_mean[:1].repeat(12), norm.running_var[:1].repeat(12)).abs() + y)
+        return F.relu(F.batch_norm(y, rows.running_mean, rows.running_var, rows.weight, rows.bias)) + x
 
 
 class MapsOverImages(Block):
     def forward(self, x: Tensor) -> Tensor:
-        def forward(x: Tensor) -> Tensor:
-            return F.relu(self.norm2(self.conv2(x)))
+        return torch.func.vmap(lambda image: F.relu(self.norm2(self.conv2(image))))(x[None].repeat(2, 1, 1, 1, 1))
 
-        return torch.func.vmap(forward)(x[None].repeat(2, 1, 1, 1, 1))
+
+class Differentiates(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.grad(lambda image: F.relu(self.norm2(self.conv2(image))).square().sum())(x)
 
 
 @pytest.mark.parametrize(
@@ -388,6 +408,7 @@ class MapsOverImages(Block):
         (OneNormTwice, 0),
         (WithoutBatch, 0),
         (MapsOverImages, 0),
+        (Differentiates, 0),
     ],
 )
 def test_near_misses(kind, fusable, fused):
@@ -404,6 +425,50 @@ def test_near_misses(kind, fusable, fused):
         y.square().sum().backward()
         gradients.append([parameter.grad for parameter in one.parameters() if parameter.grad is not None])
     assert relative_error(*gradients) < TOLERANCE[x.dtype]
+
+
+def test_one_norm_for_two_convolutions(fused):
+    """Its running statistics come from the shortcut first, and then from the main path."""
+
+    class Shared(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            shortcut = self.norm1(self.conv1(x))
+            return F.relu(self.norm1(self.conv2(x)) + shortcut)
+
+    model, x = net(Shared).train(), images(2, 8, 12, 12)
+    stock = copy.deepcopy(model)
+    result = torch.compile(model, backend=backend, fullgraph=True, options=EAGER)(x)
+    assert relative_error(result, stock(x)) < TOLERANCE[x.dtype]
+    assert relative_error(list(model.buffers()), list(stock.buffers())) < TOLERANCE[x.dtype]
+    assert fused() == [(2, 2, False)]
+
+
+def _dual(call: Any, x: Tensor) -> Tensor:
+    with torch.no_grad(), forward_ad.dual_level():
+        return forward_ad.unpack_dual(call(forward_ad.make_dual(x, x.cos()))).tangent
+
+
+def _twice(call: Any, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), x)[0]
+
+
+TRANSFORMS = {
+    "grad": lambda call, x: torch.func.grad(lambda one: call(one).square().sum())(x),
+    "vmap": lambda call, x: torch.func.vmap(call)(x[None].repeat(2, 1, 1, 1, 1)),
+    "jvp": lambda call, x: torch.func.jvp(call, (x,), (x.cos(),))[1],
+    "dual": _dual,
+    "double backward": _twice,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_around(transform):
+    model, x = net(Block), images(2, 8, 12, 12)
+    compiled = torch.compile(model, backend=backend, options=EAGER)
+    assert relative_error(transform(compiled, x), transform(model, x)) < TOLERANCE[x.dtype]
 
 
 def test_momentum_that_depends_on_the_count(fused):
