@@ -1,14 +1,17 @@
 # `make demo` and `make test` set up a fresh machine themselves; the rest are their parts.
 
 PYTHON ?= python3
-VENV := .venv
+# The release of PyTorch: each that the tests run on has a file of constraints in tests/versions, and an environment.
+NEWEST := 2.15
+VERSION ?= $(NEWEST)
+VENV := .venv$(if $(filter-out $(NEWEST),$(VERSION)),-$(VERSION))
 BIN := $(VENV)/bin
 LIBRARY := kernels/native/_native.so
 PEER_VENV := .venv-peers
 SERVER := .venv-server
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: demo test install lint test-cpu test-native test-isa test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving clean
+.PHONY: demo test test-versions test-version install lint test-cpu test-native test-isa test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving clean
 
 # PEERS=1 also times the peers that it takes a longer installation to have: OpenVINO, ncnn and MNN.
 demo: $(if $(PEERS),bench-peers)
@@ -17,17 +20,35 @@ demo: $(if $(PEERS),bench-peers)
 
 test: lint test-cpu test-native test-isa test-interpreter test-aot-subset test-serving
 
+# The oldest release, the one of the GPU machine that is lent to us, and the newest: what touches PyTorch and Triton,
+# in about twelve minutes each. Needs Python 3.10 and 3.12, from pyenv or from the path.
+test-versions:
+	$(MAKE) test-version VERSION=2.8 PYTHON=$(call python,3.10)
+	$(MAKE) test-version VERSION=2.11 PYTHON=$(call python,3.12)
+	$(MAKE) test-version
+
+python = $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python)),python$(1))
+
+test-version: KIND := $(if $(filter $(NEWEST),$(VERSION)),dev,test)
+test-version:
+	$(MAKE) --jobs=2 KIND=$(KIND) $(LIBRARY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(addprefix tests/cpu/,ops network graph kernels utils \
+		test_accelerate.py test_ecosystem.py test_training_ecosystem.py export/test_export.py export/test_export_precision.py)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(addprefix tests/interpreter/test_,interpreter.py \
+		triton_small_maps.py triton_chain.py triton_descriptors.py triton_table.py triton_training_backward.py)
+	$(BIN)/python -m pytest tests/aot -k 'sm_80 or sm_90 or prepared or streams'
+
 install:
 	$(MAKE) --jobs=2 KIND=dev $(LIBRARY)
 
 # Kinds of installation, extras of pyproject.toml, share one environment. dev has all that demo and peers have, and
 # kernels for every CPU in place of this one's alone, so where it is installed, it serves `make demo` as well.
-VARIANTS := $(if $(filter dev,$(KIND)),all,host)
-BUILD := $(VENV)/build-$(VARIANTS)
+VARIANTS := $(if $(filter dev test,$(KIND)),all,host)
+BUILD := build/kernels-$(VARIANTS)
 
 # Compiled beside the installation, which takes as long; then put where that, on an earlier round, may have removed it.
 # Without a compiler there is nothing to put, and setup.py has said so.
-$(LIBRARY): $(VENV)/.installed-$(KIND) $(VENV)/.compiled-$(VARIANTS)
+$(LIBRARY): $(VENV)/.installed-$(KIND) $(BUILD)/.compiled
 	test ! -e $(BUILD)/resnet_fast/$(LIBRARY) || install $(BUILD)/resnet_fast/$(LIBRARY) $@
 
 $(VENV)/.created:
@@ -36,13 +57,14 @@ $(VENV)/.created:
 	touch $@
 
 # Python compiles what is imported at the first import: doing so for all of PyTorch takes longer.
-$(VENV)/.installed-%: pyproject.toml setup.py | $(VENV)/.created
+$(VENV)/.installed-%: pyproject.toml setup.py tests/versions/$(VERSION).txt | $(VENV)/.created
 	@echo 'Installing PyTorch and what $* needs beside it: about 3 GB to download.'
-	RESNET_FAST_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --no-compile --editable '.[$*]' --config-settings editable_mode=compat
+	PIP_CONSTRAINT=$(CURDIR)/tests/versions/$(VERSION).txt RESNET_FAST_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --no-compile --editable '.[$*]' --config-settings editable_mode=compat
 	touch $@
 
-$(VENV)/.compiled-%: setup.py $(wildcard kernels/native/src/*) | $(VENV)/.created
-	RESNET_FAST_VARIANTS=$* $(BIN)/python setup.py --quiet build_ext --build-lib $(VENV)/build-$* --build-temp $(VENV)/build-$*
+# One library serves every Python and every PyTorch.
+build/kernels-%/.compiled: setup.py $(wildcard kernels/native/src/*) | $(VENV)/.created
+	RESNET_FAST_VARIANTS=$* $(BIN)/python setup.py --quiet build_ext --build-lib $(@D) --build-temp $(@D)
 	touch $@
 
 lint: install
@@ -130,4 +152,4 @@ $(PEER_VENV)/.installed: Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEER_VENV) $(SERVER) $(LIBRARY) build dist *.egg-info runs
+	rm -rf .venv .venv-* $(LIBRARY) build dist *.egg-info runs

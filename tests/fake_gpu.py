@@ -6,6 +6,7 @@ wait for is noted.
 """
 
 import contextlib
+import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
 from unittest import mock
@@ -49,6 +50,17 @@ class _Utils:
 
     def fill_tma_descriptor_tiled(self, address, swizzle, size, kind, block, shape, strides, padding) -> tuple:
         return "descriptor", address, tuple(block), tuple(shape), tuple(strides)
+
+    fill_tma_descriptor = fill_tma_descriptor_tiled  # its name up to Triton 3.7
+
+    def launcher(self, **source: Any) -> types.SimpleNamespace:
+        """What Triton up to 3.7 compiles for each kernel: a module whose launcher takes all arguments one by one."""
+        return types.SimpleNamespace(launch=self._launch_listed)
+
+    def _launch_listed(self, *arguments: Any) -> None:
+        # Triton 3.4 knows one kind of scratch memory, later ones two: it comes before the kernel's metadata.
+        at = next(i for i, value in enumerate(arguments) if i > 6 and isinstance(value, tuple))
+        self.launch(*arguments[:7], *arguments[at : at + 4], arguments[at + 4 :])
 
     def launch(self, x, y, z, stream, function, cooperative, pdl, packed, metadata, enter, leave, *rest) -> None:
         if enter is not None:
@@ -145,17 +157,24 @@ def _allocate(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
 
 
+def _launchers(fake: Driver) -> Any:
+    """Replaces what Triton's launchers take from C."""
+    if hasattr(nvidia, "PyKernelArg"):
+        return mock.patch.object(nvidia, "PyKernelArg", lambda nested_tuple, type: type)
+    return mock.patch.multiple(nvidia, compile_module_from_src=fake.utils.launcher, library_dirs=list)
+
+
 @contextlib.contextmanager
 def installed() -> Iterator[Driver]:
     """Makes a fake GPU of compute capability 9.0 the active one, for Triton, for our plans and for streams."""
     fake = _driver
     fake.reset()
     fake.started = None
-    active = driver._active
+    before = dict(vars(driver))
     with (
         mock.patch.object(device, "architecture", _architecture),
         mock.patch.object(operands, "allocate", _allocate),
-        mock.patch.object(nvidia, "PyKernelArg", lambda nested_tuple, type: type),
+        _launchers(fake),
         mock.patch.object(streams, "current", fake.get_current_stream),
         mock.patch.multiple(
             torch.cuda,
@@ -170,4 +189,4 @@ def installed() -> Iterator[Driver]:
         try:
             yield fake
         finally:
-            driver._active = active
+            vars(driver).update(before)

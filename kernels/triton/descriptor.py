@@ -48,6 +48,8 @@ def refusal(
         return "this Triton has no tensor descriptors that serve"
     if precision == "tf32" and not compat.descriptors_round():
         return "this Triton's descriptors do not round to TF32"
+    if tile.kernel == "specialised" and target != "interpreter" and not compat.descriptors_round():
+        return "this Triton's compiler specialises no warps of ours"
     if precision == "ieee" and target != "interpreter":
         return "float32 without TF32, for which there are no matrix instructions that read what the copy engine wrote"
     if training:

@@ -24,6 +24,7 @@ from resnet_fast.graph.conditions import head_refusals, is_stem_conv
 from resnet_fast.kernels.contract import Case, Geometry
 from resnet_fast.ops.checks import conv_output
 from resnet_fast.ops.residual_block import flat_geometry
+from resnet_fast.utils import compat
 
 
 def conv_bn_act(
@@ -244,7 +245,7 @@ def _check_input(x: Tensor, conv: nn.Conv2d) -> None:
 
 
 def _autocast_enabled(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in compat.AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def _fits(residual: Tensor, x: Tensor, convs: Sequence[nn.Conv2d]) -> bool:

@@ -51,6 +51,10 @@ def float32_in_tf32(wanted: bool) -> Iterator[None]:
             setattr(*place, value)
 
 
+AUTOCAST_DEVICES = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")))
+"""Types of devices that have autocast: asked here, for ``torch.compile`` of 2.8 cannot follow the question."""
+
+
 def unguarded(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The module of an exported program, which from 2.9 on would otherwise check in every call what was traced."""
     options = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
@@ -113,7 +117,10 @@ def has_descriptors() -> bool:
 
 @functools.cache
 def descriptors_round() -> bool:
-    """Whether copies through tensor descriptors round float32 to TF32."""
+    """Whether copies through tensor descriptors round float32 to TF32.
+
+    A Triton that has no word for it, up to 3.6, also fails to compile our programs with specialised warps.
+    """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__

@@ -4,7 +4,7 @@ The tiles here are the ones that are known to compile well, for whoever chooses 
 them, which test_compile.py compiles with the models' layers; tuning may choose others.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -65,7 +65,12 @@ def planned(architecture: str, kernel: str, precision: str, tile: Tile, layer: L
 
 @pytest.fixture(scope="module")
 def results(compiler) -> list[Result]:
-    return compiler.results(planned(*one) for one in COMPILED)
+    return compiler.results(planned(*one) for one in COMPILED if _serves(*one))
+
+
+def _serves(architecture: str, kernel: str, precision: str, *_: Any) -> bool:
+    """Whether this Triton has what the kernel asks for."""
+    return compat.has_descriptors() and (compat.descriptors_round() or (kernel, precision) == ("descriptors", "fp16"))
 
 
 def test_all_are_sound_kernels_with_descriptors(results):
@@ -88,7 +93,7 @@ def test_as_many_programs_as_run_side_by_side(results):
 
 def test_a_refused_tile_serves_the_pointer_kernels(compiler):
     """The tiles above, on the layers above, but with a number of channels that no descriptor takes."""
-    refused = [planned(*others, layer._replace(c=layer.c + 4)) for *others, layer in (*COMPILED[:2], COMPILED[6])]
+    refused = [planned(*others, layer._replace(c=layer.c + 4)) for *others, layer in COMPILED[:2]]
     assert {item.launch.kernel.__name__ for item in refused} == {"gemm_kernel", "conv_kernel"}
     found = compiler.results(refused)
     assert not offenders(found, spills)

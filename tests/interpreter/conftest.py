@@ -15,10 +15,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import torch
 
 from resnet_fast.kernels.triton import tiles
-from tests.interpreter import bfloat16, cases, eight_bits, guard
+from tests.interpreter import bfloat16, cases, eight_bits, guard, older
 
 bfloat16.install()
 eight_bits.install()
+older.install()
 
 
 torch.set_num_threads(1)  # the cases are small; more threads only wait for each other

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 from torchvision.models import resnet
 
 import resnet_fast
@@ -646,6 +646,15 @@ class UserNet(nn.Module):
         return {"main": self.head(x), "features": x, "aux": self.auxiliary(y.view(y.size(0), -1))}
 
 
+def _follows_sizes() -> bool:
+    try:
+        fx.symbolic_trace(lambda x: F.avg_pool2d(x, x.shape[2] // 2))
+    except TypeError:  # PyTorch 2.8
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _follows_sizes(), reason="fx cannot follow a pooling whose window an image decides")
 @pytest.mark.parametrize("size", [16, 24])
 def test_a_network_of_ones_own(size, runs):
     torch.manual_seed(0)
