@@ -17,7 +17,7 @@ import torch
 import torch._dynamo
 import torch._inductor.utils
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
@@ -601,7 +601,8 @@ def test_inductor_knows_what_to_leave_out():
         seen.append(str(node and node.target).partition(".")[0])
         return make_boxed_func(module.forward)
 
+    aot = aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)  # Inductor's
     model = accelerated(net(Block)).train()
-    y = torch.compile(model, backend=aot_autograd(fw_compiler=compiler))(images(2, 8, 12, 12))
+    y = torch.compile(model, backend=aot)(images(2, 8, 12, 12))
     y.sum().backward()
     assert seen == ["resnet_fast"] * 2
