@@ -71,9 +71,10 @@ def conv_bn_act(
         stride, padding = (stride[0], 1), (padding[0], 0)
     x = nhwc(x)
     pack = _packs.get(
-        (weight, scale, shift),
+        (weight,),
         (x.dtype, x.shape, stride, padding, dilation),
         lambda: _pack(x, weight, scale, shift, stride, padding, dilation, groups),
+        (scale, shift),
     )
     if pack is None:
         return reference.conv_bn_act(x, weight, scale, shift, residual, stride, padding, dilation, groups, relu)

@@ -9,6 +9,9 @@ which shows the usual whole-tensor writes through ``.data`` (moving averages, we
 else there is ``clear_all``. (Batch norm does not raise the version of its running statistics either: whoever
 makes a pack of those names ``num_batches_tracked`` among its sources.)
 
+Scale and shift are other tensors in every call where the batch norm is folded outside: in compiled and exported
+graphs, and under autograd. They are short, so on a CPU their contents count, whoever holds them.
+
 On a GPU, a pack is ordered before its use on other streams than the one that made it: see ``streams.py``.
 """
 
@@ -69,6 +72,7 @@ def probed_bytes(tensor: torch.Tensor) -> int:
 
 class _Entry(NamedTuple):
     sources: tuple[_Source, ...]
+    contents: tuple[bytes, ...]
     packs: dict[Hashable, tuple[Any, Optional[streams.Made]]]
 
 
@@ -79,17 +83,25 @@ class PackCache:
         self._entries: dict[int, _Entry] = {}  # by the id of the first source, which removes its entry when it dies
         _caches.add(self)
 
-    def get(self, sources: tuple[torch.Tensor, ...], key: Hashable, make: Callable[[], Any]) -> Any:
+    def get(
+        self,
+        sources: tuple[torch.Tensor, ...],
+        key: Hashable,
+        make: Callable[[], Any],
+        vectors: tuple[torch.Tensor, ...] = (),
+    ) -> Any:
         """The pack ``key`` of ``sources``, from ``make()`` if there is none or a source has changed.
+
+        It is also made of ``vectors``, on the CPU, which may be other tensors in the next call: their contents count.
 
         Tensors made under ``torch.inference_mode`` carry no version, so what is made of them is never kept. Nor is what
         a stream makes while it is captured.
         """
-        entry = self._entries.get(id(sources[0]))
-        if entry is None or not _all_unchanged(entry.sources, sources):
+        entry, contents = self._entries.get(id(sources[0])), tuple(map(_content, vectors))
+        if entry is None or entry.contents != contents or not _all_unchanged(entry.sources, sources):
             if any(source.is_inference() for source in sources):
                 return make()
-            entry = self._new_entry(sources)
+            entry = self._new_entry(sources, contents)
         packs = entry.packs
         kept = packs.get(key)
         if kept is not None:
@@ -109,7 +121,7 @@ class PackCache:
             holders.append(pack)
         return pack
 
-    def _new_entry(self, sources: tuple[torch.Tensor, ...]) -> _Entry:
+    def _new_entry(self, sources: tuple[torch.Tensor, ...], contents: tuple[bytes, ...]) -> _Entry:
         identity, entries = id(sources[0]), self._entries
 
         def forget(reference: weakref.ref) -> None:
@@ -117,12 +129,17 @@ class PackCache:
             if entry is not None and entry.sources[0].reference is reference:
                 entries.pop(identity, None)
 
-        entry = _Entry((_remember(sources[0], forget), *map(_remember, sources[1:])), {})
+        entry = _Entry((_remember(sources[0], forget), *map(_remember, sources[1:])), contents, {})
         entries[identity] = entry
         return entry
 
     def clear(self) -> None:
         self._entries.clear()
+
+
+def _content(vector: torch.Tensor) -> bytes:
+    vector = vector.contiguous()
+    return string_at(vector.data_ptr(), vector.nbytes)
 
 
 def _all_unchanged(remembered: tuple[_Source, ...], sources: tuple[torch.Tensor, ...]) -> bool:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from resnet_fast import network
@@ -98,7 +99,7 @@ def accelerated(cls: Any) -> Any:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if stock_wanted(args, kwargs):
             return stock.forward(self, *args, **kwargs)
-        plan = network.plan_for(self, args, kwargs)
+        plan = None if torch.compiler.is_compiling() else network.plan_for(self, args, kwargs)
         if plan is not None:
             return plan.run(*args, *kwargs.values())
         state = state_of(self)

@@ -136,7 +136,7 @@ def _find(
 ) -> Union[_Call, ModuleType]:
     """What runs the convolution, its max-pool too if ``pool``: kernels of ours, or the implementation that does."""
     threads = torch.get_num_threads()
-    weights = _packs.get((weight, scale, shift), None, lambda: _Weights(shift))
+    weights = _packs.get((weight,), None, lambda: _Weights(shift), (scale, shift))
     key = (x.dtype, x.shape, geometry, relu, pool, residual is None, threads, planner.version)
     try:
         return weights.calls[key]

@@ -221,9 +221,9 @@ def path_of(node: fx.Node) -> Path:
 
 
 def harmless(node: fx.Node, child: Optional[nn.Module]) -> bool:
-    """Whether a node surely writes to none of its inputs, so that a convolution may move past it."""
+    """Whether a convolution may move past a node: it surely writes to none of its inputs, and switches nothing."""
     known = child is None or type(child).__module__.startswith("torch.nn.") or isinstance(child, NORMS)
-    return known and not writes(node, child)
+    return known and not writes(node, child) and not (node.op == "call_function" and node.is_impure())
 
 
 def matches(module: nn.Module, graph: fx.Graph, training: bool = False) -> list[Match]:

@@ -3,6 +3,7 @@
 import linecache
 from collections.abc import Callable
 from itertools import count
+from typing import Optional
 
 from torch import fx, nn
 
@@ -10,8 +11,11 @@ from resnet_fast.graph.layout import channels_last, laid_out_like, reads_layout
 from resnet_fast.graph.patterns import Match
 
 
-def rewrite(module: nn.Module, graph: fx.Graph, matches: list[Match]) -> None:
-    """Change the graph of ``module``: an op for each match; the input is laid out once, the results as it came."""
+def rewrite(module: nn.Module, graph: fx.Graph, matches: list[Match], given: Optional[fx.Node] = None) -> None:
+    """Change the graph of ``module``: an op for each match; the input is laid out once, the results as it came.
+
+    ``given`` is the input that counts; without it, the first one.
+    """
     replaced: dict[fx.Node, fx.Node] = {}  # the inputs of a match may have been replaced since it was found
     for match in matches:
         last = match.nodes[-1]
@@ -24,7 +28,7 @@ def rewrite(module: nn.Module, graph: fx.Graph, matches: list[Match]) -> None:
         for node in reversed(match.nodes):
             graph.erase_node(node)
 
-    given = next(node for node in graph.nodes if node.op == "placeholder")
+    given = given or next(node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
         entry = graph.call_function(channels_last, (given,))
     given.replace_all_uses_with(entry, delete_user_cb=lambda user: user is not entry)

@@ -177,9 +177,9 @@ def _guardable(root: nn.Module) -> bool:
 def plan_for(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional[Plan]:
     """The plan for a call of ``module``, or None where its layers are to be called one by one.
 
-    The caller has asked ``fusion.stock_wanted``.
+    The caller has asked ``conditions.stock_wanted``, and that it is not being compiled.
     """
-    if len(args) + len(kwargs) != 1 or torch.compiler.is_compiling() or torch.is_grad_enabled() or module.training:
+    if len(args) + len(kwargs) != 1 or torch.is_grad_enabled() or module.training:
         return None
     x = args[0] if args else next(iter(kwargs.values()))
     if not _plain_image(x) or _watched() or os.environ.get("RESNET_FAST_IMPLEMENTATION", "") not in ("", "native"):

@@ -201,7 +201,15 @@ def _global_avg_pool_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _global_avg_pool_backward(ctx: Any, grad: Tensor) -> Tensor:
-    return (grad / (ctx.shape[2] * ctx.shape[3])).expand(ctx.shape)
+    return _spread(grad / (ctx.shape[2] * ctx.shape[3]), ctx.shape)
+
+
+def _spread(grad: Tensor, shape: Any) -> Tensor:
+    """A gradient ``[N, C, 1, 1]`` for every pixel.
+
+    In memory, where its reader wants it anyway: Inductor of 2.8 computes a tensor of strides 0 in place, once a pixel.
+    """
+    return grad.expand(shape).contiguous(memory_format=torch.channels_last)
 
 
 # --- head -----------------------------------------------------------------------------------------------------------
@@ -242,7 +250,7 @@ def _head_backward(ctx: Any, grad: Tensor) -> tuple:
     h, w = x.shape[2:]
     d_x = d_weight = d_bias = None
     if ctx.needs_input_grad[0]:
-        d_x = ((grad @ weight.to(x.dtype)) / (h * w))[:, :, None, None].expand(x.shape)
+        d_x = _spread(((grad @ weight.to(x.dtype)) / (h * w))[:, :, None, None], x.shape)
     if ctx.needs_input_grad[1]:
         d_weight = (grad.T @ x.mean((2, 3))).to(weight.dtype)
     if ctx.needs_input_grad[2]:

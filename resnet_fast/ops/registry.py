@@ -29,7 +29,9 @@ def register(
         setup, backward: as for ``torch.library.register_autograd``; without them, the op has no gradients.
         autocast: whether autocast treats it as a convolution; if not, it runs in the dtypes that it is given.
     """
-    name = _library.define(schema)
+    # An op with weights packs them in its first call and keeps that. In a graph of ``torch.compile`` with CUDA graphs
+    # (reduce-overhead, max-autotune) it would do so in the graph's own memory, which replays overwrite.
+    name = _library.define(schema, tags=(torch.Tag.cudagraph_unsafe,) if "weight" in schema else ())
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resnet_fast::{name}", fake, lib=_library)
     if backward is not None:

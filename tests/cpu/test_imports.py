@@ -17,7 +17,7 @@ LAYERS = [
     {"graph"},
     {"network"},
     {"accelerated", "explanation", "tuning", "cuda_graph", "quantised", "verify"},
-    {"models"},
+    {"models", "dynamo"},
     {"export", "finetune"},
     {"bench"},
     {"serving"},

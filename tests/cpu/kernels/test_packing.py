@@ -82,6 +82,22 @@ def test_identity_counts_not_equality(replaced, counted):
     assert torch.equal(counted(*others), torch.stack([source.sum() for source in others]).sum())
 
 
+def test_the_contents_of_vectors_count(counted):
+    """Whoever holds them: equal ones are the same, whatever their strides; one that differs anywhere is another."""
+    weight, vector = _sources(2)
+
+    def get(vector: torch.Tensor) -> torch.Tensor:
+        return counted.cache.get((weight,), "key", lambda: vector.sum(), (vector,))
+
+    first = get(vector)
+    with torch.inference_mode():
+        assert get(vector.clone()) is first
+    assert get(torch.stack([vector, vector], 1)[:, 0]) is first
+    vector[-1] += 1
+    assert get(vector) is not first
+    assert torch.equal(get(vector.clone()), vector.sum())
+
+
 def test_order_and_number_of_sources_count(counted):
     a, b, c = _sources()
     counted(a, b, c)
