@@ -159,9 +159,12 @@ def residual_block(
         )
     if identity:
         residual = x
-    if residual is not None and not projection and not _fits(residual, x, convs):
-        y = residual_block(x, convs, norms, relu=False)
-        y = y.add_(residual) if inplace_add else y + residual
+    added = (x if residual is None else residual) if shortcut else None
+    if added is not None and not _fits(added, x, convs[: last + 1], convs[last + 1 :]):
+        y = residual_block(x, convs[: last + 1], norms[: last + 1], relu=False)
+        if projection:
+            added = residual_block(added, convs[-1:], norms[-1:], relu=False)
+        y = y.add_(added) if inplace_add else y + added
         return F.relu(y) if relu else y
 
     vectors = [scale_and_shift(conv, norm, uses) for conv, norm, uses in zip(convs, norms, batch)]
@@ -248,12 +251,20 @@ def _autocast_enabled(device: str) -> bool:
     return device in compat.AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
-def _fits(residual: Tensor, x: Tensor, convs: Sequence[nn.Conv2d]) -> bool:
-    """Whether the op can add the residual itself: the output's shape, and the dtype that the output will have."""
+def _fits(residual: Tensor, x: Tensor, convs: Sequence[nn.Conv2d], shortcut: Sequence[nn.Conv2d] = ()) -> bool:
+    """Whether the op can add the residual itself: the output's shape, and the dtype that the output will have.
+
+    shortcut: through which convolutions the residual goes.
+    """
+    dtype = _dtype_of_result(residual) if shortcut else residual.dtype
+    return dtype == _dtype_of_result(x) and _shape_after(convs, x) == _shape_after(shortcut, residual)
+
+
+def _shape_after(convs: Sequence[nn.Conv2d], x: Tensor) -> list[Any]:
     shape: Any = x.shape
     for conv in convs:
         shape = conv_output(shape, conv.weight.shape, geometry_of(conv))
-    return residual.dtype == _dtype_of_result(x) and list(residual.shape) == list(shape)
+    return list(shape)
 
 
 def _dtype_of_result(x: Tensor) -> torch.dtype:

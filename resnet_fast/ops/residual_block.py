@@ -219,11 +219,8 @@ def _backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple:
     rest = (None,) * len(ctx.plain)
     if grad is None:
         return None, None, [None] * n, [None] * n, [None] * n, *rest
-    if torch.is_grad_enabled():
-        given = [x, residual, *weights, *scales, *shifts]
-        grads = _differentiable_gradients(
-            block_of(weights, scales, shifts, *ctx.plain), grad, x, residual, given, needs
-        )
+    if torch.is_grad_enabled() or _batched(grad):
+        grads = _differentiable_gradients([x, residual, *weights, *scales, *shifts], ctx.plain, grad, needs)
     else:
         need_weights, need_scales, need_shifts = needs[2 : 2 + n], needs[2 + n : 2 + 2 * n], needs[2 + 2 * n :]
         wanted = [need_x, need_residual, *need_weights, *(a or b for a, b in zip(need_scales, need_shifts))]
@@ -233,20 +230,29 @@ def _backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple:
     return grads[0], grads[1], grads[2 : 2 + n], grads[2 + n : 2 + 2 * n], grads[2 + 2 * n :], *rest
 
 
+def _batched(grad: Tensor) -> bool:
+    """Whether it stands for many, as under ``is_grads_batched=True``: ops then need rules, which ATen's have."""
+    return "Batched" in repr(torch._C._dispatch_keys(grad))
+
+
 def _differentiable_gradients(
-    block: Block,
-    grad: Tensor,
-    x: Tensor,
-    residual: Optional[Tensor],
-    given: Sequence[Optional[Tensor]],
-    needs: Sequence[bool],
+    given: Sequence[Optional[Tensor]], plain: Sequence[Any], grad: Tensor, needs: Sequence[bool]
 ) -> list[Optional[Tensor]]:
-    """The same gradients, with gradients of their own: through the block in ATen's ops, computed once more."""
-    if block.process_group:
-        raise NotImplementedError("double backward through batch statistics of several processes (SyncBatchNorm)")
-    inputs = [tensor for tensor, needed in zip(given, needs) if needed and tensor is not None]
-    found = iter(torch.autograd.grad(_composed(block, x, residual), inputs, grad, create_graph=True))
-    return [next(found) if needed and tensor is not None else None for tensor, needed in zip(given, needs)]
+    """The same gradients, with gradients of their own if gradients are on: through the block in ATen's ops, once more.
+
+    One input may have been computed from another, or be given twice. So the block is put together of aliases, and
+    differentiated with respect to these: no path is followed beyond them.
+    """
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x, residual, *tensors = aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in given]
+        n = len(tensors) // 3
+        block = block_of(tensors[:n], tensors[n : 2 * n], tensors[2 * n :], *plain)
+        if block.process_group:
+            raise NotImplementedError("double backward through batch statistics of several processes (SyncBatchNorm)")
+        inputs = [alias for alias, needed in zip(aliases, needs) if needed and alias is not None]
+        found = iter(torch.autograd.grad(_composed(block, x, residual), inputs, grad, create_graph=twice))
+    return [next(found) if needed and alias is not None else None for alias, needed in zip(aliases, needs)]
 
 
 def _composed(block: Block, x: Tensor, residual: Optional[Tensor]) -> Tensor:

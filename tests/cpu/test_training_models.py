@@ -431,6 +431,17 @@ def shortcut_that_broadcasts(self, x):
     return F.relu(_unit(self, 2, F.relu(_unit(self, 1, x))) + x.mean((2, 3), keepdim=True))
 
 
+@graph(2)
+def projection_that_broadcasts(self, x):
+    """One unit has fewer pixels than the other, and the sum the pixels of the larger one."""
+    return F.relu(_unit(self, 2, F.relu(_unit(self, 1, x))) + _unit(self, 3, x[:, :, :1, :1]))
+
+
+@graph(2)
+def main_path_that_broadcasts(self, x):
+    return F.relu(_unit(self, 3, x) + _unit(self, 2, F.relu(_unit(self, 1, x.mean((2, 3), keepdim=True)))))
+
+
 @graph(1)
 def pool_of_a_block(self, x):
     return F.max_pool2d(F.relu(_unit(self, 2, F.relu(_unit(self, 1, x)))), 3, 2, 1)
