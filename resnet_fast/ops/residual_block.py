@@ -245,7 +245,8 @@ def _differentiable_gradients(
     """
     twice = torch.is_grad_enabled()
     with torch.enable_grad():
-        x, residual, *tensors = aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in given]
+        aliases: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in given]
+        x, residual, *tensors = aliases
         n = len(tensors) // 3
         block = block_of(tensors[:n], tensors[n : 2 * n], tensors[2 * n :], *plain)
         if block.process_group:
