@@ -34,7 +34,8 @@ test-version: KIND := $(if $(filter $(NEWEST),$(VERSION)),dev,test)
 test-version:
 	$(MAKE) --jobs=2 KIND=$(KIND) $(LIBRARY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(addprefix tests/cpu/,ops network graph kernels utils \
-		test_accelerate.py test_ecosystem.py test_training_ecosystem.py export/test_export.py export/test_export_precision.py)
+		$(addprefix test_,accelerate.py dynamo.py ecosystem.py second_derivatives.py training_ecosystem.py) \
+		$(addprefix export/test_,export.py export_precision.py))
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(addprefix tests/interpreter/test_,interpreter.py \
 		triton_small_maps.py triton_chain.py triton_descriptors.py triton_table.py triton_training_backward.py)
 	$(BIN)/python -m pytest tests/aot -k 'sm_80 or sm_90 or prepared or streams'
