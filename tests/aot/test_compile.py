@@ -9,6 +9,7 @@ import torch
 
 from resnet_fast.kernels.triton import forward, tiles
 from resnet_fast.kernels.triton.cost_model.cost import KINDS
+from resnet_fast.utils import compat
 from tests.aot import regressions
 from tests.aot.checks import narrow, offenders, shared_memory, spills, too_large, wrong_units
 from tests.aot.exceptions import EXEMPT
@@ -91,6 +92,8 @@ def test_every_figure_is_of_a_launch(compile_all, architecture):
 def test_every_exception_is_needed(compiler, compile_all, exempt):
     if not compile_all:
         pytest.skip("needs --all")
+    if not exempt.holds():
+        pytest.skip(f"holds for Triton {exempt.release}")
     check = {one.__name__: one for one in (spills, too_large, wrong_units, narrow)}[exempt.check]
     covered = [one for target in TARGETS for one in everything(target) if exempt.covers(exempt.check, one)]
     assert any(made is not None and check(one, made) for one, made in compiler.results(covered))
@@ -110,7 +113,12 @@ def test_every_tile_is_in_use(architecture, precision):
     it is where a convolution has few channels."""
     name = "half" if precision in ("fp16", "bf16") else precision
     constants = ("BM", "BN", "BK", "num_warps", "num_stages", "SPLIT")
-    shipped = {(*tile[:6], tile.kernel, tile.parts > 1) for tile in tiles.listed_tiles(architecture, name)}
+    # Where Triton lacks a kernel, that with pointers serves its tiles.
+    serves = {"pointers": True, "descriptors": compat.has_descriptors(), "specialised": compat.descriptors_round()}
+    shipped = {
+        (*tile[:6], tile.kernel if serves[tile.kernel] else "pointers", tile.parts > 1)
+        for tile in tiles.listed_tiles(architecture, name)
+    }
     used = {
         (
             *map(item.launch.constants.get, constants),

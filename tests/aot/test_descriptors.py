@@ -26,7 +26,7 @@ WIDE = Tile(128, 256, 64, 8, 3, True)
 SQUARE = Tile(128, 128, 64, 8, 3, False)
 NARROW = Tile(128, 64, 64, 4, 4, False)
 SMALL = Tile(64, 64, 64, 4, 4, False)
-HIGH = Tile(256, 128, 64, 8, 3, True)
+HIGH = Tile(256, 64, 64, 8, 4, False)
 TF32 = Tile(128, 128, 32, 8, 4, False)
 
 # architecture, kernel, precision, tile, layer
