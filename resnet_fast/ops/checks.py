@@ -107,5 +107,13 @@ def check_device(name: str, tensor: Tensor, x: Any) -> None:
         raise RuntimeError(f"{name} is on {tensor.device}, expected the device of x, {x.device}")
 
 
+def stands_for_many(tensor: Tensor) -> bool:
+    """Whether it is a batch of tensors, as gradients are under ``is_grads_batched=True``.
+
+    Then ops need rules, which most of ATen's have and ours have not.
+    """
+    return "Batched" in repr(torch._C._dispatch_keys(tensor))
+
+
 def empty_channels_last(x: Tensor, shape: Any, dtype: Optional[torch.dtype] = None) -> Tensor:
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)

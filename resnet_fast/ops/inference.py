@@ -20,6 +20,7 @@ from resnet_fast.ops.checks import (
     empty_channels_last,
     geometry_of,
     pooled,
+    stands_for_many,
 )
 from resnet_fast.ops.dispatch import BACK_TO_BACK, PREPARED, conv_case, implementation
 from resnet_fast.ops.registry import register
@@ -209,7 +210,8 @@ def _spread(grad: Tensor, shape: Any) -> Tensor:
 
     In memory, where its reader wants it anyway: Inductor of 2.8 computes a tensor of strides 0 in place, once a pixel.
     """
-    return grad.expand(shape).contiguous(memory_format=torch.channels_last)
+    grad = grad.expand(shape)
+    return grad if stands_for_many(grad) else grad.contiguous(memory_format=torch.channels_last)
 
 
 # --- head -----------------------------------------------------------------------------------------------------------

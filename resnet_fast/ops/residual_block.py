@@ -15,7 +15,7 @@ from resnet_fast.kernels.contract import Geometry, nhwc, wide
 from resnet_fast.ops import block_backward, block_forward
 from resnet_fast.ops.block import Block, Layer, Pick, saved_shapes
 from resnet_fast.ops.block_backward import Wanted
-from resnet_fast.ops.checks import check_conv, empty_channels_last, pooled
+from resnet_fast.ops.checks import check_conv, empty_channels_last, pooled, stands_for_many
 from resnet_fast.ops.dispatch import TRAINING, implementation
 from resnet_fast.ops.registry import register
 
@@ -219,7 +219,7 @@ def _backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple:
     rest = (None,) * len(ctx.plain)
     if grad is None:
         return None, None, [None] * n, [None] * n, [None] * n, *rest
-    if torch.is_grad_enabled() or _batched(grad):
+    if torch.is_grad_enabled() or stands_for_many(grad):
         grads = _differentiable_gradients([x, residual, *weights, *scales, *shifts], ctx.plain, grad, needs)
     else:
         need_weights, need_scales, need_shifts = needs[2 : 2 + n], needs[2 + n : 2 + 2 * n], needs[2 + 2 * n :]
@@ -228,11 +228,6 @@ def _backward(ctx: Any, grad: Optional[Tensor], *_: Any) -> tuple:
         found = op(grad, x, residual, out, weights, scales, shifts, *ctx.plain, saved, wanted)
         grads = [gradient if needed else None for gradient, needed in zip(found, needs)]
     return grads[0], grads[1], grads[2 : 2 + n], grads[2 + n : 2 + 2 * n], grads[2 + 2 * n :], *rest
-
-
-def _batched(grad: Tensor) -> bool:
-    """Whether it stands for many, as under ``is_grads_batched=True``: ops then need rules, which ATen's have."""
-    return "Batched" in repr(torch._C._dispatch_keys(grad))
 
 
 def _differentiable_gradients(
