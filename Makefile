@@ -12,7 +12,7 @@ SERVER := .venv-server
 WHEEL_VENV := .venv-wheel
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: demo test test-versions test-version install lint test-cpu test-native test-isa test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving wheel test-wheel clean
+.PHONY: demo test test-versions test-oldest test-version install lint test-cpu test-native test-isa test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving wheel test-wheel clean
 
 # PEERS=1 also times the peers that it takes a longer installation to have: OpenVINO, ncnn and MNN.
 demo: $(if $(PEERS),bench-peers)
@@ -23,10 +23,12 @@ test: lint test-cpu test-native test-isa test-interpreter test-aot-subset test-s
 
 # The oldest release, the one of the GPU machine that is lent to us, and the newest: what touches PyTorch and Triton,
 # in about twelve minutes each. Needs Python 3.10 and 3.12, from pyenv or from the path.
-test-versions: wheel
-	$(MAKE) test-version VERSION=2.8 PYTHON=$(call python,3.10)
+test-versions: wheel test-oldest
 	$(MAKE) test-version VERSION=2.11 PYTHON=$(call python,3.12)
 	$(MAKE) test-version
+
+test-oldest:
+	$(MAKE) test-version VERSION=2.8 PYTHON=$(call python,3.10)
 
 python = $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python)),python$(1))
 
