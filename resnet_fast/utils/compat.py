@@ -74,7 +74,7 @@ def cuda_driver() -> int:
 def has_fused_onednn() -> bool:
     """Whether this PyTorch has the operators that Inductor calls oneDNN through, which nobody promises to keep."""
     try:
-        _onednn_sum(torch.zeros(1, 8, 2, 2).to(memory_format=torch.channels_last))
+        _onednn_sum(1, 8, 2, 2)
     except (AttributeError, RuntimeError, TypeError):  # not there, not built in, or with other arguments
         return False
     return True
@@ -82,18 +82,22 @@ def has_fused_onednn() -> bool:
 
 @functools.cache
 def onednn_adds_flat() -> bool:
-    """Whether that operator adds a residual of one channel or one pixel: not before 2.14."""
+    """Whether that operator adds a residual of one channel or one pixel: not up to 2.11."""
     try:
-        _onednn_sum(torch.zeros(1, 1, 1, 2))
+        _onednn_sum(1, 1, 1, 2)
     except RuntimeError:
         return False
     return True
 
 
-def _onednn_sum(residual: torch.Tensor) -> None:
-    """Call the operator for a convolution of an image of one channel, with this residual."""
-    n, k, h, w = residual.shape
-    x, weight, ones = torch.zeros(n, 1, h, w), torch.zeros(k, 1, 1, 1), (1, 1)
+def _onednn_sum(n: int, k: int, h: int, w: int) -> None:
+    """Call the operator for a convolution of one channel that gives ``[n, k, h, w]``, with a residual.
+
+    In float32 on the CPU, whatever the process makes new tensors of when it first asks.
+    """
+    zeros = functools.partial(torch.zeros, dtype=torch.float32, device="cpu")
+    x, weight, ones = zeros(n, 1, h, w), zeros(k, 1, 1, 1), (1, 1)
+    residual = zeros(n, k, h, w).contiguous(memory_format=torch.channels_last)
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
     pack = reorder(weight.to_mkldnn(), (0, 0), ones, ones, 1, x.shape)
     convolution = torch.ops.mkldnn._convolution_pointwise.binary

@@ -3,18 +3,15 @@
 import ast
 import ctypes
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 from resnet_fast import ops, quantised
 from resnet_fast.utils import compat
+from tests.cpu.test_imports import FILES, ROOT
 
-ROOT = Path(__file__).parents[3]
 REGISTERED = ops, quantised  # importing them gives torch.ops.resnet_fast its names
-FILES = [path for folder in ("resnet_fast", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
-FILES = [path for path in FILES if "resnet_fast/kernels" not in path.as_posix()]  # the link to kernels/
 
 
 def _chains(tree: ast.AST) -> set[tuple[str, ...]]:
@@ -85,3 +82,18 @@ def test_float32_in_tf32(wanted):
     with compat.float32_in_tf32(wanted):
         assert (compat.convolutions_in_tf32(), compat.products_in_tf32()) == (wanted, wanted)
     assert (compat.convolutions_in_tf32(), compat.products_in_tf32()) == before
+
+
+@pytest.mark.parametrize("question", [compat.has_fused_onednn, compat.onednn_adds_flat])
+def test_onednn_is_asked_in_float32_on_the_cpu(question):
+    """Whatever the process makes new tensors of when it first asks, for the answer is kept."""
+    expected = question()
+    try:
+        for default in (lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_device("meta")):
+            question.cache_clear()
+            default()
+            assert question() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        question.cache_clear()
