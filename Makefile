@@ -22,7 +22,7 @@ demo: $(if $(PEERS),bench-peers)
 test: lint test-cpu test-native test-isa test-interpreter test-aot-subset test-serving
 
 # The oldest release, the one of the GPU machine that is lent to us, and the newest: what touches PyTorch and Triton,
-# in about twelve minutes each. Needs Python 3.10 and 3.12, from pyenv or from the path.
+# in a quarter of an hour each. Needs Python 3.10 and 3.12, from pyenv or from the path.
 test-versions: wheel test-oldest
 	$(MAKE) test-version VERSION=2.11 PYTHON=$(call python,3.12)
 	$(MAKE) test-version

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from resnet_fast import network
 from resnet_fast.accelerated import accelerate
+from resnet_fast.graph.conditions import transform
 from resnet_fast.graph.patterns import Match, matches
 from resnet_fast.graph.raising import Bound, Layer, known_tensor, known_value, lower_layers, raise_layers
 from resnet_fast.graph.rewriting import rewrite
@@ -60,7 +61,7 @@ def _fuse(module: fx.GraphModule, inputs: Sequence[Any]) -> Optional["_Planned"]
     """Put our ops into ``module``. Gives the whole as one native program, if it is one for these inputs."""
     graph = module.graph
     convolutions = sum(node.target is torch.conv2d for node in graph.nodes)
-    layers = {} if _transformed() else raise_layers(module)
+    layers = {} if transform() else raise_layers(module)
     norms = [one for one in layers.values() if isinstance(one.layer, nn.BatchNorm2d)]
     training = any(one.layer.training or "running_mean" not in one.tensors for one in norms)
     image = _image(graph, layers)
@@ -78,11 +79,6 @@ def _fuse(module: fx.GraphModule, inputs: Sequence[Any]) -> Optional["_Planned"]
     logger.info("%d of %d convolutions fused%s", fused, convolutions, whole)
     logger.debug("what runs now:\n%s", graph)
     return planned
-
-
-def _transformed() -> bool:
-    """Whether it runs under forward-mode differentiation or ``torch.func``, which know no rule for our ops."""
-    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _image(graph: fx.Graph, layers: dict[str, Layer]) -> Optional[fx.Node]:

@@ -150,10 +150,11 @@ def stock_wanted(args: tuple, kwargs: dict) -> str:
         return "torch.onnx export" if torch.onnx.is_in_onnx_export() else ""
     if torch.jit.is_tracing():
         return "torch.jit tracing"
+    return transform() or ("empty batch" if images[0].numel() == 0 else "")
+
+
+def transform() -> str:
+    """What is under way that knows no rule for our ops, or ''."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transform"
-    if images[0].numel() == 0:
-        return "empty batch"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    return ""
+    return "forward-mode differentiation" if torch.autograd.forward_ad._current_level >= 0 else ""
