@@ -1,13 +1,13 @@
 """Packed weights, cached until a tensor they were made from changes.
 
 A pack is derived data: it belongs to no module, is in no state_dict, and neither ``deepcopy`` nor ``pickle`` sees it.
-It is found again by the identity of its source tensors and goes with the first of them.
+It is found again by the memory of its source tensors and goes with that of the first. Nothing hangs on the tensors
+themselves: ``torch.utils.swap_tensors`` takes none that somebody has weak references to.
 
 PyTorch raises a tensor's ``_version`` at most in-place writes, but not at those of optimisers with ``fused=True``, nor
-at those through ``.data``. So every optimiser step drops all packs, and the first bytes of CPU tensors are compared,
-which shows the usual whole-tensor writes through ``.data`` (moving averages, weights copied the old way). For anything
-else there is ``clear_all``. (Batch norm does not raise the version of its running statistics either: whoever
-makes a pack of those names ``num_batches_tracked`` among its sources.)
+at those through ``.data``. So every optimiser step drops all packs, and what the sources hold is compared, as far as
+contents.py does. For anything else there is ``clear_all``. (Batch norm does not raise the version of its running
+statistics either: whoever makes a pack of those names ``num_batches_tracked`` among its sources.)
 
 Scale and shift are other tensors in every call where the batch norm is folded outside: in compiled and exported
 graphs, and under autograd. They are short, so on a CPU their contents count, whoever holds them.
@@ -25,8 +25,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from resnet_fast.kernels import streams
+from resnet_fast.kernels.contents import Contents
 
-_PROBED_BYTES = 64
 _PACKS_KEPT = 4  # per weight: oneDNN's layout depends on the input size, and detectors see many sizes
 
 clearings = 0
@@ -38,49 +38,49 @@ holders: Optional[list[Any]] = None
 _caches: "weakref.WeakSet[PackCache]" = weakref.WeakSet()
 
 
-class _Source(NamedTuple):
-    """A tensor, and what it held when the pack was made."""
+def place(tensor: torch.Tensor) -> Hashable:
+    """Where a tensor's elements are."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
-    reference: weakref.ref
-    version: int
-    pointer: int
-    probed: int  # how many bytes from the pointer on are compared
-    probe: bytes
+
+class _Source:
+    """A tensor's memory, and the version that the tensor had when the pack was made."""
+
+    __slots__ = ("place", "storage", "version")
+
+    def __init__(self, tensor: torch.Tensor, forget: Any = None) -> None:
+        self.storage = weakref.ref(tensor.untyped_storage(), forget)
+        self.place, self.version = place(tensor), tensor._version
 
     def unchanged(self, tensor: torch.Tensor) -> bool:
         return (
-            self.reference() is tensor
+            self.storage() is tensor.untyped_storage()
+            and place(tensor) == self.place
+            and not tensor.is_inference()  # which has no version
             and tensor._version == self.version
-            and tensor.data_ptr() == self.pointer
-            and (not self.probed or string_at(self.pointer, self.probed) == self.probe)
         )
-
-
-def _remember(tensor: torch.Tensor, forget: Any = None) -> _Source:
-    pointer = tensor.data_ptr()
-    probed = probed_bytes(tensor) if tensor.device.type == "cpu" else 0
-    return _Source(weakref.ref(tensor, forget), tensor._version, pointer, probed, string_at(pointer, probed))
-
-
-def probed_bytes(tensor: torch.Tensor) -> int:
-    """How many bytes of a CPU tensor, from its pointer on, are compared to see writes through ``.data``."""
-    if not tensor.numel():
-        return 0
-    storage = tensor.untyped_storage()
-    return min(_PROBED_BYTES, storage.data_ptr() + storage.nbytes() - tensor.data_ptr())
 
 
 class _Entry(NamedTuple):
     sources: tuple[_Source, ...]
-    contents: tuple[bytes, ...]
+    held: Contents
+    vectors: tuple[bytes, ...]
     packs: dict[Hashable, tuple[Any, Optional[streams.Made]]]
+
+    def unchanged(self, sources: tuple[torch.Tensor, ...], vectors: tuple[bytes, ...]) -> bool:
+        return (
+            len(self.sources) == len(sources)
+            and self.vectors == vectors
+            and all(map(_Source.unchanged, self.sources, sources))
+            and self.held.unchanged(sources)
+        )
 
 
 class PackCache:
     """Values made from tensors, kept while these live and stay as they are."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, _Entry] = {}  # by the id of the first source, which removes its entry when it dies
+        self._entries: dict[Hashable, _Entry] = {}  # by the place of the first source; goes with its memory
         _caches.add(self)
 
     def get(
@@ -95,10 +95,10 @@ class PackCache:
         It is also made of ``vectors``, on the CPU, which may be other tensors in the next call: their contents count.
 
         Tensors made under ``torch.inference_mode`` carry no version, so what is made of them is never kept. Nor is what
-        a stream makes while it is captured.
+        a stream makes while it is captured, nor a view of the first source, which would keep that alive.
         """
-        entry, contents = self._entries.get(id(sources[0])), tuple(map(_content, vectors))
-        if entry is None or entry.contents != contents or not _all_unchanged(entry.sources, sources):
+        entry, contents = self._entries.get(place(sources[0])), tuple(map(_content, vectors))
+        if entry is None or not entry.unchanged(sources, contents):
             if any(source.is_inference() for source in sources):
                 return make()
             entry = self._new_entry(sources, contents)
@@ -113,7 +113,7 @@ class PackCache:
             with torch.inference_mode(False), torch.no_grad():
                 pack = make()
             index = sources[0].device.index if sources[0].is_cuda else None
-            if index is None or not streams.capturing(index):
+            if (index is None or not streams.capturing(index)) and not _shares_memory(pack, sources[0]):
                 if len(packs) >= _PACKS_KEPT:
                     packs.pop(next(iter(packs), None), None)
                 packs[key] = pack, None if index is None else streams.Made(index, pack)
@@ -121,29 +121,29 @@ class PackCache:
             holders.append(pack)
         return pack
 
-    def _new_entry(self, sources: tuple[torch.Tensor, ...], contents: tuple[bytes, ...]) -> _Entry:
-        identity, entries = id(sources[0]), self._entries
+    def _new_entry(self, sources: tuple[torch.Tensor, ...], vectors: tuple[bytes, ...]) -> _Entry:
+        where, entries = place(sources[0]), self._entries
 
-        def forget(reference: weakref.ref) -> None:
-            entry = entries.get(identity)
-            if entry is not None and entry.sources[0].reference is reference:
-                entries.pop(identity, None)
+        def forget(storage: weakref.ref) -> None:
+            entry = entries.get(where)
+            if entry is not None and entry.sources[0].storage is storage:
+                entries.pop(where, None)
 
-        entry = _Entry((_remember(sources[0], forget), *map(_remember, sources[1:])), contents, {})
-        entries[identity] = entry
+        remembered = (_Source(sources[0], forget), *map(_Source, sources[1:]))
+        entry = entries[where] = _Entry(remembered, Contents(sources), vectors, {})
         return entry
 
     def clear(self) -> None:
         self._entries.clear()
 
 
+def _shares_memory(pack: Any, source: torch.Tensor) -> bool:
+    return isinstance(pack, torch.Tensor) and pack.untyped_storage() is source.untyped_storage()
+
+
 def _content(vector: torch.Tensor) -> bytes:
     vector = vector.contiguous()
     return string_at(vector.data_ptr(), vector.nbytes)
-
-
-def _all_unchanged(remembered: tuple[_Source, ...], sources: tuple[torch.Tensor, ...]) -> bool:
-    return len(remembered) == len(sources) and all(map(_Source.unchanged, remembered, sources))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import ctypes
 
-ABI = 3
+ABI = 4
 
 FLOAT32, BFLOAT16 = range(2)
 CONV, MAX_POOL, AVG_POOL, ADD, TO_NHWC, TO_NCHW = range(6)
@@ -29,6 +29,12 @@ class Weight(ctypes.Structure):
         ("is_double", _int),
         ("reserved", _int),
     ]
+
+
+class Pieces(ctypes.Structure):
+    """``rf_pieces``."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("count", _int), ("bytes", _int)]
 
 
 class Ref(ctypes.Structure):
@@ -95,7 +101,8 @@ def declare(library: ctypes.CDLL) -> None:
     library.rf_run.restype = None
     library.rf_run_pass.argtypes = [ctypes.POINTER(Pass), ctypes.c_int]
     library.rf_run_pass.restype = None
-    library.rf_same.argtypes = [pointers, ctypes.POINTER(_int), ctypes.c_int, ctypes.c_void_p]
+    library.rf_digest.argtypes = [ctypes.POINTER(Pieces), ctypes.c_int, ctypes.c_int]
+    library.rf_digest.restype = ctypes.c_uint64
     library.rf_peak.argtypes = [ctypes.c_int]
     library.rf_peak.restype = ctypes.c_double
     pointer = ctypes.c_void_p

@@ -15,8 +15,7 @@ from typing import NamedTuple, Optional
 import torch  # before the library is loaded: see above
 
 from resnet_fast.kernels.native import abi
-from resnet_fast.kernels.native.abi import ALGORITHMS, Op, Pass, Shape, Weight
-from resnet_fast.kernels.packing import clear_all
+from resnet_fast.kernels.native.abi import ALGORITHMS, Op, Pass, Pieces, Shape, Weight
 
 LIBRARY = Path(__file__).with_name("_native.so")
 
@@ -86,13 +85,12 @@ def variant() -> str:
 
 
 def select(variant: str) -> None:
-    """Use another of ``usable_variants()`` from now on, for tests. Forgets every pack, which is for one of them.
+    """Use another of ``usable_variants()`` from now on, for tests. Packs are for one of them: ``packing.clear_all``.
 
     Raises:
         ValueError: this CPU does not run it, or there is none of that name.
     """
     _select(_loaded(), variant, f"variant is {variant!r}, expected one of")
-    clear_all()
 
 
 def supports(shape: Shape, algorithm: str) -> bool:
@@ -180,21 +178,9 @@ def _addresses(vectors: Vectors) -> tuple[Optional[int], Optional[int]]:
     return (None, None) if vectors is None else (vectors[0].data_ptr(), vectors[1].data_ptr())
 
 
-class Probes:
-    """Short pieces of memory, and what they held."""
-
-    def __init__(self, addresses: list[int], lengths: list[int]) -> None:
-        self._count = len(addresses)
-        self._addresses = (ctypes.c_void_p * self._count)(*addresses)
-        self._lengths = (ctypes.c_int32 * self._count)(*lengths)
-        self._held = b"".join(map(ctypes.string_at, addresses, lengths))
-
-    def __len__(self) -> int:
-        return self._count
-
-    def hold(self) -> bool:
-        """Whether it is what they hold now. The addresses must still be readable."""
-        return bool(_loaded().rf_same(self._addresses, self._lengths, self._count, self._held))
+def digest(pieces: "ctypes.Array[Pieces]", threads: int) -> int:
+    """One number for the bytes of all pieces. Their memory must be readable."""
+    return _loaded().rf_digest(pieces, len(pieces), threads)
 
 
 class Timing(NamedTuple):

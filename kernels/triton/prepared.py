@@ -4,8 +4,8 @@ Deciding a launch (layout, pack, tile, what was measured) and Triton's own way f
 which may take longer than the kernel. All that they decide follows from shapes, dtypes and flags, and from the weights.
 So the first call keeps what it found, and later calls allocate the output and start the binary.
 
-A prepared call holds packed weights, and is found only while these are up to date: by the very weight, as long as its
-version and address are the same and ``packing.clearings`` has not risen. What that cannot see is what
+A prepared call holds packed weights, and is found only while these are up to date: by the memory of the weight, as long
+as its version is the same and ``packing.clearings`` has not risen. What that cannot see is what
 ``kernels/packing.py`` cannot see on a GPU. Scale and shift are read anew in every call, since autograd and
 ``torch.compile`` fold a batch norm into new ones each time; unless the call has them in its weight, for which they must
 be the very same, too. Importing this module does not import Triton.
@@ -19,8 +19,9 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Optional
 
 import torch
+from torch import nn
 
-from resnet_fast.kernels import packing, streams
+from resnet_fast.kernels import contents, packing, streams
 from resnet_fast.kernels.triton.tuning import planner
 from resnet_fast.utils import compat
 
@@ -56,7 +57,7 @@ class _Kept:
         self._meet(scale, shift)
 
     def _meet(self, scale: torch.Tensor, shift: torch.Tensor) -> None:
-        self.scale, self.shift = weakref.ref(scale), weakref.ref(shift)
+        self.scale, self.shift = _identity(scale), _identity(shift)
         versions = not (scale.is_inference() or shift.is_inference())
         self.state = (scale._version, scale.data_ptr(), shift._version, shift.data_ptr()) if versions else None
 
@@ -77,6 +78,11 @@ class _Kept:
         return True
 
 
+def _identity(vector: torch.Tensor) -> Callable[[], Optional[torch.Tensor]]:
+    """What gives ``vector`` while it lives; for a parameter, nothing: those with weak references cannot be swapped."""
+    return (lambda: None) if isinstance(vector, nn.Parameter) else weakref.ref(vector)
+
+
 def _kinds(scale: torch.Tensor, shift: torch.Tensor) -> tuple:
     return scale.shape, scale.dtype, scale.device, shift.shape, shift.dtype, shift.device
 
@@ -84,14 +90,13 @@ def _kinds(scale: torch.Tensor, shift: torch.Tensor) -> tuple:
 class _Weights:
     """The calls of one weight, as it was."""
 
-    __slots__ = ("calls", "reference", "state")
+    __slots__ = ("calls", "state", "storage")
 
     def __init__(self, weight: torch.Tensor, forget: Callable[[weakref.ref], None]) -> None:
-        self.reference, self.state = weakref.ref(weight, forget), _state(weight)
+        self.storage, self.state = weakref.ref(weight.untyped_storage(), forget), _state(weight)
         self.calls: dict[Hashable, _Kept] = {}
 
-
-_kept: dict[int, _Weights] = {}  # by the id of the weight, which removes its entry when it dies
+_kept: dict[int, _Weights] = {}  # by the address of the weight, whose memory removes its entry when it goes
 
 
 def run(
@@ -110,11 +115,11 @@ def run(
 
     What a prepared call is found by has passed all checks of the op when it was kept.
     """
-    weights = _kept.get(id(weight))
-    if weights is None:
+    weights = _kept.get(weight.data_ptr())
+    if weights is None or weights.state != _state(weight):
         return None
     kept = weights.calls.get(_key(x, residual, stride, padding, dilation, groups, relu))
-    if kept is None or weights.state != _state(weight) or not kept.takes(scale, shift):
+    if kept is None or not kept.takes(scale, shift):
         return None
     kept.made.order()
     if packing.holders is not None:
@@ -138,32 +143,34 @@ def keep(
     """Have ``run`` use ``call``, which was just carried out, for these arguments from now on; None is not kept.
 
     Nor is anything for a weight made under ``torch.inference_mode``, which carries no version, nor what a stream makes
-    while it is captured.
+    while it is captured; nor anything at all where the contents of weights are to be compared.
     """
-    if call is None or weight.is_inference():
+    if call is None or weight.is_inference() or contents.on_gpu():
         return
     index = x.device.index
     if streams.capturing(index):
         return
-    weights = _kept.get(id(weight))
+    address = weight.data_ptr()
+    weights = _kept.get(address)
     if weights is None or weights.state != _state(weight) or len(weights.calls) >= _CALLS_KEPT:
-        weights = _kept[id(weight)] = _Weights(weight, _forgetting(id(weight)))
+        weights = _kept[address] = _Weights(weight, _forgetting(address))
     made = streams.Made(index, call.owners)  # type: ignore[attr-defined]
     weights.calls[_key(x, residual, stride, padding, dilation, groups, relu)] = _Kept(call, made, scale, shift)
 
 
-def _forgetting(identity: int) -> Callable[[weakref.ref], None]:
-    def forget(reference: weakref.ref) -> None:
-        weights = _kept.get(identity)
-        if weights is not None and weights.reference is reference:
-            _kept.pop(identity, None)
+def _forgetting(address: int) -> Callable[[weakref.ref], None]:
+    def forget(storage: weakref.ref) -> None:
+        weights = _kept.get(address)
+        if weights is not None and weights.storage is storage:
+            _kept.pop(address, None)
 
     return forget
 
 
-def _state(weight: torch.Tensor) -> tuple[int, int, int]:
-    """What changes when a pack made of it is stale."""
-    return weight._version, weight.data_ptr(), packing.clearings
+def _state(weight: torch.Tensor) -> Hashable:
+    """What changes when a pack made of it is stale. While the memory of what was kept lives, its storage keeps its id."""
+    memory = id(weight.untyped_storage()), weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+    return None if weight.is_inference() else weight._version, memory, packing.clearings
 
 
 def _key(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from resnet_fast.graph.program import STATE
 from resnet_fast.kernels import packing
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.contents import Contents
 
 _TENSORS = ("_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -36,8 +36,7 @@ class Guard:
         self._tensors = [t for t in _values(chain.from_iterable(map(_tensors_of, self._dicts))) if t is not None]
         self._versions = list(map(_version_of, self._tensors))
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
-        probed = [t for t in self._tensors if t.device.type == "cpu"]
-        self._probes = library.Probes(list(map(Tensor.data_ptr, probed)), list(map(packing.probed_bytes, probed)))
+        self._held = Contents(self._tensors)
         self._clearings = packing.clearings
 
     def holds(self, root: nn.Module) -> bool:
@@ -54,7 +53,7 @@ class Guard:
             and _identical(_contents(containers), self._contents)
             and list(map(_version_of, self._tensors)) == self._versions
             and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
-            and (not self._probes or self._probes.hold())
+            and self._held.unchanged(self._tensors)
         )
 
     def hooked(self) -> bool:

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from resnet_fast.kernels.triton.plan import Launch
+from resnet_fast.kernels.triton.plan import OPTIONS, Launch
 from tests.aot.assembly import AMD, NVIDIA, Dialect, Instruction, Loop, amdgcn, is_a, main_loop, sass
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -124,7 +124,7 @@ def compile_launches(launches: list[Launch], architecture: str) -> list[Compiled
     driver.set_active(_Driver(architecture))
     made = []
     for launch in launches:
-        made.append(launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants))
+        made.append(launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants, **OPTIONS))
         # The just-in-time compiler would keep all that it ever made, with its assembly at every stage: megabytes each.
         for kernels, *_ in launch.kernel.device_caches.values():
             kernels.clear()

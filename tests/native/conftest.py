@@ -2,6 +2,7 @@
 
 import pytest
 
+from resnet_fast.kernels import packing
 from resnet_fast.kernels.native import library
 
 
@@ -26,5 +27,7 @@ def variant(request):
     """Each instruction set that this CPU runs."""
     before = library.variant()
     library.select(request.param)
+    packing.clear_all()
     yield request.param
     library.select(before)
+    packing.clear_all()

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#define RESNET_FAST_ABI 3
+#define RESNET_FAST_ABI 4
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -79,6 +79,14 @@ struct rf_op {
   int32_t y_h, y_w, step_h, step_w;
 };
 
+// `count` pieces of memory, `bytes` long each, that begin `stride` bytes apart.
+struct rf_pieces {
+  const void* data;
+  int64_t stride;
+  int32_t count;
+  int32_t bytes;
+};
+
 int rf_abi(void);
 
 // The compiled variants, slowest first: "portable", "avx2", "avx512", "avx512_bf16". The best usable one is selected at load.
@@ -94,8 +102,8 @@ int64_t rf_products(const rf_shape* shape, int algorithm);
 int64_t rf_packed_bytes(const rf_shape* shape, int algorithm);
 // Packs are for one variant.
 void rf_pack(const rf_shape* shape, int algorithm, const rf_weight* weight, void* packed, int threads);
-// Whether the bytes at the `count` addresses, as many as `lengths` says, are those at `expected`, one after the other.
-int rf_same(const void* const* addresses, const int32_t* lengths, int count, const void* expected);
+// One number for the bytes of all the `count` pieces: another one, as good as always, when any of them has changed.
+uint64_t rf_digest(const rf_pieces* pieces, int count, int threads);
 // Floating-point operations per second of multiply-adds on registers, all threads together.
 double rf_peak(int threads);
 // seconds: [count], the time each operation took, or null.

@@ -1,6 +1,7 @@
 // Everything that is compiled once per instruction set, with RF_VARIANT as its namespace.
 #include "variant.h"
 
+#include "digest.h"
 #include "gemm.h"
 #include "gram.h"
 #include "grouped.h"
@@ -181,8 +182,8 @@ static double multiply_adds(int64_t rounds) {
 #define RF_NAME(variant) RF_NAME_OF(variant)
 
 extern const Variant variant = {
-    RF_NAME(RF_VARIANT), supports, products,    packed_bytes,   pack,        multiply_adds, run,
-    pass,                pass_partials, finish_pass, wgrad_supports, wgrad_bytes, wgrad,         gram_bytes, gram,
+    RF_NAME(RF_VARIANT), supports,    products,       packed_bytes, pack,  multiply_adds, digest, run, pass,
+    pass_partials,       finish_pass, wgrad_supports, wgrad_bytes,  wgrad, gram_bytes,    gram,
 };
 
 }  // namespace RF_VARIANT

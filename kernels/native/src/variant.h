@@ -37,6 +37,8 @@ struct Variant {
   void (*pack)(const rf_shape*, int algorithm, const rf_weight*, void* packed, int thread, int threads);
   // Floating-point operations of `rounds` rounds of independent multiply-adds on registers: the fastest this CPU can do.
   double (*multiply_adds)(int64_t rounds);
+  // One number for the bytes of some pieces.
+  uint64_t (*digest)(const rf_pieces*);
   // One thread's share of an operation.
   void (*run)(const rf_op*, void* const* buffers, int thread, int threads);
   // One thread's share of a pass; how many partial sums it makes; its share of adding them up, when all have made them.

@@ -300,7 +300,7 @@ def test_autocast(dtype):
 
 
 def _after(tensor: Tensor) -> Tensor:
-    """The part of a tensor that no comparison of first bytes can see."""
+    """The last channels."""
     return tensor[-8:]
 
 
@@ -353,6 +353,17 @@ def _copy_data(conv: nn.Module, bn: nn.Module) -> None:
         tensor.data.copy_(tensor.data * 0.5)
 
 
+def _partly_through_data(conv: nn.Module, bn: nn.Module) -> None:
+    conv.weight.data[5] = 0
+    conv.weight.data[:, 3] *= 2
+    bn.running_mean.data[7:] += 1
+
+
+def _through_numpy(conv: nn.Module, bn: nn.Module) -> None:
+    for tensor in _tensors(conv, bn):
+        _after(tensor.detach()).numpy()[...] *= 0.5
+
+
 KEPT: list[Tensor] = []
 
 
@@ -398,6 +409,8 @@ WRITES = {
     "copy_ under no_grad": _copy_no_grad,
     "copy_ under inference_mode": _copy_inference_mode,
     "data.copy_": _copy_data,
+    "data[...] = ": _partly_through_data,
+    "numpy": _through_numpy,
     "data = new": _set_data,
     "weight = nn.Parameter(new)": _set_parameter,
     "running statistics": _train_forward,

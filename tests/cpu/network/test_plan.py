@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -304,6 +305,12 @@ def _new_data(model):
     model.layer1[0].conv1.weight.data = model.layer1[0].conv1.weight.data * 1.5
 
 
+def _vector_to_parameters(model):
+    """As ``nn.utils.vector_to_parameters`` does it, into the memory that is there."""
+    for parameter in model.parameters():
+        parameter.data.view(-1)[parameter.numel() // 2 :] *= 0.5
+
+
 CHANGES = {
     "optimiser": _sgd,
     "fused optimiser": _fused_adam,
@@ -314,6 +321,12 @@ CHANGES = {
     "one element": _no_grad(lambda model: model.layer2[0].conv2.weight[-1, -1, -1, -1].add_(100)),
     ".data.mul_": lambda model: model.layer3[0].conv1.weight.data.mul_(1.5),
     ".data =": _new_data,
+    ".data[0] =": lambda model: model.fc.weight.data.__setitem__(0, torch.randn(512)),
+    ".data[5] =": lambda model: model.layer2[0].conv2.weight.data.__setitem__(5, 0),
+    ".data[:, 5] =": lambda model: model.layer2[0].conv2.weight.data.__setitem__((slice(None), 5), 0),
+    ".data[100:] +=": lambda model: model.layer4[0].bn1.running_mean.data[100:].add_(1),
+    "numpy": lambda model: np.multiply(model.fc.bias.detach().numpy(), 2, out=model.fc.bias.detach().numpy()),
+    "vector_to_parameters": _vector_to_parameters,
     "norm's weight": _no_grad(lambda model: model.bn1.weight.mul_(1.5)),
     "norm's bias": _no_grad(lambda model: model.layer4[0].bn2.bias.add_(0.5)),
     "norm's buffer": lambda model: model.layer4[0].bn1.running_var.mul_(3),
@@ -353,10 +366,22 @@ def test_changes_are_seen(name):
 
 
 def test_writes_that_nothing_can_see_need_clear_all():
+    """One element, in the middle of what contents.py leaves out."""
     fast, stock = planned(small_resnet()), small_resnet()
+    before = check(fast, stock)
     for model in (fast, stock):
-        model.layer1[0].conv1.weight.data[-1].mul_(2)
+        model.layer1[0].conv1.weight.data.view(-1)[100] += 100
+    with torch.inference_mode():
+        assert torch.equal(fast(X), before), "seen now: clear_all may go"
     packing.clear_all()
+    check(fast, stock)
+
+
+def test_parameters_of_a_planned_model_can_be_swapped():
+    fast, stock = planned(small_resnet()), small_resnet()
+    check(fast, stock)
+    for model in (fast, stock):
+        torch.utils.swap_tensors(model.fc.weight, nn.Parameter(model.fc.weight.detach() * 2))
     check(fast, stock)
 
 
