@@ -13,10 +13,21 @@ _int = ctypes.c_int32
 _SIZES = "n h w c p q k r s stride_h stride_w pad_h pad_w dilation_h dilation_w groups relu pool"
 
 
+def check_sizes(*sizes: int) -> None:
+    """Raise OverflowError where one does not fit into 32 bits."""
+    for size in sizes:
+        if not -(2**31) <= size < 2**31:
+            raise OverflowError(f"the native kernels count in 32 bits, and a size is {size}")
+
+
 class Shape(ctypes.Structure):
-    """``rf_shape``."""
+    """``rf_shape``. OverflowError for a number that it cannot hold, which ctypes would cut."""
 
     _fields_ = [("dtype", _int), *((name, _int) for name in _SIZES.split())]
+
+    def __init__(self, *values: int, **named: int) -> None:
+        check_sizes(*values, *named.values())
+        super().__init__(*values, **named)
 
 
 class Weight(ctypes.Structure):

@@ -148,6 +148,7 @@ def _run(
 ) -> None:
     """``image`` gives the sizes; operands by their names in ``rf_pass``. Vectors must be float32 and contiguous."""
     n, c, h, w = image.shape
+    abi.check_sizes(n, c, h, w)
     pointers = {name: operand.data_ptr() for name, operand in operands.items() if operand is not None}
     where = (c_void_p * abi.MOST_SUMS)(*(tensor.data_ptr() for tensor in sums))
     library.run_pass(Pass(kind, n, h, w, c, relu, sums=where, **pointers), torch.get_num_threads())

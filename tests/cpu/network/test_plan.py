@@ -385,6 +385,28 @@ def test_parameters_of_a_planned_model_can_be_swapped():
     check(fast, stock)
 
 
+class _Sparse(nn.Module):
+    """Every 5000th pixel of an image, after a ReLU of all."""
+
+    def __init__(self, add: bool) -> None:
+        super().__init__()
+        self.conv, self.bn, self.add = nn.Conv2d(1, 1, 1, 5000), nn.BatchNorm2d(1), add
+
+    def forward(self, x):
+        return self.bn(self.conv(torch.add(x, x) if self.add else torch.relu(x)))
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_an_image_that_32_bits_cannot_count_is_not_planned(add):
+    """The kernels would have taken its size modulo 2^32. One pixel stands for all: planning reads none."""
+    fast = resnet_fast.accelerate(_Sparse(add).eval())
+    pixel = torch.ones(1, 1, 1, 1)
+    with torch.inference_mode():
+        assert network.plan_for(fast, (pixel.expand(1, 1, 46300, 46300),), {}) is not None
+        assert network.plan_for(fast, (pixel.expand(1, 1, 46400, 46400),), {}) is None
+    assert "32 bits, and a size is 2152960000" in network.last_plan(fast)
+
+
 def _hook(register):
     def change(model):
         seen = []
