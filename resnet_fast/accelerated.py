@@ -8,11 +8,12 @@ out when the module is copied or pickled, and is made anew there.
 
 import copy
 import functools
+from abc import ABCMeta
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from resnet_fast import network
 from resnet_fast.graph.conditions import Accelerated, stock_wanted
@@ -93,7 +94,7 @@ def _containers(model: nn.Module) -> Iterator[nn.Module]:
 
 def accelerated(cls: Any) -> Any:
     """Class decorator for an ``nn.Module`` subclass: its inherited forward stays, for where a program cannot run."""
-    stock = cls.__mro__[1]
+    stock = next(base for base in cls.__mro__[1:] if base is not Accelerated)
 
     @functools.wraps(stock.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -119,13 +120,11 @@ def accelerated(cls: Any) -> Any:
 
     def prepare_scriptable(self: nn.Module) -> nn.Module:
         """What ``torch.jit.script`` compiles: the stock class, over the same parameters."""
-        plain = stock.__new__(stock)
-        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k != STATE})
+        plain = _without_state(self, stock)
         plain._modules = dict(self._modules)
         return plain
 
     cls.stock_class = stock
-    cls.stock_forward = stock.forward
     cls.forward = forward
     cls.__getstate__ = getstate
     cls.__setstate__ = setstate
@@ -133,22 +132,60 @@ def accelerated(cls: Any) -> Any:
     return cls
 
 
+def _without_state(module: nn.Module, cls: type) -> Any:
+    """A module of class ``cls`` with the very attributes of ``module``."""
+    twin = object.__new__(cls)
+    twin.__dict__.update({k: v for k, v in module.__dict__.items() if k != STATE})
+    return twin
+
+
 @functools.cache
 def accelerated_class(stock: Any) -> Any:
-    """The subclass of ``stock`` that an accelerated instance has. It is found again by ``stock`` when unpickled."""
+    """The subclass of ``stock`` that an accelerated instance has. It is found again by ``stock`` when unpickled.
+
+    Nobody sees it who does not ask for the ``type``: ``self.__class__`` is ``stock``, and neither a metaclass nor
+    ``__init_subclass__`` is told of it.
+    """
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    cls: Any = accelerated(type(stock.__name__, (stock, Accelerated), names))
+    names["__class__"] = property(lambda self: stock, object.__dict__["__class__"].__set__)
+    make = ABCMeta.__new__ if isinstance(stock, ABCMeta) else type.__new__
+    cls: Any = accelerated(make(type(stock), stock.__name__, (Accelerated, stock), names))
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        # The derived class has no importable name: pickle the stock class and derive again.
         made, args, *rest = super(cls, self).__reduce_ex__(protocol)
         if args and args[0] is cls:
-            made, args = _make, (stock, made, *args[1:])
+            # The derived class has no importable name. What ``torch.save`` writes is for everybody, and so is the stock
+            # module; other pickles, those of copies and of processes among them, derive the class again.
+            stocked = protocol == torch.serialization.DEFAULT_PROTOCOL
+            made, args = (made, (stock, *args[1:])) if stocked else (_make, (stock, made, *args[1:]))
         return (made, args, *rest)
 
     cls.__reduce_ex__ = reduce_ex
+    if issubclass(stock, fx.GraphModule):
+        _keep_whole(cls, stock)
     return cls
 
 
 def _make(stock: type, made: Callable, *args: Any) -> Any:
     return made(accelerated_class(stock), *args)
+
+
+def _keep_whole(cls: Any, stock: Any) -> None:
+    """Have a graph module write its code into, and be copied and pickled by, the class that it was made with."""
+
+    def recompile(self: nn.Module) -> Any:
+        drop_state(self)
+        self.__class__ = stock
+        try:
+            return self.recompile()
+        finally:
+            self.__class__ = cls
+
+    def deepcopy(self: nn.Module, memo: dict) -> Any:
+        memo[id(self)] = twin = copy.deepcopy(_without_state(self, stock), memo)
+        twin.__class__ = accelerated_class(type(twin))
+        return twin
+
+    cls.recompile = recompile
+    cls.__deepcopy__ = deepcopy
+    cls.__reduce_ex__ = lambda self, protocol: _without_state(self, stock).__reduce_ex__(protocol)

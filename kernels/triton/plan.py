@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
-
 OPTIONS = {"enable_fp_fusion": True}
 """What every kernel is compiled with: multiply-adds rounded once. Triton 3.10 leaves them out unless it is asked."""
 

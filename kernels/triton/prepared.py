@@ -96,6 +96,7 @@ class _Weights:
         self.storage, self.state = weakref.ref(weight.untyped_storage(), forget), _state(weight)
         self.calls: dict[Hashable, _Kept] = {}
 
+
 _kept: dict[int, _Weights] = {}  # by the address of the weight, whose memory removes its entry when it goes
 
 
@@ -168,7 +169,7 @@ def _forgetting(address: int) -> Callable[[weakref.ref], None]:
 
 
 def _state(weight: torch.Tensor) -> Hashable:
-    """What changes when a pack made of it is stale. While the memory of what was kept lives, its storage keeps its id."""
+    """What changes when a pack made of it is stale. A storage keeps its id while its memory lives."""
     memory = id(weight.untyped_storage()), weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
     return None if weight.is_inference() else weight._version, memory, packing.clearings
 

@@ -17,11 +17,21 @@ BATCH_STATISTICS = "normalises by batch statistics (training mode)"
 DROPS_OUT = "drops out (training mode)"
 
 
+class _StockForward:
+    """The forward that a class was derived from, as it is now: it may have been patched since."""
+
+    def __get__(self, module: Optional[nn.Module], cls: Any) -> Callable:
+        return cls.stock_class.forward
+
+
 class Accelerated:
     """Mark of the classes whose forward runs a program; see ``accelerated.py``."""
 
     stock_class: type  # the class that the forward was derived from
-    stock_forward: Callable  # and that class's own forward
+    stock_forward = _StockForward()
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """A class made from a user's own is none of those that its bases ask to be told of."""
 
 
 def customised(module: nn.Module) -> str:

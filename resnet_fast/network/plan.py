@@ -151,7 +151,7 @@ class Plans:
         self.last = None
         try:
             plan: Union[Plan, str] = self._refusal(module, program, guard) or Plan(module, program, self, x, threads)
-        except (NotPlanned, RuntimeError, OverflowError) as reason:  # the layers themselves say best what is wrong with them
+        except (NotPlanned, RuntimeError, OverflowError) as reason:  # the layers say best what is wrong with them
             plan = str(reason)
         self._kept[key] = guard, plan
         self.last = plan
