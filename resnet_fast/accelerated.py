@@ -134,7 +134,7 @@ def accelerated(cls: Any) -> Any:
 
 def _without_state(module: nn.Module, cls: type) -> Any:
     """A module of class ``cls`` with the very attributes of ``module``."""
-    twin = object.__new__(cls)
+    twin: Any = object.__new__(cls)
     twin.__dict__.update({k: v for k, v in module.__dict__.items() if k != STATE})
     return twin
 
@@ -173,7 +173,7 @@ def _make(stock: type, made: Callable, *args: Any) -> Any:
 def _keep_whole(cls: Any, stock: Any) -> None:
     """Have a graph module write its code into, and be copied and pickled by, the class that it was made with."""
 
-    def recompile(self: nn.Module) -> Any:
+    def recompile(self: Any) -> Any:
         drop_state(self)
         self.__class__ = stock
         try:
@@ -183,7 +183,8 @@ def _keep_whole(cls: Any, stock: Any) -> None:
 
     def deepcopy(self: nn.Module, memo: dict) -> Any:
         memo[id(self)] = twin = copy.deepcopy(_without_state(self, stock), memo)
-        twin.__class__ = accelerated_class(type(twin))
+        made: Any = type(twin)
+        twin.__class__ = accelerated_class(made)
         return twin
 
     cls.recompile = recompile
