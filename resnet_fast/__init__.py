@@ -11,6 +11,7 @@ from resnet_fast.utils.when_imported import when_imported
 if TYPE_CHECKING:
     from resnet_fast.accelerated import accelerate, restore
     from resnet_fast.cuda_graph import graphed
+    from resnet_fast.exactness import exact
     from resnet_fast.explanation import explain
     from resnet_fast.export import export_onnx
     from resnet_fast.export.onnx_model import OnnxModel
@@ -56,6 +57,7 @@ __all__ = [
     "Wide_ResNet50_2_Weights",
     "Wide_ResNet101_2_Weights",
     "accelerate",
+    "exact",
     "explain",
     "export_onnx",
     "graphed",
@@ -80,6 +82,7 @@ _ELSEWHERE = {
     "Bottleneck": "models.blocks",
     "OnnxModel": "export.onnx_model",
     "accelerate": "accelerated",
+    "exact": "exactness",
     "explain": "explanation",
     "export_onnx": "export",
     "graphed": "cuda_graph",

@@ -29,9 +29,29 @@ version = 0
 
 _forced: Optional[str] = None
 
+_exact = False
+
+
+def exact() -> bool:
+    """Whether Winograd's algorithm is not to be used."""
+    return _exact
+
+
+def set_exact(wanted: bool) -> None:
+    global _exact
+    _exact = wanted
+    changed()
+
+
+def allows(algorithm: str) -> bool:
+    """Whether rounding as this algorithm rounds is wanted."""
+    return not (_exact and algorithm.startswith("winograd"))
+
 
 def supports(shape: Shape, algorithm: str) -> bool:
     """Whether ``algorithm``, one of ``CANDIDATES``, can serve ``shape``."""
+    if not allows(algorithm):
+        return False
     return not shape.pool if algorithm == ONEDNN else library.supports(shape, algorithm)
 
 
@@ -115,9 +135,9 @@ _MULTIPLY_ADD, _TRANSFORM, _BYTE = 1 / 58e9, 0.13e-9, 0.5 / 32e9
 
 def _rule(shape: Shape, threads: int) -> str:
     for algorithm in ("winograd_stem", "direct", "grouped"):
-        if library.supports(shape, algorithm):
+        if supports(shape, algorithm):
             return algorithm
-    seconds = {name: estimate(shape, name, threads) for name in _BY_WEIGHTS if library.supports(shape, name)}
+    seconds = {name: estimate(shape, name, threads) for name in _BY_WEIGHTS if supports(shape, name)}
     fastest = min(seconds.values())
     return next(name for name in seconds if seconds[name] <= _WORTH * fastest)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_fast.kernels.contract import Affine, Case, Geometry, Pair, nhwc
 from resnet_fast.kernels.native import inference as native
-from resnet_fast.kernels.native import library
+from resnet_fast.kernels.native import library, planner
 from resnet_fast.kernels.native.abi import Shape
 from resnet_fast.kernels.reference import training as reference_training
 
@@ -53,7 +53,8 @@ def gram(x: Tensor, prologue: Optional[Affine], stride: Pair) -> tuple[Tensor, T
 
 def choose(shape: Shape) -> str:
     """The algorithm that ought to be the fastest for ``shape``, one of ``ALGORITHMS``."""
-    return min((a for a in ALGORITHMS if library.wgrad_supports(shape, a)), key=lambda a: _seconds(shape, a))
+    able = (a for a in ALGORITHMS if planner.allows(a) and library.wgrad_supports(shape, a))
+    return min(able, key=lambda a: _seconds(shape, a))
 
 
 # Seconds of a core for a multiply-add, and for an element that is transformed, there or back. Fitted to the layers of

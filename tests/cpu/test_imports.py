@@ -16,7 +16,7 @@ LAYERS = [
     {"ops"},
     {"graph"},
     {"network"},
-    {"accelerated", "explanation", "tuning", "cuda_graph", "quantised", "verify"},
+    {"accelerated", "explanation", "exactness", "tuning", "cuda_graph", "quantised", "verify"},
     {"models", "dynamo"},
     {"export", "finetune"},
     {"bench"},
