@@ -21,8 +21,10 @@ from torch import fx, nn
 from torch.nn.modules import module as nn_module
 
 from resnet_fast.graph.conditions import BATCH_STATISTICS, REFUSALS, Path, child_at
+from resnet_fast.graph.opening import Opener, stock_type
 from resnet_fast.graph.patterns import FusedOp, Match, matches
-from resnet_fast.graph.rewriting import compile_graph, rewrite
+from resnet_fast.graph.rewriting import rewrite
+from resnet_fast.graph.source import compile_graph
 from resnet_fast.graph.tracing import Untraceable, trace
 from resnet_fast.graph.training_blocks import blocks
 
@@ -30,9 +32,10 @@ _PLAIN = (bool, int, float, str, type(None), tuple)
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
+def _settings(module: Optional[nn.Module]) -> dict[str, Any]:
     """The plain attributes a forward may branch on."""
-    return {k: v for k, v in module.__dict__.items() if k != "training" and isinstance(v, _PLAIN)}
+    own = {} if module is None else module.__dict__
+    return {k: v for k, v in own.items() if k != "training" and isinstance(v, _PLAIN)}
 
 
 def hidden_state(module: nn.Module) -> str:
@@ -57,8 +60,9 @@ class Program:
     rest: list[str] = field(default_factory=list)  # children that run their own forward
     reason: str = ""  # why nothing was fused
     parts: dict[Path, str] = field(default_factory=dict)  # child -> what it must still be (a key of REFUSALS)
-    children: dict[Path, tuple[str, ...]] = field(default_factory=dict)  # of the module and its inlined Sequentials
-    settings: dict[str, Any] = field(default_factory=dict)
+    opened: dict[Path, type] = field(default_factory=dict)  # children that the graph follows into
+    children: dict[Path, tuple[str, ...]] = field(default_factory=dict)  # of the module, and of what it follows into
+    settings: dict[Path, dict[str, Any]] = field(default_factory=dict)  # of the module and of what it opened
     graph: Optional[fx.Graph] = None  # what ``function`` computes; without one, what the module's own forward does
     training: bool = False  # the mode it is for
     embedded: dict[Path, "Program"] = field(default_factory=dict)  # of children, where they became part of this one
@@ -75,7 +79,7 @@ class Program:
                 return True
         if torch.compiler.is_compiling():
             return False
-        return _settings(module) != self.settings or any(
+        return any(_settings(child_at(module, path)) != settings for path, settings in self.settings.items()) or any(
             kept(child_at(module, path)) is not program for path, program in self.embedded.items()
         )
 
@@ -94,6 +98,10 @@ class Program:
 
     def parts_refusal(self, module: nn.Module, ignore_training: bool = False) -> str:
         """The same for the children that the program calls itself."""
+        for path, kind in self.opened.items():
+            child = child_at(module, path)
+            if child is None or stock_type(child) is not kind:
+                return f"{'.'.join(path)} is no {kind.__name__} any more"
         for path, kind in self.parts.items():
             child = child_at(module, path)
             reason = "is gone" if child is None else REFUSALS[kind](child)
@@ -142,17 +150,19 @@ class Traced(NamedTuple):
 
 
 def trace_forward(module: nn.Module, training: bool = False) -> Traced:
-    program = Program(children={(): _child_names(module)}, settings=_settings(module), training=training)
+    program = Program(children={(): _child_names(module)}, settings={(): _settings(module)}, training=training)
     try:
-        tracer, program.graph = trace(module, training)
+        tracer, program.graph = trace(module, training, Opener)
     except Untraceable as error:
         program.reason = str(error)
         return Traced(program, [])
     program.inputs = tracer.inputs
-    for path in tracer.inlined:
+    program.opened = tracer.opened
+    program.settings |= {path: _settings(child_at(module, path)) for path in tracer.opened}
+    program.parts |= dict.fromkeys(tracer.inlined, "sequential") | dict.fromkeys(tracer.opened, "opened")
+    for path in program.parts:
         owner = child_at(module, path)
         assert owner is not None
-        program.parts[path] = "sequential"
         program.children[path] = _child_names(owner)
     found = matches(module, program.graph, training)
     if not any(match.op.conv for match in found):

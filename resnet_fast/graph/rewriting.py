@@ -1,12 +1,10 @@
-"""A traced graph with fused ops in place of what they compute, as a Python function."""
+"""A traced graph with fused ops in place of what they compute."""
 
-import linecache
-from collections.abc import Callable
-from itertools import count
-from typing import Optional
+from typing import Any, Optional
 
 from torch import fx, nn
 
+from resnet_fast.graph.cores import Owned, close
 from resnet_fast.graph.layout import channels_last, laid_out_like, reads_layout
 from resnet_fast.graph.patterns import Match
 
@@ -27,6 +25,7 @@ def rewrite(module: nn.Module, graph: fx.Graph, matches: list[Match], given: Opt
         replaced[last] = fused
         for node in reversed(match.nodes):
             graph.erase_node(node)
+    close(graph)
 
     given = given or next(node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
@@ -45,20 +44,12 @@ def rewrite(module: nn.Module, graph: fx.Graph, matches: list[Match], given: Opt
 
 def _with_children(graph: fx.Graph, args: tuple) -> tuple:
     """The arguments of a match, children instead of their names."""
-    return tuple(
-        _with_children(graph, arg) if isinstance(arg, tuple) else graph.get_attr(arg) if isinstance(arg, str) else arg
-        for arg in args
-    )
 
+    def child(arg: Any) -> Any:
+        if isinstance(arg, tuple):
+            return _with_children(graph, arg)
+        if isinstance(arg, Owned):
+            return graph.call_function(arg.core, (graph.get_attr(arg.name),))
+        return graph.get_attr(arg) if isinstance(arg, str) else arg
 
-_serial = count()
-
-
-def compile_graph(graph: fx.Graph, name: str) -> tuple[Callable, str]:
-    code = graph.python_code("self")
-    filename = f"<resnet_fast {name} {next(_serial)}>"
-    namespace = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), namespace)
-    # Tracebacks and debuggers show the lines, as they do for torch.fx.
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
-    return namespace["forward"], code.src
+    return tuple(map(child, args))

@@ -5,7 +5,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import torch
 from torch import fx, nn
@@ -116,7 +116,10 @@ class Untraceable(Exception):
     pass
 
 
-def trace(module: nn.Module, training: bool) -> tuple[Tracer, fx.Graph]:
+T = TypeVar("T", bound=Tracer)
+
+
+def trace(module: nn.Module, training: bool, kind: type[T] = Tracer) -> tuple[T, fx.Graph]:  # type: ignore[assignment]
     """The graph of a module's own forward, all flags ``training``. The module is left as it was, flags and
     attributes included.
 
@@ -129,7 +132,7 @@ def trace(module: nn.Module, training: bool) -> tuple[Tracer, fx.Graph]:
         m.__dict__["training"] = training
     try:
         with _everything_on():
-            tracer = Tracer("stock_forward" if isinstance(module, Accelerated) else "forward")
+            tracer = kind("stock_forward" if isinstance(module, Accelerated) else "forward")
             graph = tracer.trace(module)
     except Exception as error:
         first_line = (str(error) or repr(error)).splitlines()[0]
@@ -157,6 +160,10 @@ def trace(module: nn.Module, training: bool) -> tuple[Tracer, fx.Graph]:
 
 def _shallow(value: Any) -> Optional[list]:
     return list(value) if isinstance(value, list) else None
+
+
+def path_of(node: fx.Node) -> Path:
+    return tuple(str(node.target).split("."))
 
 
 def called(module: nn.Module, node: fx.Node) -> Optional[nn.Module]:

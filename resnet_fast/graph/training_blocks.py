@@ -7,8 +7,9 @@ from typing import Any, Optional
 from torch import fx, nn
 
 from resnet_fast.graph import functional
-from resnet_fast.graph.conditions import NORMS, Path, stem_pool_refusal
-from resnet_fast.graph.patterns import FusedOp, Match, Matcher, harmless, path_of
+from resnet_fast.graph.conditions import IN_TRAINING, Path, stem_pool_refusal
+from resnet_fast.graph.patterns import FusedOp, Match, Matcher, harmless
+from resnet_fast.graph.tracing import path_of
 
 
 def blocks(module: nn.Module, graph: fx.Graph, found: list[Match]) -> list[Match]:
@@ -94,8 +95,7 @@ def _block(matcher: Matcher, row: list[Match], links: list[_Link], shortcut: Opt
     nodes = [node for match in members for node in match.nodes] + [node for link in links for node in link.nodes]
     parts = {path: kind for link in links for path, kind in link.parts.items()}
     for match in members:
-        kinds = {"norm": "training norm", "stem conv": "conv"}
-        parts |= {path: kinds.get(kind, kind) for path, kind in match.parts.items()}
+        parts |= {path: IN_TRAINING.get(kind, kind) for path, kind in match.parts.items()}
     names = [name for match in members for name in match.op.parts]
 
     pool = last.target is functional.stem
@@ -109,8 +109,8 @@ def _block(matcher: Matcher, row: list[Match], links: list[_Link], shortcut: Opt
             parts[path_of(pool_node)] = "stem pool"
             names.append(str(pool_node.target))
 
-    convs = tuple(str(match.args[1]) for match in members)
-    norms = tuple(str(match.args[2]) for match in members)
+    convs = tuple(match.args[1] for match in members)
+    norms = tuple(match.args[2] for match in members)
     kwargs = {
         "residual": residual,
         "identity": identity,
@@ -149,7 +149,7 @@ def _movable(matcher: Matcher, order: dict[fx.Node, int], nodes: list[fx.Node]) 
     Not past another call of one of their norms: running statistics depend on the order.
     """
     nodes.sort(key=order.__getitem__)
-    norms = {node.target for node in nodes if isinstance(matcher.child(node), NORMS)}
+    norms = {node.target for node in nodes if matcher.norm(node) is not None}
     every = list(order)
     between = [node for node in every[order[nodes[0]] : order[nodes[-1]]] if node not in nodes]
     return all(node.target not in norms and harmless(node, matcher.child(node)) for node in between)

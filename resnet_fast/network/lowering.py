@@ -13,6 +13,7 @@ from torch import fx, nn
 from resnet_fast.graph import conditions, functional
 from resnet_fast.graph.bottleneck_pairs import Bottlenecks
 from resnet_fast.graph.conditions import Accelerated, Path
+from resnet_fast.graph.cores import AffineCore
 from resnet_fast.graph.program import Program, build, hidden_state
 from resnet_fast.graph.state import state_of
 from resnet_fast.network.calls import CALLS, MODULES
@@ -63,6 +64,8 @@ class Lowering(Steps):
             return x
         if node.target is functional.head:
             return self._head(*args)
+        if isinstance(node.target, AffineCore):
+            return Child(node.target(args[0].module), args[0].path)
         lower = CALLS.get(node.target)
         if lower is None:
             raise NotPlanned(f"{self.name()} calls {getattr(node.target, '__name__', node.target)}")

@@ -1,0 +1,204 @@
+"""Small children that a trace follows into, as if their parent did itself what they do.
+
+timm's ``BatchNormAct2d`` is a batch norm and an activation, detectron2's ``Conv2d`` a convolution and its norm, a
+``ConvModule`` all three. Such a child is *opened*: its forward becomes part of the graph of the module that calls it.
+What it computes decides, whatever its class: it must be a row of layers, the same in both modes.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+from torch import Tensor, fx, nn
+
+from resnet_fast.graph.conditions import NORMS, SYNCHRONISED, Accelerated, Path, child_at, customised, is_sequential
+from resnet_fast.graph.cores import BATCH_NORMS, CORE, AffineCore, affine_core, core_of, normalisation, owner_of
+from resnet_fast.graph.tracing import Tracer, path_of, writes
+
+
+def stock_type(module: nn.Module) -> type:
+    return type(module).stock_class if isinstance(module, Accelerated) else type(module)
+
+
+def _may_open(child: nn.Module) -> bool:
+    """Whether a child is small, and has what could be a core: a convolution, or tensors of its own."""
+    stock = stock_type(child)
+    if stock.__module__.startswith(("torch.nn.", "torch.jit.")) or stock in NORMS or is_sequential(child):
+        return False
+    convolutions = sum(isinstance(part, nn.Conv2d) for part in child.modules())
+    tensors = any(t is not None for t in (*child._parameters.values(), *child._buffers.values()))
+    return not customised(child) and (convolutions == 1 or (convolutions == 0 and tensors))
+
+
+class Opener(Tracer):
+    """Opens the children that it can."""
+
+    def __init__(self, traced_func_name: str) -> None:
+        super().__init__(traced_func_name)
+        self.opened: dict[Path, type] = {}
+        self._open: list[str] = []  # children that are being followed into
+        self._names: dict[int, str] = {}  # of tensors
+        self._looking = False  # at tensors, not recording
+
+    def trace(self, root: Any, concrete_args: Optional[dict[str, Any]] = None) -> fx.Graph:
+        tensors = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+        self._names = {id(tensor): name for name, tensor in reversed(tensors)}
+        times = Counter(id(tensor) for _, tensor in tensors)
+        self._shared = {name for identity, name in self._names.items() if times[identity] > 1}
+        with self._stock_forwards():
+            graph = super().trace(root, concrete_args)
+        self._raise_cores(list(graph.nodes))
+        return graph
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Buffers are symbolic too, and no proxy is kept: its node may be erased."""
+        name = None if self._looking or not isinstance(attr_val, Tensor) else self._names.get(id(attr_val))
+        return attr_val if name is None else self.create_proxy("get_attr", name, (), {})
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if _may_open(m) and len(args) == 1 and isinstance(args[0], fx.Proxy) and not kwargs:
+            name, opened, inlined = self.path_of_module(m), dict(self.opened), list(self.inlined)
+            result = self._row(m, name, forward, args[0])
+            if result is not None:
+                self.opened[tuple(name.split("."))] = stock_type(m)
+                return result
+            self.opened, self.inlined = opened, inlined
+        return super().call_module(m, forward, args, kwargs)
+
+    # --- rows of layers ---
+
+    def _row(self, child: nn.Module, name: str, forward: Callable, x: fx.Proxy) -> Optional[fx.Proxy]:
+        """What a child makes of ``x``, if it is a row of layers, the same in both modes. Else it leaves no node."""
+        modes = []
+        for flipped in (True, False):
+            row = self._followed(child, name, forward, x, flipped)
+            modes.append([(node.op, node.target, node.args[1:], node.kwargs, _kind(node)) for node in row])
+            if not row or flipped or modes[0] != modes[1]:
+                self._erase(row)
+        return self.proxy(row[-1]) if row and modes[0] == modes[1] else None
+
+    def _followed(self, child: nn.Module, name: str, forward: Callable, x: fx.Proxy, flipped: bool) -> list[fx.Node]:
+        """The nodes of a row of layers, or none."""
+        before, attributes = self._last(), dict(child.__dict__)
+        flags = [(part, part.training) for part in child.modules()]
+        self._open.append(name)
+        try:
+            for part, training in flags:
+                part.__dict__["training"] = training is not flipped
+            result = forward(x)
+            self._raise_cores(self._since(before))
+            core = self._raise_affine(self._since(before), child, name)
+        except Exception:  # whatever its forward does not like about symbols
+            result, core = None, None
+        finally:
+            self._open.pop()
+            for part, training in flags:
+                part.__dict__["training"] = training
+            changed = [k for k in (*child.__dict__, *attributes) if child.__dict__.get(k) is not attributes.get(k)]
+            child.__dict__.clear()
+            child.__dict__.update(attributes)
+        row = self._since(before) if isinstance(result, fx.Proxy) and not changed else []
+        end = core or (result.node if row else None)
+        for node in reversed(row):
+            if node is not end and not node.users and _pure(node):
+                self.graph.erase_node(node)
+        row = self._since(before)
+        followed = [x.node, *row]
+        layers = any(CORE in node.meta or isinstance(self._called(node), (nn.Conv2d, *NORMS)) for node in row)
+        if layers and row[-1] is end and all(node.all_input_nodes == [at] for at, node in zip(followed, row)):
+            return row
+        self._erase(row)
+        return []
+
+    def _last(self) -> fx.Node:
+        return self.graph._root.prev
+
+    def _since(self, before: fx.Node) -> list[fx.Node]:
+        nodes, node = [], self._last()
+        while node is not before:
+            nodes.append(node)
+            node = node.prev
+        return nodes[::-1]
+
+    def _erase(self, nodes: list[fx.Node]) -> None:
+        for node in reversed(nodes):
+            self.graph.erase_node(node)
+
+    def _called(self, node: fx.Node) -> Optional[nn.Module]:
+        return child_at(self.root, path_of(node)) if node.op == "call_module" else None
+
+    # --- cores ---
+
+    def _watched(self, layer: Optional[nn.Module], name: str) -> bool:
+        """Whether a program would see it if the layer became one of another class."""
+        return layer is not None and (name in self._open or type(layer) in (nn.Conv2d, *NORMS))
+
+    def _core(self, name: str, x: fx.Node, core: Callable) -> fx.Node:
+        node = self.create_node("call_module", name, (x,), {})
+        node.meta[CORE] = core
+        return node
+
+    def _raise_cores(self, nodes: list[fx.Node]) -> None:
+        for node in nodes:
+            name = owner_of(node)
+            layer = child_at(self.root, tuple(name.split("."))) if name else None
+            shared = any(given.target in self._shared for given in node.all_input_nodes)
+            found = core_of(node, layer, name) if layer and not shared and self._watched(layer, name) else None
+            if found is not None:
+                core, others = found
+                self._erase(others)
+                self._replace(node, name, node.args[0], core)
+
+    def _raise_affine(self, nodes: list[fx.Node], child: nn.Module, name: str) -> Optional[fx.Node]:
+        if any(CORE in node.meta for node in nodes):
+            return None
+        self._looking = True
+        try:
+            found = affine_core(nodes, child, name)
+        finally:
+            self._looking = False
+        return None if found is None else self._replace(found[0], name, *found[1:])
+
+    def _replace(self, node: fx.Node, name: str, x: Any, core: Callable) -> fx.Node:
+        with self.graph.inserting_before(node):
+            raised = self._core(name, x, core)
+        node.replace_all_uses_with(raised)
+        self.graph.erase_node(node)
+        return raised
+
+    @contextmanager
+    def _stock_forwards(self) -> Iterator[None]:
+        """A batch norm's own forward, called by a subclass or past the norm's ``__call__``, is its core."""
+        classes: tuple[Any, ...] = (nn.modules.batchnorm._BatchNorm, *SYNCHRONISED)
+        stock = [(cls, cls.forward) for cls in classes]
+
+        def replaced(own: Callable) -> Callable:
+            def forward(norm: Any, x: Any) -> Any:
+                if isinstance(x, fx.Proxy) and x.tracer is self and isinstance(norm, BATCH_NORMS):
+                    name = (self.submodule_paths or {}).get(norm, "")
+                    if self._watched(norm, name):
+                        return self.proxy(self._core(name, x.node, normalisation))
+                return own(norm, x)
+
+            return forward
+
+        try:
+            for cls, own in stock:
+                cls.forward = replaced(own)
+            yield
+        finally:
+            for cls, own in stock:
+                cls.forward = own
+
+
+def _kind(node: fx.Node) -> Any:
+    return type(core) if isinstance(core := node.meta.get(CORE), AffineCore) else core
+
+
+def _pure(node: fx.Node) -> bool:
+    return node.op == "get_attr" or (node.op in ("call_function", "call_method") and not _acts(node))
+
+
+def _acts(node: fx.Node) -> bool:
+    return writes(node, None) or (node.op == "call_function" and node.is_impure())
