@@ -17,7 +17,6 @@ from resnet_fast.kernels.contract import wide
 from resnet_fast.kernels.packing import PackCache
 
 
-
 class Affine(NamedTuple):
     """A norm of somebody's own: ``x * scale + shift``, both made of its own tensors."""
 
@@ -49,8 +48,10 @@ def process_group(norm: BatchNorm) -> str:
 def scale_and_shift(
     conv: nn.Conv2d, norm: Optional[BatchNorm], batch_statistics: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """What the op takes as scale and shift: gamma and beta, or the running statistics folded in; or without a norm, ones
-    and the convolution's bias."""
+    """What the op takes as scale and shift: gamma and beta, or the running statistics folded in.
+
+    Without a norm: ones, and the convolution's bias.
+    """
     if norm is None:
         source = conv.weight if conv.bias is None else conv.bias
         return _kept((source,), "no norm", lambda: _without_norm(conv))

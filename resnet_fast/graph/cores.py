@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -160,20 +161,20 @@ def _assertions(x: fx.Node) -> list[fx.Node]:
 
 
 def affine_core(nodes: list[fx.Node], layer: nn.Module, name: str) -> Optional[tuple[fx.Node, Any, AffineCore]]:
-    """The node, of these, that is ``x * scale + shift`` with both made of ``layer``'s tensors alone; and x; and its core.
-
-    Casts to the dtype of an image are taken to change nothing: ``functional`` keeps to them.
-    """
-    constant: set[fx.Node] = set()
+    """The node, of these, that is ``x * scale + shift``, both made of ``layer``'s tensors alone; x; and its core."""
+    constant: set[Any] = set()
     for node in nodes:
         given = [one for one in node.all_input_nodes if not _is_dtype(one)]
         plain = node.op in ("call_function", "call_method") and bool(given) and not writes(node, None)
         if node.op == "get_attr" or (plain and not _is_dtype(node) and constant.issuperset(given)):
             constant.add(node)
     for node in nodes:
+        if node.target is F.batch_norm:
+            return _frozen(node, layer, name)
         if not is_addition(node):
             continue
-        for product, shift in (node.args, node.args[::-1]):
+        operands: Any = node.args
+        for product, shift in (operands, operands[::-1]):
             multiplied = isinstance(product, fx.Node) and product.target in (operator.mul, torch.mul, "mul")
             if not multiplied or shift not in constant or len(product.users) != 1 or len(product.args) != 2:
                 continue
@@ -183,6 +184,31 @@ def affine_core(nodes: list[fx.Node], layer: nn.Module, name: str) -> Optional[t
                     channels = _channels(function, layer)
                     return (node, x, AffineCore(function, channels)) if channels else None
     return None
+
+
+def _frozen(node: fx.Node, layer: nn.Module, name: str) -> Optional[tuple[fx.Node, Any, AffineCore]]:
+    """The same of a batch norm by running statistics that is no ``nn.BatchNorm2d``'s."""
+    given = _batch_norm(*node.args, **node.kwargs)
+    tensors = [given[key] for key in ("running_mean", "running_var", "weight", "bias")]
+    if given["training"] or not all(isinstance(one, fx.Node) and one.op == "get_attr" for one in tensors):
+        return None
+    mean, variance, weight, bias = (str(one.target).removeprefix(f"{name}.") for one in tensors)
+
+    def function(owner: Any, eps: float = given["eps"]) -> tuple[Tensor, Tensor]:
+        scale = getattr(owner, weight) * (getattr(owner, variance) + eps).rsqrt()
+        return scale, getattr(owner, bias) - getattr(owner, mean) * scale
+
+    return node, given["input"], AffineCore(function, getattr(layer, weight).numel())
+
+
+def agree(one: AffineCore, other: AffineCore, layer: nn.Module) -> bool:
+    """Whether two cores compute the same of any tensors like those of ``layer``."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = (*layer._parameters.items(), *layer._buffers.items())
+    drawn = {k: torch.rand(t.shape, dtype=torch.float64, generator=generator) for k, t in tensors if t is not None}
+    owner: Any = SimpleNamespace(**drawn)
+    pairs = zip(one.function(owner), other.function(owner))
+    return all(torch.allclose(a.flatten(), b.flatten(), rtol=1e-12, atol=0.0) for a, b in pairs)
 
 
 def _is_dtype(node: fx.Node) -> bool:

@@ -173,7 +173,7 @@ def residual_block(
         [conv.weight for conv in convs],
         [scale for scale, _ in vectors],
         [shift for _, shift in vectors],
-        [norm.eps if uses else 0.0 for norm, uses in zip(norms, batch)],
+        [norm.eps if uses else 0.0 for norm, uses in zip(norms, batch)],  # type: ignore[union-attr]
         [number for conv in convs for number in flat_geometry(geometry_of(conv))],
         batch,
         identity,

@@ -13,7 +13,7 @@ from typing import Any, Optional
 from torch import Tensor, fx, nn
 
 from resnet_fast.graph.conditions import NORMS, SYNCHRONISED, Accelerated, Path, child_at, customised, is_sequential
-from resnet_fast.graph.cores import BATCH_NORMS, CORE, AffineCore, affine_core, core_of, normalisation, owner_of
+from resnet_fast.graph.cores import BATCH_NORMS, CORE, AffineCore, affine_core, agree, core_of, normalisation, owner_of
 from resnet_fast.graph.tracing import Tracer, path_of, writes
 
 
@@ -37,7 +37,9 @@ class Opener(Tracer):
     def __init__(self, traced_func_name: str) -> None:
         super().__init__(traced_func_name)
         self.opened: dict[Path, type] = {}
+        self.shut: dict[str, str] = {}  # why others were not opened
         self._open: list[str] = []  # children that are being followed into
+        self._answers: list[list[bool]] = []  # to the question that each of them may still ask
         self._names: dict[int, str] = {}  # of tensors
         self._looking = False  # at tensors, not recording
 
@@ -63,43 +65,55 @@ class Opener(Tracer):
             if result is not None:
                 self.opened[tuple(name.split("."))] = stock_type(m)
                 return result
+            self.shut.setdefault(name, f"is a {type(m).__name__}, which does more than a row of layers")
             self.opened, self.inlined = opened, inlined
         return super().call_module(m, forward, args, kwargs)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return self._answers[-1].pop() if self._answers and self._answers[-1] else super().to_bool(obj)
 
     # --- rows of layers ---
 
     def _row(self, child: nn.Module, name: str, forward: Callable, x: fx.Proxy) -> Optional[fx.Proxy]:
         """What a child makes of ``x``, if it is a row of layers, the same in both modes. Else it leaves no node."""
-        modes = []
-        for flipped in (True, False):
-            row = self._followed(child, name, forward, x, flipped)
-            modes.append([(node.op, node.target, node.args[1:], node.kwargs, _kind(node)) for node in row])
-            if not row or flipped or modes[0] != modes[1]:
-                self._erase(row)
-        return self.proxy(row[-1]) if row and modes[0] == modes[1] else None
+        other = self._followed(child, name, forward, x, flipped=True)
+        described = [_described(node) for node in other]
+        self._erase(other)
+        row = self._followed(child, name, forward, x, flipped=False) if other else []
+        if row and len(row) == len(other) and all(map(self._agree, row, described, map(_described, row))):
+            return self.proxy(row[-1])
+        self._erase(row)
+        return None
 
     def _followed(self, child: nn.Module, name: str, forward: Callable, x: fx.Proxy, flipped: bool) -> list[fx.Node]:
-        """The nodes of a row of layers, or none."""
+        """The nodes of a row of layers, or none.
+
+        flipped: in the other mode, and with the other answer, True, to the one question that it may ask about ``x``: so
+            that its answer is known not to matter.
+        """
         before, attributes = self._last(), dict(child.__dict__)
         flags = [(part, part.training) for part in child.modules()]
         self._open.append(name)
+        self._answers.append([flipped])
         try:
             for part, training in flags:
                 part.__dict__["training"] = training is not flipped
             result = forward(x)
             self._raise_cores(self._since(before))
             core = self._raise_affine(self._since(before), child, name)
-        except Exception:  # whatever its forward does not like about symbols
+        except Exception as error:  # whatever its forward does not like about symbols
             result, core = None, None
+            self.shut[name] = f"cannot be followed: {(str(error) or repr(error)).splitlines()[0]}"
         finally:
             self._open.pop()
+            self._answers.pop()
             for part, training in flags:
                 part.__dict__["training"] = training
             changed = [k for k in (*child.__dict__, *attributes) if child.__dict__.get(k) is not attributes.get(k)]
             child.__dict__.clear()
             child.__dict__.update(attributes)
         row = self._since(before) if isinstance(result, fx.Proxy) and not changed else []
-        end = core or (result.node if row else None)
+        end = None if not row else result.node if result.node in row else core  # which took its place
         for node in reversed(row):
             if node is not end and not node.users and _pure(node):
                 self.graph.erase_node(node)
@@ -110,6 +124,13 @@ class Opener(Tracer):
             return row
         self._erase(row)
         return []
+
+    def _agree(self, node: fx.Node, one: tuple, other: tuple) -> bool:
+        """Whether a node and another one like it, described so, compute the same."""
+        layer = self._called(node)
+        if isinstance(one[1], AffineCore) and isinstance(other[1], AffineCore) and layer is not None:
+            return one[0] == other[0] and agree(one[1], other[1], layer)
+        return one == other
 
     def _last(self) -> fx.Node:
         return self.graph._root.prev
@@ -192,8 +213,8 @@ class Opener(Tracer):
                 cls.forward = own
 
 
-def _kind(node: fx.Node) -> Any:
-    return type(core) if isinstance(core := node.meta.get(CORE), AffineCore) else core
+def _described(node: fx.Node) -> tuple:
+    return (node.op, node.target, node.args[1:], node.kwargs), node.meta.get(CORE)
 
 
 def _pure(node: fx.Node) -> bool:

@@ -2,9 +2,9 @@
 head."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Optional
 
 import torch
@@ -24,8 +24,9 @@ from resnet_fast.graph.conditions import (
     stem_pool_refusal,
 )
 from resnet_fast.graph.cores import CORE, AffineCore, Owned, convolution, normalisation
+from resnet_fast.graph.opening import Opener
 from resnet_fast.graph.residual_blocks import depths, main_path
-from resnet_fast.graph.tracing import ADDITIONS, called, is_addition, path_of, writes
+from resnet_fast.graph.tracing import ADDITIONS, Untraceable, called, is_addition, path_of, trace, writes
 
 _RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
 _FLATTENING: list[tuple[tuple, dict]] = [
@@ -60,6 +61,7 @@ class Matcher:
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         self.module = module
         self.graph = graph
+        self._known: dict[nn.Module, bool] = {}  # whether children only read
         self.taken: set[fx.Node] = set()  # nodes of matches found so far
 
     @cached_property
@@ -84,6 +86,38 @@ class Matcher:
             passed.append(user)
             node = user
 
+    def may_pass(self, nodes: list[fx.Node], node: fx.Node) -> bool:
+        """Whether ``nodes``, layers of a match, may run after a node that is between them.
+
+        A child of unknown code may write to what it is given, so that must not be what the layers read.
+        """
+        child = self.child(node)
+        if harmless(node, child) or (child is not None and self._only_reads(child)):
+            return True
+        if child is None or set(child.modules()) & {self.child(one) for one in nodes}:
+            return False
+        read = {given for one in nodes for given in one.all_input_nodes if given not in nodes and given < node}
+        return not self._memory(read) & self._memory(node.all_input_nodes)
+
+    def _only_reads(self, child: nn.Module) -> bool:
+        if child not in self._known:
+            try:
+                graph = trace(child, child.training, Opener)[1]
+                self._known[child] = all(harmless(node, called(child, node)) for node in graph.nodes)
+            except Untraceable:
+                self._known[child] = False
+        return self._known[child]
+
+    def _memory(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """The nodes whose results' memory some nodes' results may be in."""
+        found, left = set(), list(nodes)
+        while left:
+            node = left.pop()
+            fresh = self.norm(node) is not None or self.conv_kind(node)
+            left += () if fresh or node in found else node.all_input_nodes
+            found.add(node)
+        return found
+
     def is_main_path(self, end: fx.Node, other: Any) -> bool:
         """Whether a convolution's result, and not the other operand of its addition, is the block's main path."""
         operands = (end, other)
@@ -102,7 +136,7 @@ class Matcher:
         return isinstance(conv_node, fx.Node) and len(conv_node.users) == 1 and bool(self.conv_kind(conv_node))
 
     def conv_kind(self, node: fx.Node) -> str:
-        """What a convolution must still be when its op runs (a key of ``REFUSALS``); '': it is none that an op is for."""
+        """What a convolution must still be when its op runs (a key of ``REFUSALS``); '': there is no op for it."""
         child, core = self.child(node), node.meta.get(CORE)
         if child is None or core not in (None, convolution):
             return ""
@@ -125,6 +159,11 @@ class Matcher:
         if child is not None:
             return not exact(nn.ReLU)(child)
         return node.target in _RELU_FUNCTIONS or (node.op == "call_method" and node.target in ("relu", "relu_"))
+
+    def ways(self, node: fx.Node, training: bool) -> Iterator[Match]:
+        """The ops that may begin with a node, the best first."""
+        makers = (self.conv, partial(self.conv, whole=False), *(() if training else (self.head,)), self.global_pool)
+        return (match for make in makers if (match := make(node)) is not None)
 
     def global_pool(self, node: fx.Node) -> Optional[Match]:
         pool = self.child(node)
@@ -246,7 +285,7 @@ def _fits(conv: nn.Conv2d, norm: Any) -> bool:
 
 
 def harmless(node: fx.Node, child: Optional[nn.Module]) -> bool:
-    """Whether a convolution may move past a node: it surely writes to none of its inputs, and switches nothing."""
+    """Whether a node surely writes to none of its inputs, and switches nothing."""
     if CORE in node.meta:
         return True
     known = child is None or type(child).__module__.startswith("torch.nn.") or isinstance(child, NORMS)
@@ -259,10 +298,9 @@ def matches(module: nn.Module, graph: fx.Graph, training: bool = False) -> list[
     nodes = list(graph.nodes)
     found: list[Match] = []
     for node in nodes:
-        heads = [matcher.head(node)] if not training else []
-        for match in (matcher.conv(node), matcher.conv(node, whole=False), *heads, matcher.global_pool(node)):
-            between = nodes[order[match.nodes[0]] : order[match.nodes[-1]]] if match is not None else []
-            if match is not None and all(n in match.nodes or harmless(n, matcher.child(n)) for n in between):
+        for match in matcher.ways(node, training):
+            between = nodes[order[match.nodes[0]] : order[match.nodes[-1]]]
+            if all(n in match.nodes or matcher.may_pass(match.nodes, n) for n in between):
                 found.append(match)
                 matcher.taken.update(match.nodes)
                 break

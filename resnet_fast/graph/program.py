@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.nn.modules import module as nn_module
 
 from resnet_fast.graph.conditions import BATCH_STATISTICS, REFUSALS, Path, child_at
+from resnet_fast.graph.obstacles import obstacles, told
 from resnet_fast.graph.opening import Opener, stock_type
 from resnet_fast.graph.patterns import FusedOp, Match, matches
 from resnet_fast.graph.rewriting import rewrite
@@ -59,6 +60,7 @@ class Program:
     ops: list[FusedOp] = field(default_factory=list)
     rest: list[str] = field(default_factory=list)  # children that run their own forward
     reason: str = ""  # why nothing was fused
+    obstacles: dict[str, str] = field(default_factory=dict)  # by name: why a convolution was not
     parts: dict[Path, str] = field(default_factory=dict)  # child -> what it must still be (a key of REFUSALS)
     opened: dict[Path, type] = field(default_factory=dict)  # children that the graph follows into
     children: dict[Path, tuple[str, ...]] = field(default_factory=dict)  # of the module, and of what it follows into
@@ -98,10 +100,10 @@ class Program:
 
     def parts_refusal(self, module: nn.Module, ignore_training: bool = False) -> str:
         """The same for the children that the program calls itself."""
-        for path, kind in self.opened.items():
+        for path, cls in self.opened.items():
             child = child_at(module, path)
-            if child is None or stock_type(child) is not kind:
-                return f"{'.'.join(path)} is no {kind.__name__} any more"
+            if child is None or stock_type(child) is not cls:
+                return f"{'.'.join(path)} is no {cls.__name__} any more"
         for path, kind in self.parts.items():
             child = child_at(module, path)
             reason = "is gone" if child is None else REFUSALS[kind](child)
@@ -131,6 +133,12 @@ def inlined(module: nn.Module, parts: dict[Path, str]) -> list[nn.Module]:
     """The Sequentials of ``module`` whose children its program, with these parts, calls itself."""
     paths = [path for path, kind in parts.items() if kind == "sequential"]
     return [child for path in paths if (child := child_at(module, path)) is not None]
+
+
+def opened(module: nn.Module, program: Program) -> list[Optional[nn.Module]]:
+    """The children that a program follows into, if it can run: they do not run their own forward then."""
+    refused = program.refusal(module, ignore_training=True)
+    return [] if refused else [child_at(module, path) for path in program.opened]
 
 
 def kept(module: Optional[nn.Module]) -> Optional[Program]:
@@ -165,8 +173,9 @@ def trace_forward(module: nn.Module, training: bool = False) -> Traced:
         assert owner is not None
         program.children[path] = _child_names(owner)
     found = matches(module, program.graph, training)
+    program.obstacles = obstacles(module, program.graph, found, tracer.shut)
     if not any(match.op.conv for match in found):
-        program.reason = "no convolution followed by batch norm in its own forward"
+        program.reason = told(program.obstacles) or "no convolution in its own forward"
     return Traced(program, found)
 
 

@@ -1,14 +1,14 @@
 """Residual blocks in training: convolutions in a row, found one by one, put together with their shortcuts."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 from torch import fx, nn
 
 from resnet_fast.graph import functional
-from resnet_fast.graph.conditions import IN_TRAINING, Path, stem_pool_refusal
-from resnet_fast.graph.patterns import FusedOp, Match, Matcher, harmless
+from resnet_fast.graph.conditions import IN_TRAINING, Path, exact, stem_pool_refusal
+from resnet_fast.graph.patterns import FusedOp, Match, Matcher
 from resnet_fast.graph.tracing import path_of
 
 
@@ -32,13 +32,17 @@ def blocks(module: nn.Module, graph: fx.Graph, found: list[Match]) -> list[Match
             links.append(link)
         rows.append((row, links))
     shortcuts: dict[int, Match] = {}  # by the row's last match
+    alone: set[int] = set()
     for row, _ in rows:
-        shortcut = by_last.get(row[-1].kwargs.get("residual"))
+        end, identities = _before_identities(matcher, row[-1].kwargs.get("residual"))
+        shortcut = by_last.get(end)
         if shortcut is not None and id(shortcut) not in followers and _linear(shortcut) and _read_once(shortcut):
-            shortcuts[id(row[-1])] = shortcut
+            parts = {path_of(node): "identity" for node in identities}
+            nodes = [*shortcut.nodes, *identities]
+            shortcuts[id(row[-1])] = replace(shortcut, nodes=nodes, parts=shortcut.parts | parts)
+            alone.add(id(shortcut))
 
     joined: list[Match] = []
-    alone = {id(match) for match in shortcuts.values()}
     for row, links in rows:
         if id(row[0]) in alone:
             continue
@@ -59,6 +63,17 @@ class _Link:
     match: Match
     parts: dict[Path, str]  # identities on the way
     nodes: list[fx.Node]
+
+
+def _before_identities(matcher: Matcher, node: Any) -> tuple[Any, list[fx.Node]]:
+    """What went into a row of identities that ends in a node and that nothing else reads, and the row."""
+    passed: list[fx.Node] = []
+    while isinstance(node, fx.Node) and len(node.users) == 1 and (child := matcher.child(node)) is not None:
+        if exact(nn.Identity)(child):
+            break
+        passed.insert(0, node)
+        node = node.args[0]
+    return node, passed
 
 
 def _following(matcher: Matcher, match: Match, by_first: dict[fx.Node, Match]) -> Optional[_Link]:
@@ -152,4 +167,4 @@ def _movable(matcher: Matcher, order: dict[fx.Node, int], nodes: list[fx.Node]) 
     norms = {node.target for node in nodes if matcher.norm(node) is not None}
     every = list(order)
     between = [node for node in every[order[nodes[0]] : order[nodes[-1]]] if node not in nodes]
-    return all(node.target not in norms and harmless(node, matcher.child(node)) for node in between)
+    return all(node.target not in norms and matcher.may_pass(nodes, node) for node in between)

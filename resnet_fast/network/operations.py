@@ -92,7 +92,7 @@ class Steps:
         reason = native.supports(Case("conv_bn_act", "cpu", torch.float32, *sizes))
         if reason:
             raise NotPlanned(f"{'.'.join(path)}: {reason}")
-        shape = native.conv_shape(x.shape, conv.weight.shape, *geometry, relu=relu, pool=pool)  # type: ignore[misc]
+        shape = native.conv_shape(x.shape, conv.weight.shape, *geometry, relu=relu, pool=pool)
         if min(shape.p, shape.q) < 1:
             raise NotPlanned("the image is smaller than a window")
         y_shape = (shape.n, shape.k, *native.output_size(shape))
