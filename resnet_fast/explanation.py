@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from resnet_fast import network, ops
 from resnet_fast.graph.bottleneck_pairs import Bottlenecks, bottlenecks_of
 from resnet_fast.graph.conditions import DROPS_OUT, Accelerated, Path, child_at, head_refusals
+from resnet_fast.graph.functional import geometry_of
 from resnet_fast.graph.obstacles import told
 from resnet_fast.graph.patterns import FusedOp
 from resnet_fast.graph.program import Program, State, inlined, opened, trace_forward
@@ -308,9 +309,9 @@ def _served_by(module: nn.Module, op: FusedOp) -> str:
     assert isinstance(conv, nn.Conv2d)
     # A block is named by what its first convolution gets: in training mode the widths differ, the coverage does not.
     block = op.op == "residual_block"
-    sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, *geometry_of(conv))
     name = "conv_statistics" if block else op.op
-    case = Case(name, conv.weight.device.type, conv.weight.dtype, *sizes, conv.groups)  # type: ignore[arg-type]
+    case = Case(name, conv.weight.device.type, conv.weight.dtype, *sizes)  # type: ignore[arg-type]
     implementation = ops.implementation_for(case, ops.TRAINING if block else ops.IMPLEMENTATIONS)
     planned = planner.served(conv.weight) if implementation == "triton" and not block else None
     return planned or implementation

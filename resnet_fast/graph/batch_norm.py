@@ -22,6 +22,7 @@ class Affine(NamedTuple):
 
     owner: nn.Module
     function: Callable[[nn.Module], tuple[Tensor, Tensor]]  # scale and shift, each of K numbers in any shape
+    widens: bool  # whether ``x`` becomes as wide as they are
 
 
 BatchNorm = Union[nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm, FrozenBatchNorm2d, Affine]

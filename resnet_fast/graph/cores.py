@@ -41,11 +41,11 @@ class AffineCore:
 
     __name__ = "affine_core"
 
-    def __init__(self, function: Callable[[nn.Module], tuple[Tensor, Tensor]], channels: int) -> None:
-        self.function, self.channels = function, channels
+    def __init__(self, function: Callable[[nn.Module], tuple[Tensor, Tensor]], channels: int, widens: bool) -> None:
+        self.function, self.channels, self.widens = function, channels, widens
 
     def __call__(self, owner: nn.Module) -> Affine:
-        return Affine(owner, self.function)
+        return Affine(owner, self.function, self.widens)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Owned:
 
 def affine(x: Any, norm: Affine) -> Tensor:
     scale, shift = norm.function(norm.owner)
-    return x * scale + shift
+    return x * scale + shift if norm.widens else x * scale.to(x.dtype) + shift.to(x.dtype)
 
 
 def close(graph: fx.Graph) -> None:
@@ -164,9 +164,9 @@ def affine_core(nodes: list[fx.Node], layer: nn.Module, name: str) -> Optional[t
     """The node, of these, that is ``x * scale + shift``, both made of ``layer``'s tensors alone; x; and its core."""
     constant: set[Any] = set()
     for node in nodes:
-        given = [one for one in node.all_input_nodes if not _is_dtype(one)]
+        given = node.args[:1] if _is_cast(node) else node.all_input_nodes
         plain = node.op in ("call_function", "call_method") and bool(given) and not writes(node, None)
-        if node.op == "get_attr" or (plain and not _is_dtype(node) and constant.issuperset(given)):
+        if node.op == "get_attr" or (plain and constant.issuperset(given)):
             constant.add(node)
     for node in nodes:
         if node.target is F.batch_norm:
@@ -181,8 +181,9 @@ def affine_core(nodes: list[fx.Node], layer: nn.Module, name: str) -> Optional[t
             for x, scale in (product.args, product.args[::-1]):
                 if scale in constant and isinstance(x, fx.Node) and x not in constant:
                     function = _function([one for one in nodes if one in constant], scale, shift, name)
-                    channels = _channels(function, layer)
-                    return (node, x, AffineCore(function, channels)) if channels else None
+                    casts = [one for one in nodes if one in constant and _is_cast(one)]
+                    channels = _channels(function, layer) if set(casts) in ({scale, shift}, set()) else 0
+                    return (node, x, AffineCore(function, channels, not casts)) if channels else None
     return None
 
 
@@ -196,9 +197,10 @@ def _frozen(node: fx.Node, layer: nn.Module, name: str) -> Optional[tuple[fx.Nod
 
     def function(owner: Any, eps: float = given["eps"]) -> tuple[Tensor, Tensor]:
         scale = getattr(owner, weight) * (getattr(owner, variance) + eps).rsqrt()
-        return scale, getattr(owner, bias) - getattr(owner, mean) * scale
+        shift = getattr(owner, bias) - getattr(owner, mean) * scale
+        return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
 
-    return node, given["input"], AffineCore(function, getattr(layer, weight).numel())
+    return node, given["input"], AffineCore(function, getattr(layer, weight).numel(), widens=False)
 
 
 def agree(one: AffineCore, other: AffineCore, layer: nn.Module) -> bool:
@@ -208,11 +210,16 @@ def agree(one: AffineCore, other: AffineCore, layer: nn.Module) -> bool:
     drawn = {k: torch.rand(t.shape, dtype=torch.float64, generator=generator) for k, t in tensors if t is not None}
     owner: Any = SimpleNamespace(**drawn)
     pairs = zip(one.function(owner), other.function(owner))
-    return all(torch.allclose(a.flatten(), b.flatten(), rtol=1e-12, atol=0.0) for a, b in pairs)
+    return one.widens == other.widens and all(
+        torch.allclose(a.flatten(), b.flatten(), rtol=1e-12, atol=0.0) for a, b in pairs
+    )
 
 
-def _is_dtype(node: fx.Node) -> bool:
-    return node.target is getattr and node.args[1:] == ("dtype",)
+def _is_cast(node: fx.Node) -> bool:
+    """Whether a node casts to the dtype of another."""
+    dtype = node.args[1] if node.op == "call_method" and node.target == "to" and len(node.args) == 2 else None
+    asked = isinstance(dtype, fx.Node) and dtype.target is getattr and dtype.args[1:] == ("dtype",)
+    return asked and not node.kwargs
 
 
 def _function(nodes: Iterable[fx.Node], scale: Any, shift: Any, name: str) -> Callable[[nn.Module], Any]:
@@ -223,7 +230,7 @@ def _function(nodes: Iterable[fx.Node], scale: Any, shift: Any, name: str) -> Ca
     for node in nodes:
         if node.op == "get_attr":
             made[node] = graph.call_function(getattr, (owner, str(node.target).removeprefix(f"{name}.")))
-        elif any(map(_is_dtype, node.all_input_nodes)):
+        elif _is_cast(node):
             made[node] = made[node.args[0]]  # type: ignore[index]
         else:
             made[node] = graph.node_copy(node, made.__getitem__)

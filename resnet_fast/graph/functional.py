@@ -10,13 +10,16 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from resnet_fast import ops
 from resnet_fast.graph.batch_norm import (
+    Affine,
     BatchNorm,
     move_running_statistics,
     process_group,
     scale_and_shift,
+    tensors_of,
     uses_batch_statistics,
 )
 from resnet_fast.graph.conditions import head_refusals, is_stem_conv, padding_of
@@ -57,8 +60,8 @@ def conv_bn_act(
     op = torch.ops.resnet_fast.conv_bn_act
     geometry = geometry_of(conv)
     if residual is None or _fits(residual, x, [conv]):
-        return op(x, conv.weight, scale, shift, residual, *geometry, relu)
-    y = op(x, conv.weight, scale, shift, None, *geometry, False)
+        return _widened(op(x, conv.weight, scale, shift, residual, *geometry, relu), bn)
+    y = _widened(op(x, conv.weight, scale, shift, None, *geometry, False), bn)
     y = y.add_(residual) if inplace_add else y + residual
     return F.relu(y) if relu else y
 
@@ -92,7 +95,8 @@ def conv_chain(
         return out, conv_bn_act(out, next_conv, next_bn)
     first = (conv.weight, *scale_and_shift(conv, bn))
     second = (next_conv.weight, *scale_and_shift(next_conv, next_bn))
-    return torch.ops.resnet_fast.conv_chain(x, *first, residual, *second)
+    out, z = torch.ops.resnet_fast.conv_chain(x, *first, residual, *second)
+    return _widened(out, bn), _widened(z, next_bn)
 
 
 def chained(x: Tensor, in_channels: int, out_channels: int) -> bool:
@@ -186,7 +190,7 @@ def residual_block(
     with torch.no_grad():
         for (conv, norm), moments in zip(normalised, statistics):
             move_running_statistics(conv, norm, moments)
-    return out
+    return _widened(out, norms[last], norms[-1])
 
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
@@ -200,7 +204,7 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: Optional[BatchNorm]) -> Tensor:
     Raises as ``conv_bn_act`` does.
     """
     _check_input(x, conv)
-    return torch.ops.resnet_fast.stem(x, conv.weight, *scale_and_shift(conv, bn))
+    return _widened(torch.ops.resnet_fast.stem(x, conv.weight, *scale_and_shift(conv, bn)), bn)
 
 
 def global_avg_pool(x: Tensor) -> Tensor:
@@ -243,6 +247,15 @@ def _check_input(x: Tensor, conv: nn.Conv2d) -> None:
         raise error(f"x has shape {list(x.shape)}, expected 4 dimensions: [N, {conv.in_channels}, H, W]")
     if x.dtype != conv.weight.dtype and not _autocast_enabled(x.device.type):
         raise RuntimeError(f"x is {x.dtype}, expected {conv.weight.dtype}, the dtype of conv.weight (or autocast)")
+
+
+def _widened(y: Tensor, *norms: Optional[BatchNorm]) -> Tensor:
+    """Frozen norms multiply by tensors that autocast knows nothing of: their result is as wide as these."""
+    for norm in norms:
+        if isinstance(norm, FrozenBatchNorm2d) or (isinstance(norm, Affine) and norm.widens):
+            dtype = torch.promote_types(y.dtype, tensors_of(norm)[0].dtype)
+            y = y if y.dtype == dtype else y.to(dtype)
+    return y
 
 
 def _autocast_enabled(device: str) -> bool:

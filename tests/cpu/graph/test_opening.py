@@ -2,6 +2,7 @@
 write, computed as PyTorch does it, in both modes, with gradients and buffers."""
 
 import copy
+import pickle
 import warnings
 from functools import partial
 
@@ -19,6 +20,7 @@ from timm.layers import (
 from torch import nn
 from torch.ao.nn.intrinsic import ConvBnReLU2d, ConvReLU2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fast
 from tests.cpu.small_models import fused_calls, images, randomise_norms, relative_error
@@ -501,3 +503,42 @@ def test_other_convolutions_are_explained(conv):
     explanation = resnet_fast.explain(resnet_fast.accelerate(nn.Sequential(conv(8, 8, 3), nn.ReLU())))
     assert explanation.obstacles == {"0": f"is a {conv.__name__}, not nn.Conv2d"}
     assert conv.__name__ in str(explanation) and "not nn.Conv2d" in str(explanation)
+
+
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, CopiedFrozenBatchNorm, TwoWays, BatchNormAct2d, nn.Identity])
+@pytest.mark.parametrize("training", [False, True])
+def test_dtypes_under_autocast(norm, training):
+    """A frozen norm multiplies by its own tensors, which autocast leaves as wide as they are."""
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), norm(8)
+            self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), norm(8)
+
+        def forward(self, x):
+            y = F.relu(self.bn1(self.conv1(x)))
+            return y, F.relu(self.bn2(self.conv2(y)) + y)
+
+    stock = randomise_norms(Rows()).train(training)
+    fast = resnet_fast.accelerate(stock, inplace=False)
+    x = X.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [one(x) for one in (fast, stock)]
+        calls = fused_calls(lambda: fast(x))
+    precise = copy.deepcopy(stock).double()(X)
+    assert [y.dtype for y in results[0]] == [y.dtype for y in results[1]]
+    errors = [relative_error([y.double() for y in result], list(precise)) for result in results]
+    assert calls and errors[0] <= 2 * errors[1]
+
+
+@pytest.mark.parametrize("norm", [BatchNormAct2d, CopiedFrozenBatchNorm])
+def test_compiled_and_exported(norm):
+    stock = randomise_norms(Block(norm, norm)).eval()
+    fast, x = resnet_fast.accelerate(stock, inplace=False), X.float()
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(fast, (x,))
+    assert sum("conv_bn_act" in str(node.target) for node in exported.graph.nodes) == 2
+    for one in (compiled, exported.module(), pickle.loads(pickle.dumps(fast))):
+        assert relative_error(one(x), stock(x)) < 1e-5
