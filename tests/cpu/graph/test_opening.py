@@ -28,6 +28,11 @@ from tests.cpu.small_models import fused_calls, images, randomise_norms, relativ
 X = images(3, 8, 10, 12).double()
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def outcome(model, training, x=X):
     """Result, gradients of the input and of all parameters, and the state afterwards."""
     model.train(training)
@@ -529,7 +534,8 @@ def test_dtypes_under_autocast(norm, training):
     precise = copy.deepcopy(stock).double()(X)
     assert [y.dtype for y in results[0]] == [y.dtype for y in results[1]]
     errors = [relative_error([y.double() for y in result], list(precise)) for result in results]
-    assert calls and errors[0] <= 2 * errors[1]
+    # Where the stock norm widens, the fused one has rounded its result, and the convolution's in training mode.
+    assert calls and errors[0] <= max(2 * errors[1], torch.finfo(torch.bfloat16).eps)
 
 
 @pytest.mark.parametrize("norm", [BatchNormAct2d, CopiedFrozenBatchNorm])
