@@ -548,3 +548,18 @@ def test_compiled_and_exported(norm):
     assert sum("conv_bn_act" in str(node.target) for node in exported.graph.nodes) == 2
     for one in (compiled, exported.module(), pickle.loads(pickle.dumps(fast))):
         assert relative_error(one(x), stock(x)) < 1e-5
+
+
+def test_buffers_are_read_at_every_call():
+    class Gain(Block):
+        def forward(self, x):
+            return super().forward(x) * self.gain.sqrt()
+
+    stock = Gain(nn.BatchNorm2d, nn.BatchNorm2d)
+    stock.register_buffer("gain", torch.tensor(2.0))
+    stock = randomise_norms(stock).double().eval()
+    fast = resnet_fast.accelerate(stock, inplace=False)
+    for one in (stock, fast):
+        one.gain.fill_(7.0)
+    assert relative_error(fast(X), stock(X)) < 1e-12
+    assert fused_calls(lambda: fast(X))
