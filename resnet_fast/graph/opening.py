@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Optional
 
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as nn_module
 
 from resnet_fast.graph.conditions import NORMS, SYNCHRONISED, Accelerated, Path, child_at, customised, is_sequential
 from resnet_fast.graph.cores import BATCH_NORMS, CORE, AffineCore, affine_core, agree, core_of, normalisation, owner_of
@@ -25,6 +26,8 @@ def _may_open(child: nn.Module) -> bool:
     """Whether a child is small, and has what could be a core: a convolution, or tensors of its own."""
     stock = stock_type(child)
     if stock.__module__.startswith(("torch.nn.", "torch.jit.")) or stock in NORMS or is_sequential(child):
+        return False
+    if nn_module._has_any_global_hook():
         return False
     convolutions = sum(isinstance(part, nn.Conv2d) for part in child.modules())
     tensors = any(t is not None for t in (*child._parameters.values(), *child._buffers.values()))
@@ -151,13 +154,14 @@ class Opener(Tracer):
 
     # --- cores ---
 
-    def _watched(self, layer: Optional[nn.Module], name: str) -> bool:
-        """Whether a program would see it if the layer became one of another class."""
+    def _raisable(self, layer: Optional[nn.Module], name: str) -> bool:
+        """Whether a layer is known in both modes: as one of PyTorch's, or because it is being followed into."""
         return layer is not None and (name in self._open or type(layer) in (nn.Conv2d, *NORMS))
 
     def _core(self, name: str, x: fx.Node, core: Callable) -> fx.Node:
         node = self.create_node("call_module", name, (x,), {})
         node.meta[CORE] = core
+        self.opened.setdefault(path_of(node), stock_type(self.root.get_submodule(name)))
         return node
 
     def _raise_cores(self, nodes: list[fx.Node]) -> None:
@@ -165,7 +169,7 @@ class Opener(Tracer):
             name = owner_of(node)
             layer = child_at(self.root, tuple(name.split("."))) if name else None
             shared = any(given.target in self._shared for given in node.all_input_nodes)
-            found = core_of(node, layer, name) if layer and not shared and self._watched(layer, name) else None
+            found = core_of(node, layer, name) if layer and not shared and self._raisable(layer, name) else None
             if found is not None:
                 core, others = found
                 self._erase(others)
@@ -198,7 +202,7 @@ class Opener(Tracer):
             def forward(norm: Any, x: Any) -> Any:
                 if isinstance(x, fx.Proxy) and x.tracer is self and isinstance(norm, BATCH_NORMS):
                     name = (self.submodule_paths or {}).get(norm, "")
-                    if self._watched(norm, name):
+                    if self._raisable(norm, name):
                         return self.proxy(self._core(name, x.node, normalisation))
                 return own(norm, x)
 

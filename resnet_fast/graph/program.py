@@ -33,10 +33,26 @@ _PLAIN = (bool, int, float, str, type(None), tuple)
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
-def _settings(module: Optional[nn.Module]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Same:
+    """Equal to what is the very same object."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
     """The plain attributes a forward may branch on."""
-    own = {} if module is None else module.__dict__
-    return {k: v for k, v in own.items() if k != "training" and isinstance(v, _PLAIN)}
+    return {k: v for k, v in module.__dict__.items() if k != "training" and isinstance(v, _PLAIN)}
+
+
+def _opened_settings(child: Optional[nn.Module]) -> dict[str, Any]:
+    """These, and the others: an activation may be a function."""
+    own = {} if child is None else child.__dict__
+    others = {k: _Same(v) for k, v in own.items() if k not in _MODULE_ATTRIBUTES and not isinstance(v, _PLAIN)}
+    return {} if child is None else _settings(child) | {k: v for k, v in others.items() if k != STATE}
 
 
 def hidden_state(module: nn.Module) -> str:
@@ -64,7 +80,8 @@ class Program:
     parts: dict[Path, str] = field(default_factory=dict)  # child -> what it must still be (a key of REFUSALS)
     opened: dict[Path, type] = field(default_factory=dict)  # children that the graph follows into
     children: dict[Path, tuple[str, ...]] = field(default_factory=dict)  # of the module, and of what it follows into
-    settings: dict[Path, dict[str, Any]] = field(default_factory=dict)  # of the module and of what it opened
+    settings: dict[str, Any] = field(default_factory=dict)
+    opened_settings: dict[Path, dict[str, Any]] = field(default_factory=dict)
     graph: Optional[fx.Graph] = None  # what ``function`` computes; without one, what the module's own forward does
     training: bool = False  # the mode it is for
     embedded: dict[Path, "Program"] = field(default_factory=dict)  # of children, where they became part of this one
@@ -81,9 +98,9 @@ class Program:
                 return True
         if torch.compiler.is_compiling():
             return False
-        return any(_settings(child_at(module, path)) != settings for path, settings in self.settings.items()) or any(
-            kept(child_at(module, path)) is not program for path, program in self.embedded.items()
-        )
+        changed = (_opened_settings(child_at(module, path)) != was for path, was in self.opened_settings.items())
+        embedded = (kept(child_at(module, path)) is not program for path, program in self.embedded.items())
+        return _settings(module) != self.settings or any(changed) or any(embedded)
 
     def refusal(self, module: nn.Module, ignore_training: bool = False) -> str:
         """Why the program cannot stand in for the module's own forward right now, or ''.
@@ -158,7 +175,7 @@ class Traced(NamedTuple):
 
 
 def trace_forward(module: nn.Module, training: bool = False) -> Traced:
-    program = Program(children={(): _child_names(module)}, settings={(): _settings(module)}, training=training)
+    program = Program(children={(): _child_names(module)}, settings=_settings(module), training=training)
     try:
         tracer, program.graph = trace(module, training, Opener)
     except Untraceable as error:
@@ -166,7 +183,7 @@ def trace_forward(module: nn.Module, training: bool = False) -> Traced:
         return Traced(program, [])
     program.inputs = tracer.inputs
     program.opened = tracer.opened
-    program.settings |= {path: _settings(child_at(module, path)) for path in tracer.opened}
+    program.opened_settings = {path: _opened_settings(child_at(module, path)) for path in tracer.opened}
     program.parts |= dict.fromkeys(tracer.inlined, "sequential") | dict.fromkeys(tracer.opened, "opened")
     for path in program.parts:
         owner = child_at(module, path)

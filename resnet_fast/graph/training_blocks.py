@@ -148,13 +148,14 @@ def _ways(row: list[Match], links: list[_Link], shortcut: Optional[Match]) -> It
 
 
 def _norms_in_order(order: dict[fx.Node, int], row: list[Match], links: list[_Link], shortcut: Optional[Match]) -> bool:
-    """Whether a norm that several of a block's convolutions share is called in the block's order.
+    """Whether a batch norm that several of a block's convolutions share is called in the block's order.
 
     Its running statistics depend on that.
     """
     calls: dict[Any, list[int]] = {}
     for match in (*row, *filter(None, [shortcut])):
-        calls.setdefault(match.args[2], []).append(order[match.nodes[0]])
+        if isinstance(match.args[2], str):
+            calls.setdefault(match.args[2], []).append(order[match.nodes[0]])
     return all(places == sorted(places) for places in calls.values())
 
 

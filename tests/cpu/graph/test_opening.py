@@ -327,6 +327,15 @@ class Detectron(nn.Module):
         return self.out(F.relu_(y))
 
 
+def test_function_of_a_child_changes():
+    model = randomise_norms(Detectron()).double().eval()
+    fast = resnet_fast.accelerate(model, inplace=False)
+    for activation in (F.relu, F.silu, F.relu):
+        for one in (model, fast):
+            one.out.activation = activation
+        assert relative_error(fast(X), model(X)) < 1e-12
+
+
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, TwoWays])
 def test_norm_inside_a_convolution(norm):
     fast, _ = check(Detectron(norm), 5)
@@ -449,7 +458,22 @@ class PastCall(nn.Module):
 
 
 def test_layers_called_by_their_forward():
-    check(PastCall(), 1)
+    fast, _ = check(PastCall(), 1)
+    fast.eval().conv = nn.Conv2d(8, 8, 3, padding_mode="reflect", padding=1).double()
+    fast.bn = nn.GroupNorm(2, 8).double()
+    assert relative_error(fast(X), F.relu(fast.bn(fast.conv(X)))) < 1e-12
+
+
+def test_unfused_layers_called_by_their_forward():
+    class Halves(PastCall):
+        def forward(self, x):
+            return F.silu(self.conv.forward(x)), super().forward(x), self.bn.forward(x)
+
+    fast = resnet_fast.accelerate(randomise_norms(Halves()).double().eval())
+    for norm in (fast.bn, nn.InstanceNorm2d(8), nn.Identity()):
+        fast.bn = norm
+        expected = F.silu(fast.conv(X)), F.relu(norm(fast.conv(X))), norm(X)
+        assert relative_error(fast(X), expected) < 1e-12
 
 
 # --- around blocks ---
