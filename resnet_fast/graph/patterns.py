@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from resnet_fast.graph import functional
+from resnet_fast.graph.aliasing import written
 from resnet_fast.graph.conditions import (
     NORMS,
     Path,
@@ -24,7 +25,7 @@ from resnet_fast.graph.conditions import (
     stem_pool_refusal,
 )
 from resnet_fast.graph.residual_blocks import depths, main_path
-from resnet_fast.graph.tracing import ADDITIONS, called, is_addition, writes
+from resnet_fast.graph.tracing import ADDITIONS, called, is_addition
 
 _RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
 _FLATTENING: list[tuple[tuple, dict]] = [
@@ -223,7 +224,7 @@ def path_of(node: fx.Node) -> Path:
 def harmless(node: fx.Node, child: Optional[nn.Module]) -> bool:
     """Whether a convolution may move past a node: it surely writes to none of its inputs, and switches nothing."""
     known = child is None or type(child).__module__.startswith("torch.nn.") or isinstance(child, NORMS)
-    return known and not writes(node, child) and not (node.op == "call_function" and node.is_impure())
+    return known and not written(node, child) and not (node.op == "call_function" and node.is_impure())
 
 
 def matches(module: nn.Module, graph: fx.Graph, training: bool = False) -> list[Match]:
