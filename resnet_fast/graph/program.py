@@ -70,7 +70,7 @@ class Program:
             if owner is None or child_names(owner) != names:
                 return True
         if torch.compiler.is_compiling():
-            return False
+            return bool(self.reads.others) or not self.reads.attributes_hold(module)
         return not self.reads.hold(module) or any(
             kept(child_at(module, path)) is not program for path, program in self.embedded.items()
         )

@@ -16,6 +16,7 @@ import sys
 import threading
 import types
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -122,6 +123,7 @@ class Observer:
         self._paths: dict[nn.Module, Path] = {m: tuple(n.split(".")) if n else () for n, m in root.named_modules()}
         self._children = {".".join(path): module for module, path in self._paths.items()}
         self._mutable: dict[int, tuple[Any, Any]] = {}  # by id: what may be written to, and what it was
+        self._unseen = 0  # functions that were entered since the last instruction was seen
         self._shadowed: list[dict[str, Any]] = []
         self._within: dict[types.CodeType, set[str]] = {}  # code -> variables of the functions around it that run too
         self._thread = threading.get_ident()
@@ -142,6 +144,8 @@ class Observer:
             return value
 
         nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign,assignment]
+        self._transparent = getattribute.__code__
+        sys._getframe().f_trace_opcodes = True  # in Python 3.12 what comes after follows this frame
         sys.settrace(self._enter)
         return self
 
@@ -157,12 +161,19 @@ class Observer:
             _put_back(value, was)
         if written and not isinstance(error[1], Impure):
             raise Impure(f"writes to a {type(written[0][0]).__name__} that it did not make")
+        if self._unseen:
+            raise Impure("runs where this Python does not show what it does")
 
     def begin(self, defaults: list[Any]) -> None:
         """From now on the forward runs, with these optional arguments."""
         self.begun = True
-        for value in defaults:
-            self._freeze(value, "the default of an argument")
+        self._defaults(defaults)
+
+    def _defaults(self, values: Iterable[Any]) -> None:
+        for value in values:
+            frozen = self._freeze(value, "the default of an argument")
+            if frozen is not value:
+                self.reads.add((id(value), "default"), functools.partial(_always, value), frozen)
 
     # --- instructions ---
 
@@ -174,21 +185,30 @@ class Observer:
             return None
         code = frame.f_code
         if package in sys.stdlib_module_names:
-            if frame.f_back is not None and frame.f_back.f_trace is not None:
+            caller: Any = frame.f_back
+            if (caller.f_back if caller.f_code is self._transparent else caller).f_trace is not None:
                 raise Impure(f"calls {name}.{code.co_name}")
             return None  # called by PyTorch
         if _catches(code):
             raise Impure("catches exceptions")
         around = self._within.get(code, set()) | set(code.co_cellvars)
         self._within.update((part, around) for part in code.co_consts if isinstance(part, types.CodeType))
+        if any(isinstance(value, _CONTAINERS) for value in frame.f_locals.values()):
+            for function in _functions_of(code):
+                self._defaults((*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))
         if "isinstance" not in frame.f_globals:
             frame.f_globals["isinstance"] = self._asks
             self._shadowed.append(frame.f_globals)
+        frame.f_trace = self._instruction  # before the next line: Python 3.13 looks for it
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        self._unseen += 1
         return self._instruction
 
     def _instruction(self, frame: types.FrameType, event: str, arg: Any) -> Any:
-        found = _instructions(frame.f_code).get(frame.f_lasti) if event == "opcode" else None
+        if event != "opcode":
+            return self._instruction
+        self._unseen = 0
+        found = _instructions(frame.f_code).get(frame.f_lasti)
         if found is None:
             return self._instruction
         operation, name, attributes = found
@@ -234,11 +254,10 @@ class Observer:
         if name == "__class__" or isinstance(value, (type, *_FUNCTIONS, nn.Module)):
             return
         code = frame.f_code
-        for function in gc.get_referrers(code):
-            if isinstance(function, types.FunctionType) and function.__code__ is code:
-                cell = function.__closure__[code.co_freevars.index(name)]  # type: ignore[index]
-                if cell.cell_contents is value:
-                    self.reads.add((id(cell), name), functools.partial(_content, cell), frozen)
+        for function in _functions_of(code):
+            cell = function.__closure__[code.co_freevars.index(name)]  # type: ignore[index]
+            if cell.cell_contents is value:
+                self.reads.add((id(cell), name), functools.partial(_content, cell), frozen)
 
     # --- attributes of modules ---
 
@@ -259,6 +278,11 @@ class Observer:
             raise Impure(f"looks through its {name}")
         if name == "training" and path:
             raise Impure(f"asks for the mode of {'.'.join(path)}")
+        static = inspect.getattr_static(type(module), name, ABSENT)
+        if name == "__class__" or isinstance(static, classmethod):
+            self.reads.add(
+                (path, "__class__"), functools.partial(type_at, path), self._freeze(stock_type(module), name)
+            )
         if name in ("training", "_modules") or (name.startswith("__") and name.endswith("__")):
             return
         label = ".".join((*path, name))
@@ -278,7 +302,6 @@ class Observer:
         if name in attributes["_modules"]:
             return
         self.reads.attributes.setdefault(path, {})[name] = ABSENT
-        static = inspect.getattr_static(type(module), name, ABSENT)
         if isinstance(static, (types.FunctionType, classmethod, staticmethod)):
             function = getattr(static, "__func__", static)
             if not own and package_of(function) == "torch" and name not in _METHODS:
@@ -312,7 +335,7 @@ class Observer:
             raise Impure(f"reads {label}, {unseen}") from None
 
     def _visit(self, label: str, value: Any) -> None:
-        if isinstance(value, (dict, list, set, deque)):
+        if isinstance(value, _CONTAINERS):
             copy: Any = dict if isinstance(value, dict) else set if isinstance(value, set) else list
             self._mutable.setdefault(id(value), (value, copy(value)))
         elif not _known(value):
@@ -320,6 +343,7 @@ class Observer:
 
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+_CONTAINERS = (dict, list, set, deque)
 _TENSOR = torch.empty(0, device="cpu")
 _GIVES_A_TENSOR = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, nn.Identity}
 
@@ -344,6 +368,12 @@ def _known(value: Any) -> bool:
     return not isinstance(value, types.FunctionType) or package_of(value) != "torch" or id(value) in _recorded()
 
 
+def _functions_of(code: types.CodeType) -> list[types.FunctionType]:
+    """Those made of this code."""
+    found = (one for one in gc.get_referrers(code) if isinstance(one, types.FunctionType))
+    return [function for function in found if function.__code__ is code]
+
+
 def _plain(owner: Any) -> bool:
     return isinstance(owner, CONSTANTS) and not isinstance(owner, type(None))
 
@@ -364,6 +394,10 @@ def _put_back(value: Any, was: Any) -> None:
 
 def _attribute(owner: Any, name: str, root: nn.Module) -> Any:
     return getattr(owner, name, ABSENT)
+
+
+def _always(value: Any, root: nn.Module) -> Any:
+    return value
 
 
 def _content(cell: types.CellType, root: nn.Module) -> Any:

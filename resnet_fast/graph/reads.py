@@ -28,6 +28,7 @@ _PLAIN_BASES = {
     *(object, Generic, Protocol, types.SimpleNamespace, *argparse.Namespace.__mro__),
     *(dict, list, set, frozenset, tuple, deque),
 }
+_DATA = (dict, list, set, frozenset, tuple, deque, types.SimpleNamespace, argparse.Namespace)
 _NEVER_STATE = ("torch", "torchvision", "timm", "numpy", "resnet_fast")
 ABSENT = object()
 
@@ -69,19 +70,23 @@ def freeze(value: Any, visit: Callable[[Any], None] = lambda value: None, above:
     """
     if isinstance(value, CONSTANTS):
         return value
-    if isinstance(value, type):
-        visit(value)
-        return (value, _class_data(value)) if belongs_to_user(value) else value
-    if isinstance(value, _CODE):
-        visit(value)
-        return value
     if isinstance(value, Tensor):
         return _Same(value)
+    if isinstance(value, (type, *_CODE)):
+        visit(value)
+    if isinstance(value, _CODE) and not _own_attributes(value):
+        return value
+    if isinstance(value, type) and not belongs_to_user(value):
+        return value
     if id(value) in above:
         return above.index(id(value))
     if len(above) > 20:
         raise Unseen(f"a {type(value).__name__} that is nested deeply")
     inner: Callable[[Any], Any] = functools.partial(freeze, visit=visit, above=(*above, id(value)))
+    if isinstance(value, type):
+        return value, *map(inner, _class_data(value).items())
+    if isinstance(value, _CODE):
+        return value, inner(_own_attributes(value))
     if isinstance(value, types.MethodType):
         return inner(value.__func__), inner(value.__self__)
     if isinstance(value, functools.partial):
@@ -110,14 +115,21 @@ def freeze(value: Any, visit: Callable[[Any], None] = lambda value: None, above:
         for name in (slots,) if isinstance(slots, str) else slots:
             frozen.append((name, inner(getattr(value, name, None))))
     if belongs_to_user(kind):
-        frozen.append(_class_data(kind))
+        frozen += map(inner, _class_data(kind).items())
     return tuple(frozen)
 
 
-def _class_data(cls: type) -> tuple:
-    bases = [base for base in cls.__mro__ if belongs_to_user(base)]
+def _class_data(cls: type) -> dict[str, Any]:
+    """What instances have of their class, that is no code."""
+    bases = [base for base in reversed(cls.__mro__) if belongs_to_user(base)]
     items = ((k, v) for base in bases for k, v in vars(base).items())
-    return tuple((k, v) for k, v in items if not k.startswith("__") and isinstance(v, CONSTANTS))
+    return {k: v for k, v in items if not k.startswith("__") and isinstance(v, (*CONSTANTS, *_DATA))}
+
+
+def _own_attributes(code: Any) -> dict[str, Any]:
+    """Those that somebody gave to a function."""
+    attributes = vars(code) if isinstance(code, types.FunctionType) else {}
+    return {k: v for k, v in attributes.items() if not k.startswith("__") and isinstance(v, (*CONSTANTS, *_DATA))}
 
 
 @dataclass(eq=False)
@@ -144,18 +156,21 @@ class Reads:
     def hold(self, module: nn.Module) -> bool:
         """Whether the forward of ``module`` would read the same now."""
         try:
-            for path, values in self.attributes.items():
-                owner = child_at(module, path)
-                if owner is None:
-                    return False
-                attributes = owner.__dict__
-                for name, value in values.items():
-                    now = attributes.get(name, ABSENT)
-                    if now is not value and now != value:
-                        return False
+            return self.attributes_hold(module) and self.others_hold(module)
         except Exception:  # of something that was replaced, and does not like to be compared
             return False
-        return self.others_hold(module)
+
+    def attributes_hold(self, module: nn.Module) -> bool:
+        for path, values in self.attributes.items():
+            owner = child_at(module, path)
+            if owner is None:
+                return False
+            attributes = owner.__dict__
+            for name, value in values.items():
+                now = attributes.get(name, ABSENT)
+                if now is not value and now != value:
+                    return False
+        return True
 
     def others_hold(self, module: nn.Module) -> bool:
         """The same for what is neither constant nor code in a module's ``__dict__``."""

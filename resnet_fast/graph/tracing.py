@@ -15,8 +15,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict
+from torch.nn.modules import module as nn_module
 
-from resnet_fast.graph.conditions import Accelerated, Path, is_sequential
+from resnet_fast.graph.conditions import Accelerated, Path, customised, is_sequential
 from resnet_fast.graph.purity import Impure, Observer
 from resnet_fast.graph.reads import Reads
 
@@ -31,6 +32,10 @@ class _Proxy(fx.Proxy):
         if not any(hasattr(kind, name) for kind in (Tensor, dict, list)) and not _asked_by_torch():
             raise Impure(f"asks an input or a result for {name!r}")
         return _Attribute(self, name)
+
+    @property
+    def __class__(self) -> Any:  # type: ignore[misc]
+        return type(self) if _asked_by_torch() else _refuse("asks for the class of an input or a result")
 
     def __hash__(self) -> int:
         return super().__hash__() if _asked_by_torch() else _refuse("looks for an input or a result in a dict or set")
@@ -171,7 +176,7 @@ class Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if not is_sequential(m):
+        if not is_sequential(m) or customised(m) or nn_module._has_any_global_hook():
             return True
         self.inlined.append(tuple(module_qualified_name.split(".")))
         return False

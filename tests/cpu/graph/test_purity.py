@@ -6,6 +6,7 @@ and the states of the generators must be those of the stock model; and ``acceler
 
 import argparse
 import copy
+import functools
 import logging
 import os
 import pickle
@@ -38,6 +39,8 @@ def _body(self, x):
 
 def made(forward, **attributes):
     model = network(forward)
+    type(model).cached = cached = functools.cached_property(lambda self: 2.0)
+    cached.__set_name__(type(model), "cached")
     for name, value in attributes.items():
         setattr(model, name, copy.deepcopy(value) if not callable(value) else value)
     return model
@@ -160,6 +163,23 @@ def _counting_in_place(self, x):
     return _body(self, x)
 
 
+def _helping(self, x):
+    return _body(self, x) * _helper(2, {})
+
+
+def _helper(n, counts, memo=[]):  # noqa: B006
+    memo.append(n)
+    return n
+
+
+def _caching(self, x):
+    return _body(self, x) * self.cached
+
+
+def _asking_for_the_class(self, x):
+    return _body(self, x) if x.__class__ is torch.Tensor else x
+
+
 def _registering(self, x):
     self.register_buffer("last", torch.zeros(1))
     return _body(self, x)
@@ -227,6 +247,9 @@ LOGGER = logging.getLogger("resnet_fast.tests")
         (_counting, "writes to the attribute 'steps'", {"steps": 0}),
         (_counting, "computes with tensors", {"steps": torch.zeros(1)}),
         (_counting, "writes to the attribute 'steps'", {"steps": nn.Parameter(torch.zeros(1), requires_grad=False)}),
+        (_helping, "writes to a list", {}),
+        (_caching, "calls functools.__get__", {}),
+        (_asking_for_the_class, "asks for the class", {}),
         (_registering, "calls register_buffer", {}),
         (_past_the_class, "calls object", {}),
         (_writing_below, "writes to the attribute 'calls'", {}),
@@ -290,10 +313,23 @@ class Slots:
 
 class Wide:
     on = True
+    table = {"on": [True]}  # noqa: RUF012
+
+
+def switched():
+    """Has an attribute."""
+
+
+switched.on = True
 
 
 class Switch(nn.Module):
     shared = True
+    table = {"on": [True]}  # noqa: RUF012
+
+    @classmethod
+    def asked(cls):
+        return cls.shared
 
     def __init__(self):
         super().__init__()
@@ -365,6 +401,12 @@ CHANGES = {
     "parameter": (lambda self: self.conv1.bias is None, lambda m: m.conv1.register_parameter("bias", P), None),
     "shape": (lambda self: self.a.shape == (1,), lambda m: setattr(m, "a", torch.ones(2)), torch.ones(1)),
     "class": (lambda self: Wide.on, lambda m: setattr(Wide, "on", False), None),
+    "method of a class": (lambda self: self.a.asked(), lambda m: setattr(Switch, "shared", False), Switch()),
+    "own class": (lambda self: self.a.__class__.shared, lambda m: setattr(Switch, "shared", False), Switch()),
+    "dict of a class": (lambda self: Wide.table["on"][0], lambda m: Wide.table.update(on=[0]), None),
+    "dict of an object's class": (lambda self: self.a.table["on"][0], lambda m: Wide.table.update(on=[0]), Wide()),
+    "dict of a child's class": (lambda self: self.a.table["on"][0], lambda m: Switch.table.update(on=[0]), Switch()),
+    "function's attribute": (lambda self: switched.on, lambda m: setattr(switched, "on", False), None),
     "class by another name": (lambda self: (lambda cls: cls.on)(Wide), lambda m: setattr(Wide, "on", False), None),
     "global": (lambda self: FLAG, lambda m: globals().update(FLAG=False), None),
     "global dict": (lambda self: SETTINGS["deep"]["on"], lambda m: SETTINGS["deep"].update(on=False), None),
@@ -388,8 +430,8 @@ def kept():
     enabled = torch.backends.mkldnn.enabled
     yield
     globals().update(FLAG=True)
-    SETTINGS["deep"]["on"] = Wide.on = Switch.shared = True
-    CONFIG.inner["on"] = [True]
+    SETTINGS["deep"]["on"] = Wide.on = Switch.shared = switched.on = True
+    CONFIG.inner["on"], Wide.table["on"], Switch.table["on"] = [True], [True], [True]
     torch.backends.mkldnn.enabled = enabled
 
 
@@ -426,6 +468,31 @@ def test_a_variable_of_a_function_around_it():
     assert fused_calls(lambda: fast(X)) == ["conv_bn_act"]
     switch(fast)
     assert relative_error(fast(X), stock(X)) < 1e-5 < relative_error(before, stock(X))
+
+
+@pytest.mark.parametrize("change", ["dict", "enum", "absent", "child's attribute", "global"])
+def test_a_switch_that_is_changed_before_it_is_compiled_counts(change, kept):
+    on, switch, attribute = CHANGES[change]
+    stock, fast = made(_added(on), a=attribute), made(_added(on), a=attribute)
+    for model in (stock, fast):
+        model.conv2.on = True
+    resnet_fast.accelerate(fast)
+    for model in (stock, fast):
+        switch(model)
+    torch._dynamo.reset()
+    assert relative_error(torch.compile(fast, backend="eager", fullgraph=True)(X), stock(X)) < 1e-5
+
+
+def test_hooks_of_a_sequential_do_not_run_in_a_trace():
+    seen = []
+    model = made(lambda self, x: self.a(_body(self, x)), a=nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)).eval())
+    handle = model.a.register_forward_hook(lambda *_: seen.append(1))
+    resnet_fast.accelerate(model)
+    assert seen == []
+    model(X)
+    assert seen == [1]
+    handle.remove()
+    assert fused_calls(lambda: model(X)) == ["conv_bn_act"] * 2
 
 
 def test_inputs_that_python_tells_apart():
