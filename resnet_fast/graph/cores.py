@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from resnet_fast.graph.aliasing import written
 from resnet_fast.graph.batch_norm import Affine
 from resnet_fast.graph.conditions import SYNCHRONISED
 from resnet_fast.graph.source import compile_graph
-from resnet_fast.graph.tracing import is_addition, writes
-
-CORE = "core"
-"""In the ``meta`` of a node: the function that takes its place if nothing better does."""
+from resnet_fast.graph.tracing import CORE, is_addition
 
 BATCH_NORMS = (nn.BatchNorm2d, *SYNCHRONISED)
 
@@ -165,7 +163,7 @@ def affine_core(nodes: list[fx.Node], layer: nn.Module, name: str) -> Optional[t
     constant: set[Any] = set()
     for node in nodes:
         given = node.args[:1] if _is_cast(node) else node.all_input_nodes
-        plain = node.op in ("call_function", "call_method") and bool(given) and not writes(node, None)
+        plain = node.op in ("call_function", "call_method") and bool(given) and not written(node, None)
         if node.op == "get_attr" or (plain and constant.issuperset(given)):
             constant.add(node)
     for node in nodes:

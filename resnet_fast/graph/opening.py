@@ -5,21 +5,20 @@ timm's ``BatchNormAct2d`` is a batch norm and an activation, detectron2's ``Conv
 What it computes decides, whatever its class: it must be a row of layers, the same in both modes.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import _disable_current_modes
 
-from resnet_fast.graph.conditions import NORMS, SYNCHRONISED, Accelerated, Path, child_at, customised, is_sequential
+from resnet_fast.graph.aliasing import written
+from resnet_fast.graph.conditions import NORMS, SYNCHRONISED, Path, child_at, customised, is_sequential
 from resnet_fast.graph.cores import BATCH_NORMS, CORE, AffineCore, affine_core, agree, core_of, normalisation, owner_of
-from resnet_fast.graph.tracing import Tracer, path_of, writes
-
-
-def stock_type(module: nn.Module) -> type:
-    return type(module).stock_class if isinstance(module, Accelerated) else type(module)
+from resnet_fast.graph.purity import Observer
+from resnet_fast.graph.reads import stock_type
+from resnet_fast.graph.tracing import Tracer, path_of
 
 
 def _may_open(child: nn.Module) -> bool:
@@ -37,29 +36,23 @@ def _may_open(child: nn.Module) -> bool:
 class Opener(Tracer):
     """Opens the children that it can."""
 
-    def __init__(self, traced_func_name: str) -> None:
-        super().__init__(traced_func_name)
+    def __init__(self, module: nn.Module, observer: Observer) -> None:
+        super().__init__(module, observer)
         self.opened: dict[Path, type] = {}
         self.shut: dict[str, str] = {}  # why others were not opened
+        self._looking = False  # at tensors, not recording
         self._open: list[str] = []  # children that are being followed into
         self._answers: list[list[bool]] = []  # to the question that each of them may still ask
-        self._names: dict[int, str] = {}  # of tensors
-        self._looking = False  # at tensors, not recording
 
     def trace(self, root: Any, concrete_args: Optional[dict[str, Any]] = None) -> fx.Graph:
-        tensors = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
-        self._names = {id(tensor): name for name, tensor in reversed(tensors)}
-        times = Counter(id(tensor) for _, tensor in tensors)
-        self._shared = {name for identity, name in self._names.items() if times[identity] > 1}
         with self._stock_forwards():
             graph = super().trace(root, concrete_args)
         self._raise_cores(list(graph.nodes))
         return graph
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """Buffers are symbolic too, and no proxy is kept: its node may be erased."""
-        name = None if self._looking or not isinstance(attr_val, Tensor) else self._names.get(id(attr_val))
-        return attr_val if name is None else self.create_proxy("get_attr", name, (), {})
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """No proxy is kept, for its node may be erased."""
+        return attr_val if self._looking else super().getattr(attr, attr_val, {})
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if _may_open(m) and len(args) == 1 and isinstance(args[0], fx.Proxy) and not kwargs:
@@ -71,6 +64,10 @@ class Opener(Tracer):
             self.shut.setdefault(name, f"is a {type(m).__name__}, which does more than a row of layers")
             self.opened, self.inlined = opened, inlined
         return super().call_module(m, forward, args, kwargs)
+
+    def tells(self) -> bool:
+        """In a child, for its assertions; anything else that it made of a text would differ from mode to mode."""
+        return bool(self._open)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return self._answers[-1].pop() if self._answers and self._answers[-1] else super().to_bool(obj)
@@ -94,9 +91,10 @@ class Opener(Tracer):
         flipped: in the other mode, and with the other answer, True, to the one question that it may ask about ``x``: so
             that its answer is known not to matter.
         """
-        before, attributes = self._last(), dict(child.__dict__)
+        before = self._last()
         flags = [(part, part.training) for part in child.modules()]
         self._open.append(name)
+        self.observer.both_modes += 1
         self._answers.append([flipped])
         try:
             for part, training in flags:
@@ -109,13 +107,11 @@ class Opener(Tracer):
             self.shut[name] = f"cannot be followed: {(str(error) or repr(error)).splitlines()[0]}"
         finally:
             self._open.pop()
+            self.observer.both_modes -= 1
             self._answers.pop()
             for part, training in flags:
                 part.__dict__["training"] = training
-            changed = [k for k in (*child.__dict__, *attributes) if child.__dict__.get(k) is not attributes.get(k)]
-            child.__dict__.clear()
-            child.__dict__.update(attributes)
-        row = self._since(before) if isinstance(result, fx.Proxy) and not changed else []
+        row = self._since(before) if isinstance(result, fx.Proxy) else []
         end = None if not row else result.node if result.node in row else core  # which took its place
         for node in reversed(row):
             if node is not end and not node.users and _pure(node):
@@ -132,7 +128,8 @@ class Opener(Tracer):
         """Whether a node and another one like it, described so, compute the same."""
         layer = self._called(node)
         if isinstance(one[1], AffineCore) and isinstance(other[1], AffineCore) and layer is not None:
-            return one[0] == other[0] and agree(one[1], other[1], layer)
+            with _disable_current_modes():
+                return one[0] == other[0] and agree(one[1], other[1], layer)
         return one == other
 
     def _last(self) -> fx.Node:
@@ -168,8 +165,7 @@ class Opener(Tracer):
         for node in nodes:
             name = owner_of(node)
             layer = child_at(self.root, tuple(name.split("."))) if name else None
-            shared = any(given.target in self._shared for given in node.all_input_nodes)
-            found = core_of(node, layer, name) if layer and not shared and self._raisable(layer, name) else None
+            found = core_of(node, layer, name) if layer and self._raisable(layer, name) else None
             if found is not None:
                 core, others = found
                 self._erase(others)
@@ -180,7 +176,8 @@ class Opener(Tracer):
             return None
         self._looking = True
         try:
-            found = affine_core(nodes, child, name)
+            with _disable_current_modes():
+                found = affine_core(nodes, child, name)
         finally:
             self._looking = False
         return None if found is None else self._replace(found[0], name, *found[1:])
@@ -226,4 +223,4 @@ def _pure(node: fx.Node) -> bool:
 
 
 def _acts(node: fx.Node) -> bool:
-    return writes(node, None) or (node.op == "call_function" and node.is_impure())
+    return bool(written(node, None)) or (node.op == "call_function" and node.is_impure())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from resnet_fast.graph import functional
+from resnet_fast.graph.aliasing import written
 from resnet_fast.graph.conditions import (
     NORMS,
     REFUSALS,
@@ -26,7 +27,7 @@ from resnet_fast.graph.conditions import (
 from resnet_fast.graph.cores import CORE, AffineCore, Owned, convolution, normalisation
 from resnet_fast.graph.opening import Opener
 from resnet_fast.graph.residual_blocks import depths, main_path
-from resnet_fast.graph.tracing import ADDITIONS, Untraceable, called, is_addition, path_of, trace, writes
+from resnet_fast.graph.tracing import ADDITIONS, Untraceable, called, is_addition, path_of, trace
 
 _RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
 _FLATTENING: list[tuple[tuple, dict]] = [
@@ -289,7 +290,7 @@ def harmless(node: fx.Node, child: Optional[nn.Module]) -> bool:
     if CORE in node.meta:
         return True
     known = child is None or type(child).__module__.startswith("torch.nn.") or isinstance(child, NORMS)
-    return known and not writes(node, child) and not (node.op == "call_function" and node.is_impure())
+    return known and not written(node, child) and not (node.op == "call_function" and node.is_impure())
 
 
 def matches(module: nn.Module, graph: fx.Graph, training: bool = False) -> list[Match]:

@@ -33,13 +33,20 @@ def rewrite(module: nn.Module, graph: fx.Graph, matches: list[Match], given: Opt
     given.replace_all_uses_with(entry, delete_user_cb=lambda user: user is not entry)
 
     def restored(value: fx.Node) -> fx.Node:
-        return graph.call_function(laid_out_like, (value, given))
+        return given if value is entry else graph.call_function(laid_out_like, (value, given))
 
+    moved: dict[fx.Node, fx.Node] = {}  # others have views of what these were changed to, or may have written to it
     for node in list(graph.nodes):
+        _change_arguments(node, moved)
         if node.op == "output" or reads_layout(module, node):
             with graph.inserting_before(node):
-                node.args = fx.map_arg(node.args, restored)
-                node.kwargs = fx.map_arg(node.kwargs, restored)
+                laid_out = {value: restored(value) for value in node.all_input_nodes}
+            _change_arguments(node, laid_out)
+            moved |= laid_out
+
+
+def _change_arguments(node: fx.Node, others: dict[fx.Node, fx.Node]) -> None:
+    node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda value: others.get(value, value))
 
 
 def _with_children(graph: fx.Graph, args: tuple) -> tuple:

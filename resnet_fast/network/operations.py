@@ -46,6 +46,9 @@ class Steps:
         """Called by operations in place, whose result gets memory of its own all the same."""
         self._overwritten.add(image.storage)
 
+    def overwrites(self, image: Image) -> bool:
+        return image.storage in self._overwritten
+
     def _emit(self, kind: int, shape: abi.Shape, x: Image, y_shape: tuple[int, ...], nhwc: bool, **rest: Any) -> Image:
         y = Image(y_shape, Storage(math.prod(y_shape)), nhwc)
         self.steps.append(Step(kind, shape, x.storage, y.storage, **rest))
