@@ -82,10 +82,11 @@ def restore(model: M, inplace: bool = True) -> M:
 
 
 def _containers(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules with children and a Python forward of their own class, parents before children."""
+    """Modules with convolutions below them and a Python forward of their own class, parents before children."""
     for module in model.modules():
         scripted = type(module).__module__.startswith("torch.jit")
-        if any(True for _ in module.children()) and not scripted and "forward" not in module.__dict__:
+        convolutions = (part for part in module.modules() if part is not module and isinstance(part, nn.Conv2d))
+        if any(True for _ in convolutions) and not scripted and "forward" not in module.__dict__:
             yield module
 
 

@@ -8,7 +8,6 @@ What matches in the graph is replaced as in any forward.
 """
 
 import logging
-import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
@@ -18,11 +17,11 @@ from torch import Tensor, fx, nn
 
 from resnet_fast import network
 from resnet_fast.accelerated import accelerate
+from resnet_fast.graph.aliasing import hidden_write
 from resnet_fast.graph.conditions import transform
 from resnet_fast.graph.patterns import Match, matches
 from resnet_fast.graph.raising import Bound, Layer, known_tensor, known_value, lower_layers, raise_layers
 from resnet_fast.graph.rewriting import rewrite
-from resnet_fast.graph.tracing import writes
 from resnet_fast.graph.training_blocks import blocks
 
 logger = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ def _fuse(module: fx.GraphModule, inputs: Sequence[Any]) -> Optional["_Planned"]
     training = any(one.layer.training or "running_mean" not in one.tensors for one in norms)
     image = _image(graph, layers)
     found: list[Match] = []
-    if image is not None and not _writes_to(image) and not _share_statistics(norms):
+    if image is not None and not hidden_write(module, graph, image) and not _share_statistics(norms):
         found = matches(module, graph, training)
     fused = sum(
         isinstance(layers[name].layer, nn.Conv2d) for match in found for name in match.op.parts if name in layers
@@ -86,18 +85,6 @@ def _image(graph: fx.Graph, layers: dict[str, Layer]) -> Optional[fx.Node]:
     weights = {node for one in layers.values() for node in one.tensors.values()}
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node not in weights]
     return next((node for node in inputs if (value := known_tensor(node)) is not None and value.dim() == 4), None)
-
-
-def _writes_to(image: fx.Node) -> bool:
-    """Whether something may write to an input, which our programs copy to another layout."""
-    return any(_root(node.args[0]) is image for node in image.graph.nodes if node.args and writes(node, None))
-
-
-def _root(node: Any) -> Any:
-    """What a node may be a view of."""
-    while isinstance(node, fx.Node) and node.args and (node.op == "call_method" or node.target is operator.getitem):
-        node = node.args[0]
-    return node
 
 
 def _share_statistics(norms: list[Layer]) -> bool:

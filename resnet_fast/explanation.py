@@ -7,14 +7,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
+from typing import Optional
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from resnet_fast import network, ops
 from resnet_fast.graph.bottleneck_pairs import Bottlenecks, bottlenecks_of
 from resnet_fast.graph.conditions import DROPS_OUT, Accelerated, Path, child_at, head_refusals
+from resnet_fast.graph.functional import geometry_of
+from resnet_fast.graph.obstacles import told
 from resnet_fast.graph.patterns import FusedOp
-from resnet_fast.graph.program import Program, State, inlined, trace_forward
+from resnet_fast.graph.program import Program, State, inlined, opened, trace_forward
 from resnet_fast.graph.state import state_of
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.triton.tuning import planner
@@ -50,6 +54,7 @@ class Explanation:
     layers: dict[str, int] = field(default_factory=dict)  # how many the model has of each class with parameters
     convolutions: int = 0  # all nn.Conv2d
     fused: int = 0  # those of them that run fused in eval mode
+    obstacles: dict[str, str] = field(default_factory=dict)  # by name: why a convolution of any kind does not
     in_training: bool = False  # whether the text tells about training mode too
 
     @property
@@ -70,6 +75,7 @@ class Explanation:
             "convolutions": self.convolutions,
             "fused": self.fused,
             "layers": self.layers,
+            "obstacles": self.obstacles,
             "network": self.network,
             "rows": [asdict(row) for row in self.rows],
         }
@@ -165,21 +171,43 @@ def explain(model: nn.Module, training: bool = False) -> Explanation:
     """
     check_module(model)
     states = {module: state_of(module) for module in model.modules() if isinstance(module, Accelerated)}
-    called = {child for module, state in states.items() if state for child in inlined(module, state.eval.parts)}
+    kept = [(module, state.eval) for module, state in states.items() if state]
+    called = {child for module, program in kept for child in inlined(module, program.parts)}
+    followed = {child for module, program in kept for child in opened(module, program)}
     algorithms = _algorithms(model)
     rows, fused = [], set()
+    obstacles: dict[Optional[nn.Module], str] = {}
     for path, module in model.named_modules():
+        if module in followed:
+            continue
         if state := states.get(module):
+            program = state.eval
             row = _explain_fused(path, module, state, algorithms)
-            rows.append(row)
             if row.steps:
-                fused |= {child_at(module, op.conv) for op in state.eval.ops if op.conv}
-        elif module not in called and any(isinstance(child, nn.Conv2d) for child in module.children()):
+                fused |= {child_at(module, op.conv) for op in program.ops if op.conv}
+        elif module not in called and any(isinstance(child, _ConvNd) for child in module.children()):
+            program = trace_forward(module).program
             reason = "has a forward of its own set on the instance" if "forward" in module.__dict__ else ""
-            reason = reason or trace_forward(module).program.reason or "accelerate() has not been called on it"
-            rows.append(Row(path, type(module).__name__, "stock", reason=reason))
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    return Explanation(rows, _explain_network(model), dict(_layers(model)), convolutions, len(fused), training)
+            reason = reason or program.reason or "accelerate() has not been called on it"
+            row = Row(path, type(module).__name__, "stock", reason=reason)
+        else:
+            continue
+        rows.append(row)
+        if not row.steps:
+            missed = [child_at(module, op.conv) for op in program.ops if op.conv]
+            obstacles |= dict.fromkeys([*module.children(), *missed], row.reason)
+        obstacles |= {module.get_submodule(name): said for name, said in program.obstacles.items()}
+    convolutions = [(path, module) for path, module in model.named_modules() if isinstance(module, _ConvNd)]
+    unknown = "is called by no forward that could be traced"
+    return Explanation(
+        rows,
+        _explain_network(model),
+        dict(_layers(model)),
+        sum(isinstance(conv, nn.Conv2d) for _, conv in convolutions),
+        len(fused),
+        {path: obstacles.get(conv, unknown) for path, conv in convolutions if conv not in fused},
+        training,
+    )
 
 
 def _layers(module: nn.Module) -> Counter[str]:
@@ -228,9 +256,14 @@ def _explain_fused(path: str, module: nn.Module, state: State, algorithms: dict[
     ]
     for bottlenecks in bottlenecks_of(program):
         steps += [] if bottlenecks.refusal(module, ignore_training=True) else _explain_pairs(module, bottlenecks)
-    own = [f"{name} ({type(child).__name__})" for name in program.rest if _unusual(child := module.get_submodule(name))]
-    reason = f"own forward: {', '.join(own)}" if own else ""
-    return Row(path, kind, "partly fused" if own else "fused", steps, reason, training)
+    own = [
+        f"{name} ({type(child).__name__})"
+        for name in program.rest
+        if name not in program.obstacles and _unusual(child := module.get_submodule(name))
+    ]
+    reasons = [told(program.obstacles), f"own forward: {', '.join(own)}" if own else ""]
+    reason = "; ".join(filter(None, reasons))
+    return Row(path, kind, "partly fused" if reason else "fused", steps, reason, training)
 
 
 def _explain_pairs(module: nn.Module, bottlenecks: Bottlenecks) -> list[str]:
@@ -276,9 +309,9 @@ def _served_by(module: nn.Module, op: FusedOp) -> str:
     assert isinstance(conv, nn.Conv2d)
     # A block is named by what its first convolution gets: in training mode the widths differ, the coverage does not.
     block = op.op == "residual_block"
-    sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, *geometry_of(conv))
     name = "conv_statistics" if block else op.op
-    case = Case(name, conv.weight.device.type, conv.weight.dtype, *sizes, conv.groups)  # type: ignore[arg-type]
+    case = Case(name, conv.weight.device.type, conv.weight.dtype, *sizes)  # type: ignore[arg-type]
     implementation = ops.implementation_for(case, ops.TRAINING if block else ops.IMPLEMENTATIONS)
     planned = planner.served(conv.weight) if implementation == "triton" and not block else None
     return planned or implementation

@@ -3,7 +3,9 @@
 The arithmetic of batch statistics, on tensors, is in ``ops/block_norm.py``.
 """
 
-from typing import Any, Optional, Union
+from collections.abc import Callable, Hashable
+from itertools import chain
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +16,22 @@ from resnet_fast.graph.sync_batch_norm import CpuSyncBatchNorm
 from resnet_fast.kernels.contract import wide
 from resnet_fast.kernels.packing import PackCache
 
-BatchNorm = Union[nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm, FrozenBatchNorm2d]
+
+class Affine(NamedTuple):
+    """A norm of somebody's own: ``x * scale + shift``, both made of its own tensors."""
+
+    owner: nn.Module
+    function: Callable[[nn.Module], tuple[Tensor, Tensor]]  # scale and shift, each of K numbers in any shape
+    widens: bool  # whether ``x`` becomes as wide as they are
+
+
+BatchNorm = Union[nn.BatchNorm2d, nn.SyncBatchNorm, CpuSyncBatchNorm, FrozenBatchNorm2d, Affine]
 
 _folds = PackCache()
 
 
-def uses_batch_statistics(norm: BatchNorm) -> bool:
-    if isinstance(norm, FrozenBatchNorm2d):
+def uses_batch_statistics(norm: Optional[BatchNorm]) -> bool:
+    if norm is None or isinstance(norm, (FrozenBatchNorm2d, Affine)):
         return False
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
@@ -35,11 +46,20 @@ def process_group(norm: BatchNorm) -> str:
     return group.group_name if torch.distributed.get_world_size(group) > 1 else ""
 
 
-def scale_and_shift(conv: nn.Conv2d, norm: BatchNorm, batch_statistics: bool) -> tuple[Tensor, Tensor]:
-    """What the op takes as scale and shift: gamma and beta, or the running statistics folded in."""
+def scale_and_shift(
+    conv: nn.Conv2d, norm: Optional[BatchNorm], batch_statistics: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What the op takes as scale and shift: gamma and beta, or the running statistics folded in.
+
+    Without a norm: ones, and the convolution's bias.
+    """
+    if norm is None:
+        source = conv.weight if conv.bias is None else conv.bias
+        return _kept((source,), "no norm", lambda: _without_norm(conv))
     if not batch_statistics:
         return fold_batch_norm(norm, conv.bias)
     dtype = wide(conv.weight)
+    assert not isinstance(norm, (FrozenBatchNorm2d, Affine))
     size, device = conv.out_channels, conv.weight.device
     gamma = torch.ones(size, dtype=dtype, device=device) if norm.weight is None else norm.weight.to(dtype)
     beta = torch.zeros(size, dtype=dtype, device=device) if norm.bias is None else norm.bias.to(dtype)
@@ -68,6 +88,8 @@ def move_running_statistics(conv: nn.Conv2d, norm: Any, moments: Tensor) -> None
 
 def tensors_of(norm: BatchNorm) -> tuple[Tensor, ...]:
     """What its running statistics' normalisation depends on: a pack made of them has these as its sources."""
+    if isinstance(norm, Affine):
+        return tuple(chain(norm.owner.parameters(), norm.owner.buffers()))
     counter = getattr(norm, "num_batches_tracked", None)  # its version rises when the running statistics are updated
     tensors = (norm.running_var, norm.running_mean, norm.weight, norm.bias, counter)
     return tuple(tensor for tensor in tensors if tensor is not None)
@@ -80,13 +102,32 @@ def fold_batch_norm(bn: BatchNorm, conv_bias: Optional[Tensor] = None) -> tuple[
     Szegedy 2015, section 3.1).
     """
     sources = (*tensors_of(bn), *([] if conv_bias is None else [conv_bias]))
+    return _kept(sources, (settings_of(bn), conv_bias is None), lambda: _fold(bn, conv_bias))
+
+
+def _kept(sources: tuple[Tensor, ...], key: Hashable, make: Callable[[], tuple[Tensor, Tensor]]) -> Any:
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
     if differentiated or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return _fold(bn, conv_bias)
-    return _folds.get(sources, (bn.eps, conv_bias is None), lambda: _fold(bn, conv_bias))
+        return make()
+    return _folds.get(sources, key, make)
+
+
+def settings_of(bn: BatchNorm) -> Hashable:
+    """What a pack made of it depends on beside its tensors."""
+    return bn.function if isinstance(bn, Affine) else bn.eps
+
+
+def _without_norm(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    scale = torch.ones(conv.out_channels, dtype=wide(conv.weight), device=conv.weight.device)
+    return scale, torch.zeros_like(scale) if conv.bias is None else conv.bias.to(scale.dtype)
 
 
 def _fold(bn: BatchNorm, conv_bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    if isinstance(bn, Affine):
+        scale, shift = (t.flatten() for t in bn.function(bn.owner))
+        dtype = wide(scale)
+        scale, shift = scale.to(dtype), shift.to(dtype)
+        return scale, shift if conv_bias is None else shift + conv_bias * scale
     assert bn.running_var is not None and bn.running_mean is not None
     dtype = wide(bn.running_var)
     scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)

@@ -20,9 +20,9 @@ from torch import fx, nn
 from resnet_fast.graph import functional
 from resnet_fast.graph.conditions import Accelerated, Path, child_at, customised, exact, stock_wanted
 from resnet_fast.graph.layout import channels_last, laid_out_like
-from resnet_fast.graph.patterns import path_of
 from resnet_fast.graph.program import Program, kept
-from resnet_fast.graph.rewriting import compile_graph
+from resnet_fast.graph.source import compile_graph
+from resnet_fast.graph.tracing import path_of
 
 
 @dataclass(eq=False)
@@ -222,7 +222,7 @@ def _graph(blocks: list[_Block]) -> fx.Graph:
         following = blocks[i + 1].first
         assert following is not None
         _, conv, norm = following.args
-        after = [_attribute(graph, modules[i + 1], child) for child in (conv, norm)]
+        after = [child and _attribute(graph, modules[i + 1], child) for child in (conv, norm)]
         pair = graph.call_function(
             functional.conv_chain,
             (*args, kwargs["residual"], *after),

@@ -42,11 +42,24 @@ def customised(module: nn.Module) -> str:
 
 
 def conv_refusal(conv: nn.Module) -> str:
-    if type(conv) is not nn.Conv2d:
-        return f"is a {type(conv).__name__}, not nn.Conv2d"
+    return own_conv_refusal(conv) if type(conv) is nn.Conv2d else f"is a {type(conv).__name__}, not nn.Conv2d"
+
+
+def own_conv_refusal(conv: Any) -> str:
+    """Of one that may be a part of its module."""
     if conv.padding_mode != "zeros":
         return f"pads with {conv.padding_mode!r}, not zeros"
-    return f"has padding={conv.padding!r}, not numbers" if isinstance(conv.padding, str) else customised(conv)
+    return "pads more on one side than on the other" if padding_of(conv) is None else customised(conv)
+
+
+def padding_of(conv: nn.Conv2d) -> Optional[tuple[int, int]]:
+    """How many zeros are on either side; None: not as many."""
+    if not isinstance(conv.padding, str):
+        return conv.padding  # type: ignore[return-value]
+    if conv.padding == "valid":
+        return 0, 0
+    h, w = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size))
+    return None if h % 2 or w % 2 else (h // 2, w // 2)
 
 
 def _stem_conv_refusal(conv: nn.Module) -> str:
@@ -55,12 +68,18 @@ def _stem_conv_refusal(conv: nn.Module) -> str:
 
 def norm_refusal(bn: nn.Module) -> str:
     if type(bn) in (nn.BatchNorm2d, *SYNCHRONISED):
-        if bn.training:
-            return BATCH_STATISTICS
-        if bn.running_mean is None or bn.running_var is None:
-            return "normalises by batch statistics (it tracks no running ones)"
-    elif type(bn) is not FrozenBatchNorm2d:
+        return own_norm_refusal(bn)
+    if type(bn) is not FrozenBatchNorm2d:
         return f"is a {type(bn).__name__}, not BatchNorm2d or FrozenBatchNorm2d"
+    return customised(bn)
+
+
+def own_norm_refusal(bn: Any) -> str:
+    """Of a batch norm that may be a part of its module."""
+    if bn.training:
+        return BATCH_STATISTICS
+    if bn.running_mean is None or bn.running_var is None:
+        return "normalises by batch statistics (it tracks no running ones)"
     return customised(bn)
 
 
@@ -108,8 +127,11 @@ def _sequential_refusal(module: nn.Module) -> str:
 REFUSALS: dict[str, Callable[[nn.Module], str]] = {
     "conv": conv_refusal,
     "stem conv": _stem_conv_refusal,
+    "own conv": own_conv_refusal,
     "norm": norm_refusal,
+    "own norm": own_norm_refusal,
     "training norm": training_norm_refusal,
+    "opened": customised,
     "relu": exact(nn.ReLU),
     "identity": exact(nn.Identity),
     "stem pool": stem_pool_refusal,
@@ -117,6 +139,10 @@ REFUSALS: dict[str, Callable[[nn.Module], str]] = {
     "flatten": flatten_refusal,
     "sequential": _sequential_refusal,
 }
+
+
+IN_TRAINING = {"norm": "training norm", "own norm": "opened", "stem conv": "conv"}
+"""What a part must be in training mode, where that differs: each call takes batch statistics or running ones."""
 
 
 def _pair(value: Any) -> tuple[Any, Any]:

@@ -10,17 +10,19 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from resnet_fast import ops
 from resnet_fast.graph.batch_norm import (
+    Affine,
     BatchNorm,
-    fold_batch_norm,
     move_running_statistics,
     process_group,
     scale_and_shift,
+    tensors_of,
     uses_batch_statistics,
 )
-from resnet_fast.graph.conditions import head_refusals, is_stem_conv
+from resnet_fast.graph.conditions import head_refusals, is_stem_conv, padding_of
 from resnet_fast.kernels.contract import Case, Geometry
 from resnet_fast.ops.checks import conv_output
 from resnet_fast.ops.residual_block import flat_geometry
@@ -30,7 +32,7 @@ from resnet_fast.utils import compat
 def conv_bn_act(
     x: Tensor,
     conv: nn.Conv2d,
-    bn: BatchNorm,
+    bn: Optional[BatchNorm],
     residual: Optional[Tensor] = None,
     relu: bool = True,
     inplace_add: bool = False,
@@ -39,8 +41,8 @@ def conv_bn_act(
 
     Args:
         x: ``[N, C, H, W]``, float32, float16, bfloat16 or float64, the dtype of ``conv.weight`` unless autocast is on.
-        conv: with numeric padding and ``padding_mode="zeros"``.
-        bn: its ``training`` flag is not read.
+        conv: with ``padding_mode="zeros"``, as much on either side.
+        bn: its ``training`` flag is not read. None: there is no norm.
         residual: ``[N, K, P, Q]``, or any shape that broadcasts against it (then added in a step of its own).
         relu: whether the ReLU is applied.
         inplace_add: whether a residual of another shape or dtype is added by ``+=``, which keeps the convolution's.
@@ -54,12 +56,12 @@ def conv_bn_act(
         RuntimeError: another number of dimensions, wrong channels, dtype or device, as convolution does.
     """
     _check_input(x, conv)
-    scale, shift = fold_batch_norm(bn, conv.bias)
+    scale, shift = scale_and_shift(conv, bn)
     op = torch.ops.resnet_fast.conv_bn_act
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    geometry = geometry_of(conv)
     if residual is None or _fits(residual, x, [conv]):
-        return op(x, conv.weight, scale, shift, residual, *geometry, relu)
-    y = op(x, conv.weight, scale, shift, None, *geometry, False)
+        return _widened(op(x, conv.weight, scale, shift, residual, *geometry, relu), bn)
+    y = _widened(op(x, conv.weight, scale, shift, None, *geometry, False), bn)
     y = y.add_(residual) if inplace_add else y + residual
     return F.relu(y) if relu else y
 
@@ -67,10 +69,10 @@ def conv_bn_act(
 def conv_chain(
     x: Tensor,
     conv: nn.Conv2d,
-    bn: BatchNorm,
+    bn: Optional[BatchNorm],
     residual: Tensor,
     next_conv: nn.Conv2d,
-    next_bn: BatchNorm,
+    next_bn: Optional[BatchNorm],
     inplace_add: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Where one bottleneck ends and the next begins: ``out = relu(bn(conv(x)) + residual)`` and
@@ -91,9 +93,10 @@ def conv_chain(
     if not plain or not _fits(residual, x, [conv]):
         out = conv_bn_act(x, conv, bn, residual, inplace_add=inplace_add)
         return out, conv_bn_act(out, next_conv, next_bn)
-    first = (conv.weight, *fold_batch_norm(bn, conv.bias))
-    second = (next_conv.weight, *fold_batch_norm(next_bn, next_conv.bias))
-    return torch.ops.resnet_fast.conv_chain(x, *first, residual, *second)
+    first = (conv.weight, *scale_and_shift(conv, bn))
+    second = (next_conv.weight, *scale_and_shift(next_conv, next_bn))
+    out, z = torch.ops.resnet_fast.conv_chain(x, *first, residual, *second)
+    return _widened(out, bn), _widened(z, next_bn)
 
 
 def chained(x: Tensor, in_channels: int, out_channels: int) -> bool:
@@ -106,14 +109,14 @@ def chained(x: Tensor, in_channels: int, out_channels: int) -> bool:
 
 def pointwise(conv: nn.Conv2d) -> bool:
     """Whether it is 1x1, of stride 1, without padding and groups."""
-    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
+    geometry = (conv.kernel_size, conv.stride, padding_of(conv), conv.groups)
     return geometry == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def residual_block(
     x: Tensor,
     convs: Sequence[nn.Conv2d],
-    norms: Sequence[BatchNorm],
+    norms: Sequence[Optional[BatchNorm]],
     residual: Optional[Tensor] = None,
     identity: bool = False,
     projection: bool = False,
@@ -129,7 +132,7 @@ def residual_block(
 
     Args:
         x: ``[N, C, H, W]``.
-        convs, norms: of the same number, in order; with ``projection`` the last are the shortcut's.
+        convs, norms: of the same number, in order; with ``projection`` the last are the shortcut's. None: no norm.
         residual: what is added, or with ``projection`` the shortcut's input; None: ``x``, if ``identity`` or
             ``projection`` is set, else nothing.
         identity: ``x`` is added.
@@ -174,7 +177,7 @@ def residual_block(
         [conv.weight for conv in convs],
         [scale for scale, _ in vectors],
         [shift for _, shift in vectors],
-        [norm.eps for norm in norms],
+        [norm.eps if uses else 0.0 for norm, uses in zip(norms, batch)],  # type: ignore[union-attr]
         [number for conv in convs for number in flat_geometry(geometry_of(conv))],
         batch,
         identity,
@@ -187,22 +190,21 @@ def residual_block(
     with torch.no_grad():
         for (conv, norm), moments in zip(normalised, statistics):
             move_running_statistics(conv, norm, moments)
-    return out
+    return _widened(out, norms[last], norms[-1])
 
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
-    """Of a convolution with numeric padding."""
-    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
-    return Geometry(stride, padding, dilation, conv.groups)  # type: ignore[arg-type]
+    """Of a convolution that pads both sides alike."""
+    return Geometry(conv.stride, padding_of(conv), conv.dilation, conv.groups)  # type: ignore[arg-type]
 
 
-def stem(x: Tensor, conv: nn.Conv2d, bn: BatchNorm) -> Tensor:
+def stem(x: Tensor, conv: nn.Conv2d, bn: Optional[BatchNorm]) -> Tensor:
     """``max_pool2d(relu(bn(conv(x))), 3, 2, 1)`` for a 7x7 stride-2 ``conv``: ``[N, C, H, W] -> [N, K, H/4, W/4]``.
 
     Raises as ``conv_bn_act`` does.
     """
     _check_input(x, conv)
-    return torch.ops.resnet_fast.stem(x, conv.weight, *fold_batch_norm(bn, conv.bias))
+    return _widened(torch.ops.resnet_fast.stem(x, conv.weight, *scale_and_shift(conv, bn)), bn)
 
 
 def global_avg_pool(x: Tensor) -> Tensor:
@@ -245,6 +247,15 @@ def _check_input(x: Tensor, conv: nn.Conv2d) -> None:
         raise error(f"x has shape {list(x.shape)}, expected 4 dimensions: [N, {conv.in_channels}, H, W]")
     if x.dtype != conv.weight.dtype and not _autocast_enabled(x.device.type):
         raise RuntimeError(f"x is {x.dtype}, expected {conv.weight.dtype}, the dtype of conv.weight (or autocast)")
+
+
+def _widened(y: Tensor, *norms: Optional[BatchNorm]) -> Tensor:
+    """Frozen norms multiply by tensors that autocast knows nothing of: their result is as wide as these."""
+    for norm in norms:
+        if isinstance(norm, FrozenBatchNorm2d) or (isinstance(norm, Affine) and norm.widens):
+            dtype = torch.promote_types(y.dtype, tensors_of(norm)[0].dtype)
+            y = y if y.dtype == dtype else y.to(dtype)
+    return y
 
 
 def _autocast_enabled(device: str) -> bool:

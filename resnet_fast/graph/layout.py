@@ -42,10 +42,21 @@ def reads_layout(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node may depend on how its input lies in memory. Code that is not known is taken to."""
     if node.op == "call_method":
         return node.target in _LAYOUT_FUNCTIONS
+    named = node.op == "call_function" and getattr(node.target, "__name__", "") in _LAYOUT_FUNCTIONS
+    return named or unknown_code(module, node)
+
+
+def unknown_code(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node calls what may do anything with its input."""
     if node.op == "call_function":
-        package = (getattr(node.target, "__module__", None) or type(node.target).__module__).split(".")[0]
-        return package not in _LAYOUT_SAFE_PACKAGES or getattr(node.target, "__name__", "") in _LAYOUT_FUNCTIONS
+        return _is_unknown(getattr(node.target, "__module__", None) or type(node.target).__module__)
     if node.op == "call_module":
         child = module.get_submodule(str(node.target))
-        return not isinstance(child, Accelerated) and type(child).__module__.split(".")[0] not in _LAYOUT_SAFE_PACKAGES
+        if "core" in node.meta:  # see cores.py
+            return False
+        return not isinstance(child, Accelerated) and _is_unknown(type(child).__module__)
     return False
+
+
+def _is_unknown(name: str) -> bool:
+    return name.split(".")[0] not in _LAYOUT_SAFE_PACKAGES

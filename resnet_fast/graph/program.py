@@ -13,37 +13,26 @@ running statistics in use. If it does not, the module's own forward runs.
 In training mode, what is found is put together to whole residual blocks: see ``training_blocks.py``.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
+from itertools import combinations
 from typing import Any, Generic, NamedTuple, Optional, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
+from resnet_fast.graph.aliasing import gives_its_input, hidden_write
 from resnet_fast.graph.conditions import BATCH_STATISTICS, REFUSALS, Path, child_at
+from resnet_fast.graph.obstacles import obstacles, told
+from resnet_fast.graph.opening import Opener
 from resnet_fast.graph.patterns import FusedOp, Match, matches
-from resnet_fast.graph.rewriting import compile_graph, rewrite
-from resnet_fast.graph.tracing import Untraceable, trace
+from resnet_fast.graph.reads import Reads, child_names, stock_type
+from resnet_fast.graph.rewriting import rewrite
+from resnet_fast.graph.source import compile_graph
+from resnet_fast.graph.tracing import Untraceable, called, path_of, trace
 from resnet_fast.graph.training_blocks import blocks
-
-_PLAIN = (bool, int, float, str, type(None), tuple)
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes a forward may branch on."""
-    return {k: v for k, v in module.__dict__.items() if k != "training" and isinstance(v, _PLAIN)}
-
-
-def hidden_state(module: nn.Module) -> str:
-    """An attribute that a forward may depend on, and whose changes ``Program.stale`` does not see, or ''."""
-    return next(
-        (k for k, v in module.__dict__.items() if k not in _MODULE_ATTRIBUTES and not isinstance(v, _PLAIN)), ""
-    )
-
-
-def _child_names(module: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, child in module._modules.items() if child is not None)
 
 
 @dataclass(eq=False)
@@ -56,26 +45,44 @@ class Program:
     ops: list[FusedOp] = field(default_factory=list)
     rest: list[str] = field(default_factory=list)  # children that run their own forward
     reason: str = ""  # why nothing was fused
+    obstacles: dict[str, str] = field(default_factory=dict)  # by name: why a convolution was not
     parts: dict[Path, str] = field(default_factory=dict)  # child -> what it must still be (a key of REFUSALS)
-    children: dict[Path, tuple[str, ...]] = field(default_factory=dict)  # of the module and its inlined Sequentials
-    settings: dict[str, Any] = field(default_factory=dict)
+    opened: dict[Path, type] = field(default_factory=dict)  # children that the graph follows into
+    reads: Reads = field(default_factory=Reads)  # what must still be the same, beside the inputs
+    questions: list[tuple[int, Any, bool]] = field(default_factory=list)  # the n-th input is of some class, or not
     graph: Optional[fx.Graph] = None  # what ``function`` computes; without one, what the module's own forward does
     training: bool = False  # the mode it is for
     embedded: dict[Path, "Program"] = field(default_factory=dict)  # of children, where they became part of this one
 
     def takes(self, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether a call gives the inputs and nothing else; optional arguments are left to the module's own forward."""
-        return len(args) + len(kwargs) == len(self.inputs) and all(name in self.inputs for name in kwargs)
+        """Whether a call gives the inputs and nothing else; optional arguments are left to the module's own forward.
+
+        So are calls that Python may tell from those that were traced: by what is None, or twice the same.
+        """
+        if len(args) + len(kwargs) != len(self.inputs) or not all(name in self.inputs for name in kwargs):
+            return False
+        given = [*args, *(kwargs[name] for name in self.inputs[len(args) :])] if kwargs else args
+        if len(given) > 1 and (
+            any(value is None or isinstance(value, (bool, Enum)) for value in given)
+            or any(one is other for one, other in combinations(given, 2) if isinstance(one, Tensor))
+        ):
+            return False
+        return all(isinstance(given[i], classes) is answer for i, classes, answer in self.questions)
+
+    def _opened(self, module: nn.Module) -> Iterator[tuple[Optional[nn.Module], type]]:
+        return ((child_at(module, path), cls) for path, cls in self.opened.items())
 
     def stale(self, module: nn.Module) -> bool:
         """Whether the module's structure or settings have changed, so that its forward must be traced again."""
-        for path, names in self.children.items():
+        if any(child is None or stock_type(child) is not cls for child, cls in self._opened(module)):
+            return True
+        for path, names in self.reads.children.items():
             owner = child_at(module, path)
-            if owner is None or _child_names(owner) != names:
+            if owner is None or child_names(owner) != names:
                 return True
         if torch.compiler.is_compiling():
-            return False
-        return _settings(module) != self.settings or any(
+            return bool(self.reads.others) or not self.reads.attributes_hold(module)
+        return not self.reads.hold(module) or any(
             kept(child_at(module, path)) is not program for path, program in self.embedded.items()
         )
 
@@ -125,6 +132,12 @@ def inlined(module: nn.Module, parts: dict[Path, str]) -> list[nn.Module]:
     return [child for path in paths if (child := child_at(module, path)) is not None]
 
 
+def opened(module: nn.Module, program: Program) -> list[Optional[nn.Module]]:
+    """The children that a program follows into, if it can run: they do not run their own forward then."""
+    refused = program.refusal(module, ignore_training=True)
+    return [] if refused else [child_at(module, path) for path in program.opened]
+
+
 def kept(module: Optional[nn.Module]) -> Optional[Program]:
     """The program for eval mode that a module keeps, up to date or not."""
     state = None if module is None else module.__dict__.get(STATE)
@@ -142,22 +155,42 @@ class Traced(NamedTuple):
 
 
 def trace_forward(module: nn.Module, training: bool = False) -> Traced:
-    program = Program(children={(): _child_names(module)}, settings=_settings(module), training=training)
+    program = Program(training=training)
     try:
-        tracer, program.graph = trace(module, training)
+        tracer, program.graph = trace(module, training, Opener)
     except Untraceable as error:
-        program.reason = str(error)
+        program.reason, program.reads = str(error), error.reads
         return Traced(program, [])
-    program.inputs = tracer.inputs
-    for path in tracer.inlined:
-        owner = child_at(module, path)
-        assert owner is not None
-        program.parts[path] = "sequential"
-        program.children[path] = _child_names(owner)
+    program.inputs, program.reads, program.questions = tracer.inputs, tracer.observer.reads, tracer.questions()
+    if hidden_write(module, program.graph):
+        shared = hidden_write(module, program.graph, fresh=_fresh(module, program.graph, program.reads))
+        if shared:
+            program.reason = f"its forward writes to {shared}"
+            return Traced(program, [])
+    program.opened = tracer.opened
+    program.parts = dict.fromkeys(tracer.inlined, "sequential") | dict.fromkeys(tracer.opened, "opened")
     found = matches(module, program.graph, training)
+    program.obstacles = obstacles(module, program.graph, found, tracer.shut)
     if not any(match.op.conv for match in found):
-        program.reason = "no convolution followed by batch norm in its own forward"
+        program.reason = told(program.obstacles) or "no convolution in its own forward"
     return Traced(program, found)
+
+
+def _fresh(module: nn.Module, graph: fx.Graph, reads: Reads) -> list[nn.Module]:
+    """The children that the graph calls and that are known to give new tensors. What decided on that is watched."""
+    found = []
+    for path, child in {path_of(node): called(module, node) for node in graph.nodes}.items():
+        if child is None or type(child).__module__.startswith("torch.nn."):
+            continue
+        try:
+            traces = [trace(child, training) for training in (False, True)]
+        except Untraceable:
+            continue
+        if not any(gives_its_input(child, graph) for _, graph in traces):
+            found.append(child)
+            for tracer, _ in traces:
+                reads.include(path, child, tracer.observer.reads)
+    return found
 
 
 def write_program(module: nn.Module, traced: Traced) -> Program:

@@ -1,12 +1,10 @@
-"""A traced graph with fused ops in place of what they compute, as a Python function."""
+"""A traced graph with fused ops in place of what they compute."""
 
-import linecache
-from collections.abc import Callable
-from itertools import count
-from typing import Optional
+from typing import Any, Optional
 
 from torch import fx, nn
 
+from resnet_fast.graph.cores import Owned, close
 from resnet_fast.graph.layout import channels_last, laid_out_like, reads_layout
 from resnet_fast.graph.patterns import Match
 
@@ -27,6 +25,7 @@ def rewrite(module: nn.Module, graph: fx.Graph, matches: list[Match], given: Opt
         replaced[last] = fused
         for node in reversed(match.nodes):
             graph.erase_node(node)
+    close(graph)
 
     given = given or next(node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
@@ -34,31 +33,30 @@ def rewrite(module: nn.Module, graph: fx.Graph, matches: list[Match], given: Opt
     given.replace_all_uses_with(entry, delete_user_cb=lambda user: user is not entry)
 
     def restored(value: fx.Node) -> fx.Node:
-        return graph.call_function(laid_out_like, (value, given))
+        return given if value is entry else graph.call_function(laid_out_like, (value, given))
 
+    moved: dict[fx.Node, fx.Node] = {}  # others have views of what these were changed to, or may have written to it
     for node in list(graph.nodes):
+        _change_arguments(node, moved)
         if node.op == "output" or reads_layout(module, node):
             with graph.inserting_before(node):
-                node.args = fx.map_arg(node.args, restored)
-                node.kwargs = fx.map_arg(node.kwargs, restored)
+                laid_out = {value: restored(value) for value in node.all_input_nodes}
+            _change_arguments(node, laid_out)
+            moved |= laid_out
+
+
+def _change_arguments(node: fx.Node, others: dict[fx.Node, fx.Node]) -> None:
+    node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda value: others.get(value, value))
 
 
 def _with_children(graph: fx.Graph, args: tuple) -> tuple:
     """The arguments of a match, children instead of their names."""
-    return tuple(
-        _with_children(graph, arg) if isinstance(arg, tuple) else graph.get_attr(arg) if isinstance(arg, str) else arg
-        for arg in args
-    )
 
+    def child(arg: Any) -> Any:
+        if isinstance(arg, tuple):
+            return _with_children(graph, arg)
+        if isinstance(arg, Owned):
+            return graph.call_function(arg.core, (graph.get_attr(arg.name),))
+        return graph.get_attr(arg) if isinstance(arg, str) else arg
 
-_serial = count()
-
-
-def compile_graph(graph: fx.Graph, name: str) -> tuple[Callable, str]:
-    code = graph.python_code("self")
-    filename = f"<resnet_fast {name} {next(_serial)}>"
-    namespace = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), namespace)
-    # Tracebacks and debuggers show the lines, as they do for torch.fx.
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
-    return namespace["forward"], code.src
+    return tuple(map(child, args))

@@ -25,7 +25,7 @@ def rebuild(module: nn.Module, traced: Optional[Traced] = None) -> State[Any]:
 def state_of(module: nn.Module) -> Optional[State[Any]]:
     """The module's state, made again if its structure has changed; None where that cannot be done (compiling)."""
     state = module.__dict__.get(STATE)
-    if state is None or state.eval.stale(module):
+    if state is None or (state.training if module.training else state.eval).stale(module):
         return None if torch.compiler.is_compiling() else rebuild(module)
     return state
 

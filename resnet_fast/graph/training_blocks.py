@@ -1,14 +1,15 @@
 """Residual blocks in training: convolutions in a row, found one by one, put together with their shortcuts."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 from torch import fx, nn
 
 from resnet_fast.graph import functional
-from resnet_fast.graph.conditions import NORMS, Path, stem_pool_refusal
-from resnet_fast.graph.patterns import FusedOp, Match, Matcher, harmless, path_of
+from resnet_fast.graph.conditions import IN_TRAINING, Path, exact, stem_pool_refusal
+from resnet_fast.graph.patterns import FusedOp, Match, Matcher
+from resnet_fast.graph.tracing import path_of
 
 
 def blocks(module: nn.Module, graph: fx.Graph, found: list[Match]) -> list[Match]:
@@ -31,13 +32,17 @@ def blocks(module: nn.Module, graph: fx.Graph, found: list[Match]) -> list[Match
             links.append(link)
         rows.append((row, links))
     shortcuts: dict[int, Match] = {}  # by the row's last match
+    alone: set[int] = set()
     for row, _ in rows:
-        shortcut = by_last.get(row[-1].kwargs.get("residual"))
+        end, identities = _before_identities(matcher, row[-1].kwargs.get("residual"))
+        shortcut = by_last.get(end)
         if shortcut is not None and id(shortcut) not in followers and _linear(shortcut) and _read_once(shortcut):
-            shortcuts[id(row[-1])] = shortcut
+            parts = {path_of(node): "identity" for node in identities}
+            nodes = [*shortcut.nodes, *identities]
+            shortcuts[id(row[-1])] = replace(shortcut, nodes=nodes, parts=shortcut.parts | parts)
+            alone.add(id(shortcut))
 
     joined: list[Match] = []
-    alone = {id(match) for match in shortcuts.values()}
     for row, links in rows:
         if id(row[0]) in alone:
             continue
@@ -58,6 +63,17 @@ class _Link:
     match: Match
     parts: dict[Path, str]  # identities on the way
     nodes: list[fx.Node]
+
+
+def _before_identities(matcher: Matcher, node: Any) -> tuple[Any, list[fx.Node]]:
+    """What went into a row of identities that ends in a node and that nothing else reads, and the row."""
+    passed: list[fx.Node] = []
+    while isinstance(node, fx.Node) and len(node.users) == 1 and (child := matcher.child(node)) is not None:
+        if exact(nn.Identity)(child):
+            break
+        passed.insert(0, node)
+        node = node.args[0]
+    return node, passed
 
 
 def _following(matcher: Matcher, match: Match, by_first: dict[fx.Node, Match]) -> Optional[_Link]:
@@ -94,8 +110,7 @@ def _block(matcher: Matcher, row: list[Match], links: list[_Link], shortcut: Opt
     nodes = [node for match in members for node in match.nodes] + [node for link in links for node in link.nodes]
     parts = {path: kind for link in links for path, kind in link.parts.items()}
     for match in members:
-        kinds = {"norm": "training norm", "stem conv": "conv"}
-        parts |= {path: kinds.get(kind, kind) for path, kind in match.parts.items()}
+        parts |= {path: IN_TRAINING.get(kind, kind) for path, kind in match.parts.items()}
     names = [name for match in members for name in match.op.parts]
 
     pool = last.target is functional.stem
@@ -109,8 +124,8 @@ def _block(matcher: Matcher, row: list[Match], links: list[_Link], shortcut: Opt
             parts[path_of(pool_node)] = "stem pool"
             names.append(str(pool_node.target))
 
-    convs = tuple(str(match.args[1]) for match in members)
-    norms = tuple(str(match.args[2]) for match in members)
+    convs = tuple(match.args[1] for match in members)
+    norms = tuple(match.args[2] for match in members)
     kwargs = {
         "residual": residual,
         "identity": identity,
@@ -133,13 +148,14 @@ def _ways(row: list[Match], links: list[_Link], shortcut: Optional[Match]) -> It
 
 
 def _norms_in_order(order: dict[fx.Node, int], row: list[Match], links: list[_Link], shortcut: Optional[Match]) -> bool:
-    """Whether a norm that several of a block's convolutions share is called in the block's order.
+    """Whether a batch norm that several of a block's convolutions share is called in the block's order.
 
     Its running statistics depend on that.
     """
     calls: dict[Any, list[int]] = {}
     for match in (*row, *filter(None, [shortcut])):
-        calls.setdefault(match.args[2], []).append(order[match.nodes[0]])
+        if isinstance(match.args[2], str):
+            calls.setdefault(match.args[2], []).append(order[match.nodes[0]])
     return all(places == sorted(places) for places in calls.values())
 
 
@@ -149,7 +165,7 @@ def _movable(matcher: Matcher, order: dict[fx.Node, int], nodes: list[fx.Node]) 
     Not past another call of one of their norms: running statistics depend on the order.
     """
     nodes.sort(key=order.__getitem__)
-    norms = {node.target for node in nodes if isinstance(matcher.child(node), NORMS)}
+    norms = {node.target for node in nodes if matcher.norm(node) is not None}
     every = list(order)
     between = [node for node in every[order[nodes[0]] : order[nodes[-1]]] if node not in nodes]
-    return all(node.target not in norms and harmless(node, matcher.child(node)) for node in between)
+    return all(node.target not in norms and matcher.may_pass(nodes, node) for node in between)

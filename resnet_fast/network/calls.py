@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from resnet_fast.graph import conditions, functional
+from resnet_fast.graph import conditions, cores, functional
 from resnet_fast.graph.layout import channels_last, laid_out_like
 from resnet_fast.kernels.native import abi
 from resnet_fast.network.operations import Steps, pair
@@ -21,13 +21,26 @@ from resnet_fast.network.steps import Child, Image, NotPlanned
 
 
 def _conv_bn_act(
-    low: Steps, x: Any, conv: Child, bn: Child, residual: Any = None, relu: bool = True, inplace_add: bool = False
+    low: Steps,
+    x: Any,
+    conv: Child,
+    bn: Optional[Child],
+    residual: Any = None,
+    relu: bool = True,
+    inplace_add: bool = False,
 ) -> Image:
-    return low.conv(x, conv.module, conv.path, bn.module, residual, relu)
+    return low.conv(x, conv.module, conv.path, bn and bn.module, residual, relu)
 
 
-def _stem(low: Steps, x: Any, conv: Child, bn: Child) -> Image:
-    return low.conv(x, conv.module, conv.path, bn.module, relu=True, pool=True)
+def _stem(low: Steps, x: Any, conv: Child, bn: Optional[Child]) -> Image:
+    return low.conv(x, conv.module, conv.path, bn and bn.module, relu=True, pool=True)
+
+
+def _convolution(low: Steps, x: Any, conv: Child) -> Image:
+    reason = conditions.own_conv_refusal(conv.module)
+    if reason:
+        raise NotPlanned(f"{'.'.join(conv.path)} {reason}")
+    return low.conv(x, conv.module, conv.path)
 
 
 def _channels_last(low: Steps, x: Any) -> Any:
@@ -136,6 +149,7 @@ def _getattr(low: Steps, x: Any, name: str) -> Any:
 
 
 CALLS: dict[Any, Callable[..., Any]] = {
+    cores.convolution: _convolution,
     functional.conv_bn_act: _conv_bn_act,
     functional.stem: _stem,
     functional.global_avg_pool: Steps.global_avg_pool,

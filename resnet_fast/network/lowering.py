@@ -13,7 +13,9 @@ from torch import fx, nn
 from resnet_fast.graph import conditions, functional
 from resnet_fast.graph.bottleneck_pairs import Bottlenecks
 from resnet_fast.graph.conditions import Accelerated, Path
-from resnet_fast.graph.program import Program, build, hidden_state
+from resnet_fast.graph.cores import AffineCore
+from resnet_fast.graph.program import Program, build
+from resnet_fast.graph.reads import Reads
 from resnet_fast.graph.state import state_of
 from resnet_fast.network.calls import CALLS, MODULES
 from resnet_fast.network.operations import Steps
@@ -28,11 +30,16 @@ class Lowering(Steps):
     """Makes the steps of a graph. ``plain`` keeps those of modules that are not accelerated, for the next shape."""
 
     plain: dict[Path, tuple[type, Program]] = field(default_factory=dict)
+    reads: list[tuple[Path, Reads]] = field(default_factory=list)  # of the forwards, where a ``Guard`` does not see it
 
     def graph(self, module: nn.Module, program: Program, inputs: tuple) -> Any:
         """The results of ``program``'s graph: ``Image``s, in the structure that the module's forward returns."""
         if program.graph is None or len(inputs) != len(program.inputs):
             raise NotPlanned(program.reason or f"{self.name()} is called with other than its required inputs")
+        if program.questions:
+            raise NotPlanned(f"{self.name()} asks for the type of its input")
+        if program.reads.others:
+            self.reads.append((self.at, program.reads))
         env: dict[fx.Node, Any] = {}
         given = iter(inputs)
         for node in program.graph.nodes:
@@ -63,6 +70,8 @@ class Lowering(Steps):
             return x
         if node.target is functional.head:
             return self._head(*args)
+        if isinstance(node.target, AffineCore):
+            return Child(node.target(args[0].module), args[0].path)
         lower = CALLS.get(node.target)
         if lower is None:
             raise NotPlanned(f"{self.name()} calls {getattr(node.target, '__name__', node.target)}")
@@ -99,8 +108,6 @@ class Lowering(Steps):
             known = type(module).__module__.split(".")[0] in _KNOWN_PACKAGES
             if not known and not any(True for _ in module.children()):
                 raise NotPlanned(f"{self.name()} is a {type(module).__name__}")
-            if hidden_state(module):
-                raise NotPlanned(f"{self.name()} has an attribute {hidden_state(module)}")
             known_class, program = self.plain.get(self.at) or (None, Program())
             if known_class is not type(module) or program.stale(module):
                 program = build(module)

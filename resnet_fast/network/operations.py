@@ -7,7 +7,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.graph import batch_norm
+from resnet_fast.graph import batch_norm, functional
 from resnet_fast.graph.conditions import Path
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import abi, library, planner
@@ -45,6 +45,9 @@ class Steps:
     def overwrite(self, image: Image) -> None:
         """Called by operations in place, whose result gets memory of its own all the same."""
         self._overwritten.add(image.storage)
+
+    def overwrites(self, image: Image) -> bool:
+        return image.storage in self._overwritten
 
     def _emit(self, kind: int, shape: abi.Shape, x: Image, y_shape: tuple[int, ...], nhwc: bool, **rest: Any) -> Image:
         y = Image(y_shape, Storage(math.prod(y_shape)), nhwc)
@@ -87,12 +90,12 @@ class Steps:
         x = self.pixels(x)
         if x.shape[1] != conv.weight.shape[1] * conv.groups:
             raise NotPlanned(f"{'.'.join(path)} gets {x.shape[1]} channels")
-        geometry: Any = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        geometry = functional.geometry_of(conv)
         sizes: Any = (*x.shape[1:2], *conv.weight.shape[:1], conv.weight.shape[2:], *geometry)
         reason = native.supports(Case("conv_bn_act", "cpu", torch.float32, *sizes))
         if reason:
             raise NotPlanned(f"{'.'.join(path)}: {reason}")
-        shape = native.conv_shape(x.shape, conv.weight.shape, *geometry, relu=relu, pool=pool)  # type: ignore[misc]
+        shape = native.conv_shape(x.shape, conv.weight.shape, *geometry, relu=relu, pool=pool)
         if min(shape.p, shape.q) < 1:
             raise NotPlanned("the image is smaller than a window")
         y_shape = (shape.n, shape.k, *native.output_size(shape))
@@ -122,7 +125,8 @@ class Steps:
                 or (t.dtype != torch.float32 and t is not counter)
             ):
                 raise NotPlanned(f"{'.'.join(path)} has weights that are no ordinary float32 on the CPU")
-        if norm is not None and norm.running_var.shape != weight.shape[:1]:  # type: ignore[union-attr]
+        sized = norm is not None and not isinstance(norm, batch_norm.Affine)
+        if sized and norm.running_var.shape != weight.shape[:1]:  # type: ignore[union-attr]
             raise NotPlanned(f"{'.'.join(path)} has a norm of another size")
         if not library.supports(shape, "gemm"):
             raise NotPlanned(f"{'.'.join(path)}: the native kernels do not cover it")
@@ -151,7 +155,7 @@ class Steps:
             zero = torch.zeros(weight.shape[0], device="cpu")
             return Pack(packed, zero if shift is None else zero.copy_(shift.detach()))
 
-        key = (algorithm, library.variant(), shape.groups, bias is None, norm is not None and norm.eps)
+        key = (algorithm, library.variant(), shape.groups, bias is None, norm and batch_norm.settings_of(norm))
         step.pack = _packs.get(sources(step.weights), key, pack)
 
     def linear(self, x: Any, layer: nn.Linear) -> Image:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from resnet_fast.graph.conditions import Path
+from resnet_fast.graph.conditions import Path, child_at
 from resnet_fast.graph.guard import Guard
 from resnet_fast.graph.program import STATE, Program, State
 from resnet_fast.graph.state import state_of
@@ -50,6 +50,9 @@ class Plan:
         if not leaves or not all(isinstance(leaf, Image) for leaf in leaves):
             raise NotPlanned("it returns more than tensors")
         outputs = list(dict.fromkeys(map(lowering.read, leaves)))
+        if lowering.overwrites(given):
+            raise NotPlanned("it writes to its input")
+        self._reads = lowering.reads
         storages = [image.storage for image in outputs]
         if len(set(storages)) != len(storages) or given.storage in storages:
             raise NotPlanned("it returns views, or its input")
@@ -70,6 +73,11 @@ class Plan:
         self.parts = schedule.order(self.steps, self.split, given.shape[0])
         self._ops = _operations(self.parts, places)
         self._pointers: Any = ctypes.c_void_p * (2 + len(outputs))
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the forwards still decide as they did, in what a ``Guard`` does not see."""
+        owners = ((child_at(module, path), reads) for path, reads in self._reads)
+        return all(owner is not None and reads.others_hold(owner) for owner, reads in owners)
 
     def run(self, x: Tensor) -> Any:
         """``module(x)``, for an ``x`` of the shape and layout that the plan was made for. Results are new tensors."""
@@ -133,12 +141,13 @@ class Plans:
         kept = self._kept.get(key)
         if kept is None:
             return None
-        if not kept[0].holds(module):
-            del kept  # with its packed weights, before there are new ones
+        guard, plan = kept
+        if not guard.holds(module) or (isinstance(plan, Plan) and not plan.holds(module)):
+            del kept, plan  # with its packed weights, before there are new ones
             self._kept.pop(key, None)
             return None
-        self.last = kept[1]
-        return kept[1]
+        self.last = plan
+        return plan
 
     def make(self, module: nn.Module, program: Program, x: Tensor, threads: int, key: tuple) -> Union[Plan, str]:
         for oldest in list(self._kept)[: len(self._kept) + 1 - _PLANS_KEPT]:

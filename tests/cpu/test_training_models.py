@@ -339,9 +339,9 @@ def intermediate_that_feeds_both(self, x):
     return F.relu(_unit(self, 2, y) + _unit(self, 3, y))
 
 
-@graph(2)
+@graph(3)
 def input_overwritten_between(self, x):
-    """The first convolution may not move past the write; it stays stock."""
+    """The first convolution may not move past the write, to its ReLU: that is a step of its own."""
     z = x * 1
     y = _unit(self, 1, z.clone())
     z.add_(1)

@@ -199,7 +199,9 @@ def test_pre_activation_block():
         out = self.conv1(F.relu(self.bn1(x)))
         return self.conv2(F.relu(self.bn2(out))) + x
 
-    check(forward, expected_ops=1)
+    fast, _ = check(forward, expected_ops=2)
+    steps = resnet_fast.explain(fast).rows[0].steps
+    assert [step.partition(":")[0] for step in steps] == ["conv1+bn2+relu", "conv2+add"]
 
 
 def test_modules_used_twice():
