@@ -33,8 +33,8 @@ class _Proxy(fx.Proxy):
             raise Impure(f"asks an input or a result for {name!r}")
         return _Attribute(self, name)
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         return type(self) if _asked_by_torch() else _refuse("asks for the class of an input or a result")
 
     def __hash__(self) -> int:
