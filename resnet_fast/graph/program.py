@@ -184,7 +184,7 @@ def write_program(module: nn.Module, traced: Traced) -> Program:
         found = blocks(module, graph, found)
     for match in found:
         program.parts |= match.parts
-    rewrite(module, graph, found)
+    rewrite(module, graph, found, program.training)
     program.ops = [match.op for match in found]
     program.rest = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     program.function, program.source = compile_graph(graph, type(module).__name__)

@@ -291,6 +291,21 @@ def test_a_buffer_that_counts_the_calls():
         pickle.loads(pickle.dumps(fast.state_dict()))
 
 
+def _dropping(self, x):
+    y = F.relu(self.bn2(self.conv2(self.a(_body(self, x)))))
+    return F.dropout(y, 0.5, self.training) + F.dropout(y, 0.5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_same_seed_drops_the_same(training):
+    """Random numbers are drawn in the order of memory."""
+    results = []
+    for model in (made(_dropping, a=nn.Dropout()), resnet_fast.accelerate(made(_dropping, a=nn.Dropout()))):
+        torch.manual_seed(0)
+        results.append(model.train(training)(X))
+    assert relative_error(results[1], results[0]) < 1e-5
+
+
 # --- what may change between two calls --------------------------------------------------------------------------------
 
 
