@@ -72,7 +72,7 @@ def _fuse(module: fx.GraphModule, inputs: Sequence[Any]) -> Optional["_Planned"]
     )
     planned = _plan(module, layers, inputs) if fused and not training else None
     if fused:
-        rewrite(module, graph, blocks(module, graph, found) if training else found, image)
+        rewrite(module, graph, blocks(module, graph, found) if training else found, training, image)
     lower_layers(module, layers)
     whole = ", and the whole graph is one native program" if planned is not None else ""
     logger.info("%d of %d convolutions fused%s", fused, convolutions, whole)

@@ -16,6 +16,7 @@ from resnet_fast.graph.layout import reads_layout, unknown_code
 from resnet_fast.graph.tracing import IN_PLACE, called
 
 _METHODS = {f"__{operation.__name__}__" for operation in (*IN_PLACE, operator.setitem)}
+_VIEWS = {"data", "T", "H", "mT", "mH", "real", "imag", "grad"}
 _SAME_MEMORY = (nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten)
 
 
@@ -79,6 +80,8 @@ def _shared(node: fx.Node, child: Optional[nn.Module]) -> list[fx.Node]:
     if node.op not in ("call_function", "call_method"):
         return []
     targets = written(node, child)
+    if node.target is getattr and node.args[1] not in _VIEWS:
+        return []
     if targets or node.target in (operator.getitem, getattr):
         return targets or list(_nodes(node.args[:1]))
     arithmetic = getattr(node.target, "__module__", "") == "_operator"

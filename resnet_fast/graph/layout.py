@@ -16,6 +16,11 @@ _LAYOUT_FUNCTIONS = {
     *("getitem", "chunk", "split", "tensor_split", "narrow", "select", "unbind", "expand", "unfold", "diagonal"),
     *("permute", "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze"),
 }
+_DRAWING_LAYERS = (nn.Dropout, nn.AlphaDropout, nn.RReLU)
+_DRAWING_FUNCTIONS = {
+    *("dropout", "alpha_dropout", "rrelu", "bernoulli", "bernoulli_", "normal_", "uniform_", "random_"),
+    *("exponential_", "cauchy_", "log_normal_", "geometric_"),
+}
 _LAYOUT_SAFE_PACKAGES = {"resnet_fast", "torch", "torchvision", "timm", "_operator", "builtins", "math"}
 
 
@@ -44,6 +49,15 @@ def reads_layout(module: nn.Module, node: fx.Node) -> bool:
         return node.target in _LAYOUT_FUNCTIONS
     named = node.op == "call_function" and getattr(node.target, "__name__", "") in _LAYOUT_FUNCTIONS
     return named or unknown_code(module, node)
+
+
+def draws(module: nn.Module, node: fx.Node, training: bool) -> bool:
+    """Whether a node draws random numbers, in the order in which its input lies in memory, in a mode of ``module``."""
+    if node.op == "call_module":
+        return training and isinstance(module.get_submodule(str(node.target)), _DRAWING_LAYERS)
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    switches = (*node.args[2:3], node.kwargs.get("training"), node.kwargs.get("train"))
+    return name in _DRAWING_FUNCTIONS and not ("dropout" in name and False in switches)
 
 
 def unknown_code(module: nn.Module, node: fx.Node) -> bool:

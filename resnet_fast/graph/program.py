@@ -183,7 +183,7 @@ def _fresh(module: nn.Module, graph: fx.Graph, reads: Reads) -> list[nn.Module]:
         if child is None or type(child).__module__.startswith("torch.nn."):
             continue
         try:
-            traces = [trace(child, training) for training in (False, True)]
+            traces: list[Any] = [trace(child, training) for training in (False, True)]
         except Untraceable:
             continue
         if not any(gives_its_input(child, graph) for _, graph in traces):
@@ -203,7 +203,7 @@ def write_program(module: nn.Module, traced: Traced) -> Program:
         found = blocks(module, graph, found)
     for match in found:
         program.parts |= match.parts
-    rewrite(module, graph, found)
+    rewrite(module, graph, found, program.training)
     program.ops = [match.op for match in found]
     program.rest = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     program.function, program.source = compile_graph(graph, type(module).__name__)

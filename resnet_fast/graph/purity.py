@@ -75,7 +75,7 @@ def _recorded() -> frozenset[int]:
     return frozenset({id(f) for f in functions if callable(f)} - ignored | set(map(id, harmless)))
 
 
-@functools.cache
+@functools.lru_cache(1000)
 def _instructions(code: types.CodeType) -> dict[int, tuple[str, Any, tuple[str, ...]]]:
     """What has to be looked at, by place: an operation, its argument, and which attributes of it are asked for next."""
     found: dict[int, Any] = {}
@@ -91,7 +91,7 @@ def _instructions(code: types.CodeType) -> dict[int, tuple[str, Any, tuple[str, 
     return found
 
 
-@functools.cache
+@functools.lru_cache(1000)
 def _catches(code: types.CodeType) -> bool:
     """Whether there is an exception handler other than that of a ``with`` statement."""
     names = [one.opname for one in dis.get_instructions(code)]

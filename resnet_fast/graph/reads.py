@@ -7,7 +7,7 @@ import numbers
 import sys
 import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 from typing import Any, Generic, Optional, Protocol
 
@@ -80,8 +80,8 @@ def freeze(value: Any, visit: Callable[[Any], None] = lambda value: None, above:
         return value
     if id(value) in above:
         return above.index(id(value))
-    if len(above) > 20:
-        raise Unseen(f"a {type(value).__name__} that is nested deeply")
+    if len(above) > 20 or (isinstance(value, Sized) and len(value) > 100):
+        raise Unseen(f"a {type(value).__name__} that would take long to compare at every call")
     inner: Callable[[Any], Any] = functools.partial(freeze, visit=visit, above=(*above, id(value)))
     if isinstance(value, type):
         return value, *map(inner, _class_data(value).items())

@@ -5,14 +5,18 @@ from typing import Any, Optional
 from torch import fx, nn
 
 from resnet_fast.graph.cores import Owned, close
-from resnet_fast.graph.layout import channels_last, laid_out_like, reads_layout
+from resnet_fast.graph.layout import channels_last, draws, laid_out_like, reads_layout
 from resnet_fast.graph.patterns import Match
 
 
-def rewrite(module: nn.Module, graph: fx.Graph, matches: list[Match], given: Optional[fx.Node] = None) -> None:
+def rewrite(
+    module: nn.Module, graph: fx.Graph, matches: list[Match], training: bool, given: Optional[fx.Node] = None
+) -> None:
     """Change the graph of ``module``: an op for each match; the input is laid out once, the results as it came.
 
-    ``given`` is the input that counts; without it, the first one.
+    Args:
+        training: the mode that the graph is for.
+        given: the input that counts; without it, the first one.
     """
     replaced: dict[fx.Node, fx.Node] = {}  # the inputs of a match may have been replaced since it was found
     for match in matches:
@@ -38,7 +42,7 @@ def rewrite(module: nn.Module, graph: fx.Graph, matches: list[Match], given: Opt
     moved: dict[fx.Node, fx.Node] = {}  # others have views of what these were changed to, or may have written to it
     for node in list(graph.nodes):
         _change_arguments(node, moved)
-        if node.op == "output" or reads_layout(module, node):
+        if node.op == "output" or reads_layout(module, node) or draws(module, node, training):
             with graph.inserting_before(node):
                 laid_out = {value: restored(value) for value in node.all_input_nodes}
             _change_arguments(node, laid_out)

@@ -33,15 +33,16 @@ class _Proxy(fx.Proxy):
             raise Impure(f"asks an input or a result for {name!r}")
         return _Attribute(self, name)
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         return type(self) if _asked_by_torch() else _refuse("asks for the class of an input or a result")
 
     def __hash__(self) -> int:
         return super().__hash__() if _asked_by_torch() else _refuse("looks for an input or a result in a dict or set")
 
     def __format__(self, spec: str) -> str:
-        told = _asked_by_torch() or self.tracer.tells()
+        tracer: Any = self.tracer
+        told = _asked_by_torch() or tracer.tells()
         return super().__format__(spec) if told else _refuse("makes text of an input or a result")
 
     def __repr__(self) -> str:

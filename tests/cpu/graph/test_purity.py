@@ -291,6 +291,21 @@ def test_a_buffer_that_counts_the_calls():
         pickle.loads(pickle.dumps(fast.state_dict()))
 
 
+def _dropping(self, x):
+    y = F.relu(self.bn2(self.conv2(self.a(_body(self, x)))))
+    return F.dropout(y, 0.5, self.training) + F.dropout(y, 0.5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_same_seed_drops_the_same(training):
+    """Random numbers are drawn in the order of memory."""
+    results = []
+    for model in (made(_dropping, a=nn.Dropout()), resnet_fast.accelerate(made(_dropping, a=nn.Dropout()))):
+        torch.manual_seed(0)
+        results.append(model.train(training)(X))
+    assert relative_error(results[1], results[0]) < 1e-5
+
+
 # --- what may change between two calls --------------------------------------------------------------------------------
 
 
@@ -614,6 +629,11 @@ def test_children_that_write_or_give_back_what_they_are_given(layout):
         z = _body(self, x)
         return z + self.bn2(self.conv2(z)) * self.a(z)
 
+    def sized(self, x):
+        z = _body(self, x)
+        shape, gate = z.shape, self.a(z)
+        return self.bn2(self.conv2(z)).reshape(shape) * gate
+
     def passed_on(self, x):
         y = self.a(x)
         y += _body(self, x)
@@ -623,13 +643,20 @@ def test_children_that_write_or_give_back_what_they_are_given(layout):
         return _body(self, x), x
 
     x = X.contiguous(memory_format=layout)
-    for forward, child in ((masked, Masks()), (passed_on, Switch()), (passed_on, nn.Identity()), (returned, None)):
+    for forward, child in (
+        (masked, Masks()),
+        (sized, Masks()),
+        (passed_on, Switch()),
+        (passed_on, nn.Identity()),
+        (returned, None),
+    ):
         stock, fast = made(forward, a=child), resnet_fast.accelerate(made(forward, a=child))
         given = [x.clone(), x.clone()]
         with torch.no_grad():
             results = [stock(given[0]), fast(given[1])]
         assert relative_error(results[1], results[0]) < 1e-5
         assert relative_error(given[1], given[0]) < 1e-6
+        assert fused_calls(lambda: fast(x)) or forward is passed_on  # noqa: B023
     assert results[1][1] is given[1]
 
 
