@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from rich.markup import escape
 
 from resnet_fast.cli import options
 from resnet_fast.cli.console import console, table, write_json
@@ -90,7 +91,7 @@ def bench(
                 labels = torch.randint(CLASSES, (images_a_call,), generator=generator)
             if frozen_bn:
                 freeze_batch_norm(stock, images)
-            with out.status(name) as status:
+            with out.status(escape(name)) as status:
                 results = measure(
                     stock,
                     images,
@@ -99,7 +100,7 @@ def bench(
                     threads=threads,
                     rounds=rounds,
                     seconds=seconds,
-                    progress=lambda text, status=status, name=name: status.update(f"{name}: {text}"),  # type: ignore[misc]
+                    progress=lambda text, status=status, name=name: status.update(escape(f"{name}: {text}")),  # type: ignore[misc]
                 )
             kind = f"{', training' if training else ''}{', frozen batch norm' if frozen_bn else ''}"
             title = f"{name}{kind}, batch {images_a_call}, {size}x{size}, float32, {threads} threads"

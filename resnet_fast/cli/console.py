@@ -27,7 +27,8 @@ def quiet() -> bool:
 def console() -> Console:
     """A console on stderr, so that stdout carries nothing but JSON."""
     # A log file has no width: do not break a table's lines at the 80 columns that rich assumes.
-    return Console(stderr=True, quiet=_quiet, highlight=False, width=None if sys.stderr.isatty() else 140)
+    width = None if sys.stderr.isatty() else 140
+    return Console(stderr=True, quiet=_quiet, highlight=False, emoji=False, width=width)  # :cat: may be a folder's name
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def stages(console: Console, title: str) -> Iterator[Callable[[str, int, Optiona
 
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -83,6 +84,10 @@ def write_json(data: Any, target: Optional[str]) -> None:
 
     text = json_text(data)
     if target == "-":
+        try:
+            text.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:
+            text = json_text(data, ascii=True)
         sys.stdout.write(text)
         sys.stdout.flush()
         return

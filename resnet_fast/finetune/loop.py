@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_fast.accelerated import accelerate
 from resnet_fast.finetune import checkpoint, qat, recipe, report, transforms
 from resnet_fast.finetune.arguments import SettingError, Settings
-from resnet_fast.finetune.data import Data, check_classes
+from resnet_fast.finetune.data import Data
 from resnet_fast.finetune.distributed import Processes
+from resnet_fast.finetune.folders import check_classes
 from resnet_fast.finetune.freezing import Frozen
 from resnet_fast.finetune.loading import Batch, Loader, seed_of
 from resnet_fast.finetune.sync_batch_norm import synchronise
@@ -150,9 +152,9 @@ class Run:
             raise
         result = self._result()
         if self.processes.first:
+            report.write_json(self.folder / "results.json", result)  # before pictures, which more can go wrong with
             report.write_classes(self.folder, self.data.classes)
             report.write_confusion(self.folder, self.best["confusion"].numpy(), self.data.classes)
-            report.write_json(self.folder / "results.json", result)
         return result
 
     def _one_epoch(self) -> None:
@@ -275,6 +277,7 @@ class Run:
             "history": self.history,
             "best": self.best,
             "classes": list(self.data.classes),
+            "preprocessing": asdict(transforms.preprocessing(self.data.kind, self.settings)),
             "images": len(self.data.train),
             "processes": self.processes.world,
             "settings": self.settings.as_dict(),
@@ -383,4 +386,4 @@ class Run:
         if self.saved is None:
             logger.warning("interrupted in the first epoch: there is no checkpoint yet")
         else:
-            logger.warning("interrupted; --resume %s goes on after epoch %d", self.saved, self.saved_epoch)
+            logger.warning("interrupted; --resume %s goes on after epoch %d", shlex.quote(self.saved), self.saved_epoch)

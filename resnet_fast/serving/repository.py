@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import resnet_fast
+from resnet_fast.export.folding import stock_copy
 from resnet_fast.export.metadata import gather
 from resnet_fast.export.to_onnx import ExportResult, export_onnx
 from resnet_fast.models.named import build
@@ -213,7 +214,7 @@ def _labels(model: nn.Module, export: dict[str, Any]) -> Optional[Sequence[str]]
 
 def _state(model: nn.Module, architecture: str, classes: int) -> dict[str, torch.Tensor]:
     """The state_dict of ``model``, known to fit what ``architecture`` builds."""
-    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    state = stock_copy(model).state_dict()
     try:
         build(architecture, num_classes=classes).load_state_dict(state)
     except RuntimeError as error:

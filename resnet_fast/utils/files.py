@@ -39,9 +39,13 @@ def replacing(path: Union[str, os.PathLike]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def json_text(data: Any) -> str:
-    """Return ``data`` as JSON that every reader takes: what JSON has no number for (NaN, infinities) is text."""
-    return json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+def json_text(data: Any, ascii: bool = False) -> str:
+    """Return ``data`` as JSON that every reader takes: what JSON has no number for (NaN, infinities) is text.
+
+    Bytes of file names that are no UTF-8 are escaped as JSON does it, all but ASCII only if ``ascii``.
+    """
+    text = json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=ascii) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _plain(value: Any) -> Any:

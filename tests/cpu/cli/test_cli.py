@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -90,6 +91,20 @@ def test_ctrl_c_exits_with_130(monkeypatch, capsys):
     monkeypatch.setattr("resnet_fast.models.named.build", interrupted)
     assert main(["explain", "resnet18"]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["m.onnx"], ["--triton-repository", "models"]])
+def test_sigterm_leaves_nothing_half_written(more, tmp_path, monkeypatch, capsys):
+    def terminated(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it goes on")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("resnet_fast.export.to_onnx.folded", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["export", "resnet18", *more, "--size", "32"]) == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -346,7 +361,7 @@ def test_export_with_a_checkpoint(network, tmp_path, capsys):
 
     assert main(arguments) == 1  # 1000 classes
     said = capsys.readouterr().err
-    assert "size mismatch for fc.weight" in said
+    assert "its last layer has 5 classes, that of the model 1000" in said
 
 
 def test_unfitting_checkpoint_is_reported_as_torchvision_does(network, tmp_path, capsys):
