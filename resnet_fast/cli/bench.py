@@ -6,7 +6,7 @@ import typer
 from rich.markup import escape
 
 from resnet_fast.cli import options
-from resnet_fast.cli.console import console, table, write_json
+from resnet_fast.cli.console import console, table, warn_if_busy, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,9 +74,7 @@ def bench(
     cores = available_cores()
     threads = threads or cores
     out = console()
-    busy = load()
-    if busy is not None and busy > 0.5:
-        out.print(f"[yellow]this machine is busy (load {busy}): the times below are too long[/]")
+    busy = warn_if_busy(out)
     workloads: list[dict[str, Any]] = []
     for name in [*(models or []), *(model or [])] or ["resnet18", "resnet50"]:
         stock = options.build(name, seed=seed)

@@ -33,7 +33,10 @@ def console() -> Console:
 
 @contextmanager
 def stages(console: Console, title: str) -> Iterator[Callable[[str, int, Optional[int]], None]]:
-    """A spinner, and a bar for each stage that the yielded function is told of: its name, steps done, and steps."""
+    """A spinner, and a bar for each stage that the yielded function is told of: its name, steps done, and steps.
+
+    A stage may say more behind a colon: ``learning: epoch 2/3`` takes the place of ``learning: epoch 1/3``.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -56,11 +59,22 @@ def stages(console: Console, title: str) -> Iterator[Callable[[str, int, Optiona
         tasks: dict[str, TaskID] = {}
 
         def tell(stage: str, done: int, total: Optional[int]) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+            name = stage.partition(":")[0]
+            if name not in tasks:
+                tasks[name] = bars.add_task(stage, total=total)
+            bars.update(tasks[name], description=stage, completed=done, total=total)
 
         yield tell
+
+
+def warn_if_busy(console: Console) -> Optional[float]:
+    """Say so where other processes take time that is about to be measured; return the load, if the system tells."""
+    from resnet_fast.bench.machine import load
+
+    busy = load()
+    if busy is not None and busy > 0.5:
+        console.print(f"[yellow]this machine is busy (load {busy}): the times below are too long[/]")
+    return busy
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[str] = ()) -> Table:

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from resnet_fast.cli import options
-from resnet_fast.cli.console import console, quiet, table, write_json
+from resnet_fast.cli.console import console, quiet, stages, table, write_json
 from resnet_fast.finetune.arguments import SettingError, Settings
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def finetune(context: typer.Context, data: Source, json: options.Json = None, **
         with processes(settings.device) as here, logged(here):
             images = open_data(data, settings)
             model = _model(settings, images)
-            with claimed(settings) if here.first else nullcontext(Path()) as folder:
-                result = train(model, images, settings, folder, here)
+            with claimed(settings) if here.first else nullcontext(Path()) as folder, _bar(here) as bar:
+                result = train(model, images, settings, folder, here, bar)
     except SettingError as error:
         raise typer.BadParameter(error.problem, param_hint=error.option) from None
     if here.first:
@@ -131,11 +131,29 @@ def _model(settings: Settings, data: "Data") -> "nn.Module":
     return model
 
 
+class _Stderr(logging.StreamHandler):
+    """To what stderr is at the time: rich puts something else there, which keeps a bar below the lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+@contextmanager
+def _bar(here: "Processes") -> Iterator[Any]:
+    """What shows how far the run is, on a terminal."""
+    if not here.first:
+        yield None
+        return
+    with stages(console(), "training") as bar:
+        yield bar
+
+
 @contextmanager
 def logged(here: "Processes") -> Iterator[None]:
     """Progress on stderr, from the first process; warnings from all."""
     logger = logging.getLogger("resnet_fast.finetune")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(message)s" if here.world == 1 else f"[{here.rank}] %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if here.first and not quiet() else logging.WARNING)

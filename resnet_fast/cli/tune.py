@@ -6,7 +6,7 @@ import typer
 from rich.markup import escape
 
 from resnet_fast.cli import options
-from resnet_fast.cli.console import console, table, write_json
+from resnet_fast.cli.console import console, table, warn_if_busy, write_json
 from resnet_fast.utils.names import Dtype
 
 
@@ -55,6 +55,7 @@ def tune(
     shape = (batch, channels_of(fast) or 3, size, size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, precision)
     out = console()
+    warn_if_busy(out)
     with out.status(f"measuring {escape(model)}"):
         tuning = measure(fast, images, calls)
     rows = [

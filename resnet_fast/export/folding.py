@@ -45,6 +45,10 @@ def stock_copy(model: nn.Module) -> nn.Module:
     # Pruned or normalised weights are results of others, which deepcopy refuses to copy.
     results = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     copied = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in results if not tensor.is_leaf})
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if (inner := unwrapped(child)) is not child:
+                setattr(parent, name, inner)
     stock = restore(copied).cpu().eval().requires_grad_(False)
     for module in list(stock.modules()):
         _make_weights_plain(module)

@@ -14,6 +14,7 @@ recipe.py          optimizer, schedule, average of the weights
 distributed.py     the processes that torchrun started
 sync_batch_norm.py statistics over all processes, on a CPU too
 loop.py            the training loop
+progress.py        what a run says while it goes on
 checkpoint.py      files that appear whole or not at all, and say why if not
 output_folder.py   the folder of a run, which no other gets meanwhile
 report.py          metrics as CSV and JSON, curves and confusion matrix as pictures

@@ -270,6 +270,19 @@ def test_json_file_survives_a_failure(tmp_path):
 
 
 @pytest.mark.skipif(library.unavailable() is not None, reason="tunes the native kernels")
+def test_tune_says_that_the_machine_is_busy(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
+    for load, count in ((0.2, 0), (1.7, 1)):
+        monkeypatch.setattr("resnet_fast.bench.machine.load", lambda load=load: load)
+        monkeypatch.setattr("resnet_fast.tune", _refuse)
+        assert main(["tune", "resnet18", "--device", "cpu", "--size", "32"]) == 1
+        assert capsys.readouterr().err.count("this machine is busy") == count
+
+
+def _refuse(*_):
+    raise RuntimeError("not now")
+
+
 def test_tune_measures_and_keeps(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
     planner.choices.forget()
