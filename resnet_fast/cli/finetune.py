@@ -91,7 +91,7 @@ def _with_model(settings: Settings, given: dict[str, Any]) -> Settings:
     from resnet_fast.models.checkpoint import finetuned
 
     written = None if settings.weights is None or "model" in given else finetuned(Path(settings.weights))
-    return settings if written is None else replace(settings, model=written.model)
+    return settings if written is None or written.model is None else replace(settings, model=written.model)
 
 
 def _model(settings: Settings, data: "Data") -> "nn.Module":

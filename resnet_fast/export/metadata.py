@@ -200,9 +200,12 @@ def _from_checkpoint(file: Path) -> dict[str, Any]:
     written = finetuned(file)
     if written is None:
         return {}
-    known = {"classes": written.classes, "mean": written.mean, "std": written.std}
-    resize = {} if written.resize is None else {"resize": (written.resize, written.size)}
-    return {"input_size": (written.size, written.size), **known, **resize}
+    known: dict[str, Any] = {name: getattr(written, name) for name in ("classes", "mean", "std")}
+    if written.size is not None:
+        known["input_size"] = (written.size, written.size)
+        if written.resize is not None:
+            known["resize"] = (written.resize, written.size)
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _from_timm(model: nn.Module) -> dict[str, Any]:

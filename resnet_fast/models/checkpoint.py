@@ -26,33 +26,34 @@ _FEW = 8  # names that do not fit, which are shown one by one
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What a checkpoint of ``resnet-fast finetune`` says beside its weights.
+    """What a checkpoint of ``resnet-fast finetune`` says beside its weights; others may say the first of it.
 
     Attributes:
-        model: as the command line names it.
         classes: their names, in the order of the outputs.
+        model: as the command line names it.
         size: height and width of the images that it reads.
         mean, std: per channel, of images in [0, 1].
-        resize: of the shorter side before the crop to ``size``; None in checkpoints that do not say.
+        resize: of the shorter side before the crop to ``size``.
     """
 
-    model: str
     classes: tuple[str, ...]
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    model: Optional[str] = None
+    size: Optional[int] = None
+    mean: Optional[tuple[float, ...]] = None
+    std: Optional[tuple[float, ...]] = None
     resize: Optional[int] = None
 
 
 def finetuned(path: Path) -> Optional[Finetuned]:
-    """What ``resnet-fast finetune`` wrote into a checkpoint; None if it is another's, or cannot be read."""
+    """What is known of a checkpoint; None if it names no classes, or cannot be read."""
     try:
         content = _load_tensors(path, mmap=True)
-        said = content["preprocessing"]
-        kept = {name: tuple(said[name]) for name in ("mean", "std")}
-        return Finetuned(
-            content["settings"]["model"], tuple(content["classes"]), said["size"], **kept, resize=said.get("resize")
-        )
+        classes = tuple(content["classes"])
+        if not all(isinstance(name, str) for name in classes):
+            return None
+        model, said = content.get("settings", {}).get("model"), content.get("preprocessing", {})
+        mean, std = (tuple(said[name]) if name in said else None for name in ("mean", "std"))
+        return Finetuned(classes, model, said.get("size"), mean, std, said.get("resize"))
     except Exception:  # whether it can be loaded at all is the business of the one who loads it
         return None
 
@@ -143,7 +144,7 @@ def _problem(model: nn.Module, state: Mapping[str, Tensor], name: str, file: Pat
     if outputs is not None and _shapes(own, model).items() == _shapes(state, model).items():
         return f"its last layer has {outputs} classes, that of the model {last_layer_outputs(model, own)}"
     written = finetuned(file)
-    other = written.model if written is not None else _recognised(state)
+    other = (written and written.model) or _recognised(state)
     if other is not None and other != name:
         return f"this is a {other}"
     missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()

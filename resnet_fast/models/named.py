@@ -94,7 +94,7 @@ def downloading(weights: Any) -> Iterator[None]:
 def model_in(file: Path) -> str:
     """The name of the model in a checkpoint of ``resnet-fast finetune``; UnknownNameError if it does not say."""
     written = finetuned(file)
-    if written is None:
+    if written is None or written.model is None:
         problem = f"{str(file)!r} does not say which model it is of; expected its name, and the file as weights"
         raise UnknownNameError("name", problem)
     return written.model

@@ -1,16 +1,20 @@
 """Files that appear whole or not at all, and what is written to them as JSON."""
 
+import contextlib
 import json
 import math
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Union
 
+_DAY = 86_400.0  # seconds
 
-@contextmanager
+
+@contextlib.contextmanager
 def replacing(path: Union[str, os.PathLike]) -> Iterator[Path]:
     """Give a temporary path in the folder of ``path``; move what was written there over ``path`` at the end.
 
@@ -32,11 +36,21 @@ def replacing(path: Union[str, os.PathLike]) -> Iterator[Path]:
         temporary.open("xb").close()
     except OSError as error:
         raise type(error)(error.errno, f"cannot write to the folder of path {str(path)!r}: {error.strerror}") from error
+    remove_stale(target)
     try:
         yield temporary
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_stale(target: Path) -> None:
+    """Remove what processes that were killed, a day ago at least, left of their temporary files for ``target``."""
+    name = re.compile(rf"\.{re.escape(target.stem)}\.[0-9a-f]{{8}}{re.escape(target.suffix)}")
+    for left in target.parent.glob(".*"):
+        with contextlib.suppress(OSError):  # another process may do the same
+            if name.fullmatch(left.name) and left.is_file() and time.time() - left.stat().st_mtime > _DAY:
+                left.unlink()
 
 
 def json_text(data: Any, ascii: bool = False) -> str:
