@@ -40,7 +40,11 @@ def fold_affine(graph_module: fx.GraphModule) -> None:
         assert weight is not None
         assert factor is not None
         channels = len(weight)
-        if factor.numel() not in (1, channels) or (factor.numel() > 1 and factor.shape[-3:-2] != (channels,)):
+        if (
+            factor.dim() > 4
+            or factor.numel() not in (1, channels)
+            or (factor.numel() > 1 and factor.shape[-3:-2] != (channels,))
+        ):
             continue
         factor = factor.double().flatten().expand(channels)
         shift = torch.zeros(channels, dtype=torch.float64) if bias is None else bias.double()

@@ -1,6 +1,7 @@
 """A folder of images for each class, as people have them; and what else a folder can be, which is said."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,11 @@ _OTHER_TASKS = (
     ({"images", "labels"}, "detection, in the format of YOLO"),
     ({"images", "masks"}, "segmentation"),
     ({"images", "annotations"}, "detection or segmentation"),
-    ({"annotations"}, "detection, in the format of COCO"),
 )
 """Names of folders, and what a data set is for that has them."""
+
+_WORDS = {"set", "data", "dataset", "images", "imgs", "img", "pictures", "photos", "split", "dev", "eval", "holdout"}
+"""What is beside train and val in names of parts, as ``training_set`` and ``val2017``."""
 
 Sample = tuple[str, int]
 """A file, and the number of its class."""
@@ -72,12 +75,14 @@ def _refuse_other_tasks(folder: Path) -> None:
     for place in (folder, *(part for part in (_part(folder, _TRAINING),) if part is not None)):
         names = {path.name.lower(): path.name for path in place.iterdir() if not is_litter(path.name)}
         coco = [name for key, name in names.items() if key.endswith(".json") and ("coco" in key or "instances" in key)]
-        found = [(f"{coco[0]}", "detection, in the format of COCO")] if coco else []
-        found += [
+        if "annotations" in names and not find_files(place / names["annotations"])[0]:  # or it may be a class
+            coco.append(f"{names['annotations']}/")
+        found = [
             (" and ".join(f"{names[key]}/" for key in sorted(keys)), task)
             for keys, task in _OTHER_TASKS
             if keys <= names.keys()
         ]
+        found += [(name, "detection, in the format of COCO") for name in coco]
         if found:
             has, task = found[0]
             raise ValueError(
@@ -109,6 +114,12 @@ def _classes(folder: Path) -> tuple[tuple[str, ...], list[Sample]]:
         raise ValueError(f"DATA has one class in {str(folder)!r}, {places[0].name!r}, expected 2 at least{hint}")
     classes = tuple(place.name for place in places)
     check_names(classes)
+    words = [set(re.findall("[a-z]+", name.lower())) for name in classes]
+    if all(one <= {*_TRAINING, *_VALIDATION, *_WORDS} for one in words) and set.union(*words) & set(_TRAINING):
+        raise ValueError(
+            f"DATA has {', '.join(map(repr, classes))} in {str(folder)!r}, which seem to be parts and no classes; "
+            "expected train/ and val/, with a folder of images for each class in them"
+        )
     samples: list[Sample] = []
     others: Counter[str] = Counter()
     empty = []

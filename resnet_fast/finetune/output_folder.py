@@ -13,7 +13,9 @@ from resnet_fast.finetune.checkpoint import LAST
 
 _LOCK = ".lock"
 _PATIENCE = 8.0  # seconds: the workers of a run that was killed hold its lock until they notice, which takes them 5
-_TEMPORARY = re.compile(r"\.\w+\.[0-9a-f]{8}\.(pt|csv|json|png|txt)")  # see utils.files.replacing
+_TEMPORARY = re.compile(  # see utils.files.replacing
+    r"\.(last|best|metrics|curves|results|classes|confusion)\.[0-9a-f]{8}\.(pt|csv|json|png|txt)"
+)
 
 
 @contextmanager

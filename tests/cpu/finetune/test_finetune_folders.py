@@ -40,6 +40,11 @@ def test_a_class_may_be_called_train(tmp_path):
     assert opened(tmp_path).classes == ("bus", "train")
 
 
+def test_classes_may_have_names_of_annotations(tmp_path):
+    put(tmp_path, *(f"{name}/{number}.png" for name in ("annotations", "photos", "val") for number in range(3)))
+    assert opened(tmp_path).classes == ("annotations", "photos", "val")
+
+
 def test_litter_is_no_class(tmp_path):
     put(tmp_path, *PAIR, ".ipynb_checkpoints/1.png", "__MACOSX/cat/._1.png", "cat/.ipynb_checkpoints/1-checkpoint.png")
     data = opened(tmp_path)
@@ -52,6 +57,9 @@ def test_litter_is_no_class(tmp_path):
         (["images/1.png", "images/2.png", "masks/1.png", "masks/2.png"], "images/ and masks/: a data set for segment"),
         (["images/1.png", "labels/1.txt"], "images/ and labels/: a data set for detection, in the format of YOLO"),
         (["train/images/1.png", "train/labels/1.txt", "val/images/1.png"], "train/ has images/ and labels/: a data"),
+        (["train2017/1.png", "val2017/1.png"], "'train2017', 'val2017' .* seem to be parts and no classes"),
+        (["training_set/cat/1.png", "test_set/cat/1.png"], "seem to be parts and no classes"),
+        (["train_images/1.png", "test_images/1.png"], "seem to be parts and no classes"),
         (["annotations/a.json", "train2017/1.png", "val2017/1.png"], "annotations/: a data set for detection, in the"),
         (["train/_annotations.coco.json", "train/1.png", "valid/1.png"], r"_annotations.coco.json: a data set for det"),
         (["Annotations/1.xml", "JPEGImages/1.png", "ImageSets/a.txt"], "JPEGImages/: .* Pascal VOC"),

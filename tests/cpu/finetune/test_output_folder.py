@@ -84,7 +84,7 @@ def test_runs_without_a_folder_each_get_one(tmp_path, monkeypatch):
 
 def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
     left = [".curves.00112233.png", ".metrics.0011aaff.csv", ".best.00112233.pt", ".results.00112233.json"]
-    kept = [".notes.png", ".notes.0011223.png", "x.00112233.png", ".gitignore"]
+    kept = [".notes.00112233.png", ".notes.0011223.png", "x.00112233.png", ".gitignore"]
     for name in (*left, *kept):
         (tmp_path / name).touch()
     with claimed(Settings(output=str(tmp_path))):
