@@ -142,6 +142,7 @@ def write_repository(
             texts |= {f"{one}/{LABELS}": "".join(f"{label}\n" for label in labels) for one in names}
         for place, text in texts.items():
             (temporary / place).write_text(text, encoding="utf-8")
+        _check_target(target, folder, names, overwrite)  # others may have written there meanwhile
         _move(temporary, target, names)
     path = Path(folder, file.relative_to(temporary))
     return Repository(Path(folder), names, runtime, replace(result, path=path))
