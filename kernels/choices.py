@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Optional
 
 FORMAT = 1
+_PATIENCE = 60.0  # seconds to wait for another process, which takes milliseconds
 
 
 def cache_folder() -> Path:
@@ -49,11 +50,28 @@ class Choices:
         Raises:
             OSError: the file cannot be written; the choices hold for this process all the same.
         """
+        from filelock import FileLock  # imports asyncio, which takes as long as all else here
+
+        target = self.path()
+        lock = FileLock(f"{target}.lock", timeout=_PATIENCE)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError:
+            self._with(machine, chosen)
+            raise
+        try:  # another process may have added to the file since it was read, and may be about to
+            self._write(self._with(machine, chosen))
+        finally:
+            lock.release()
+
+    def _with(self, machine: str, chosen: dict[str, str]) -> dict[str, dict[str, str]]:
+        """What the file has by now, with what this process knows beside."""
         machines = self._read()
         mine = machines.setdefault(machine, {})
         mine |= self._loaded.get(machine, {}) | chosen
         self._loaded[machine] = mine
-        self._write(machines)
+        return machines
 
     def forget(self) -> None:
         """Read the file again when it is asked next."""
@@ -70,15 +88,14 @@ class Choices:
                 raise ValueError(f"expected format {FORMAT}, with a choice for each problem of each machine")
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             warnings.warn(f"{self.path()} is ignored: {error!r}", stacklevel=2)
             return {}
         return machines
 
     def _write(self, machines: dict[str, dict[str, str]]) -> None:
-        """All of it or nothing: another process may read or write at the same time."""
+        """All of it or nothing: another process may read at the same time."""
         target = self.path()
-        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".part", delete=False) as part:
             try:
                 json.dump({"format": FORMAT, "machines": machines}, part, indent=1, sort_keys=True)

@@ -2,9 +2,12 @@
 
 import functools
 import inspect
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Optional
 
 import typer
@@ -74,7 +77,7 @@ app = typer.Typer(
     name="resnet-fast",
     help="ResNets with convolution, batch norm, residual add and ReLU fused: check, measure, train, export.",
     epilog="Exit codes: 0 ok, 1 error, 2 wrong usage, 3 a check failed, 4 something is missing on this machine, "
-    "130 interrupted by Ctrl-C.",
+    "130 interrupted by Ctrl-C, 143 by SIGTERM.",
     rich_markup_mode=None,  # rich's tables cut the names of options at 80 columns
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -119,7 +122,8 @@ def run(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command line and return its exit code: one of the constants above."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        app(arguments, prog_name="resnet-fast")
+        with _terminable():
+            app(arguments, prog_name="resnet-fast")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else OK if stop.code is None else ERROR
     except KeyboardInterrupt:
@@ -131,6 +135,19 @@ def run(arguments: Optional[Sequence[str]] = None) -> int:
             _complain(error)
         return _exit_code(error)
     return OK
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, with a word where there is one to say, and without a half-written file."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are not its business
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _exit_code(error: Exception) -> int:
@@ -146,4 +163,4 @@ def _complain(error: Exception) -> None:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # A state_dict that does not fit is reported over several lines, each of which is needed.
     text = "\n".join(lines) if lines[0].startswith("Error(s) in loading state_dict") else lines[0]
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    Console(stderr=True, emoji=False).print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)

@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from rich.markup import escape
 
 from resnet_fast.cli import options
-from resnet_fast.cli.console import console, table, write_json
+from resnet_fast.cli.console import console, table, warn_if_busy, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,9 +74,7 @@ def bench(
     cores = available_cores()
     threads = threads or cores
     out = console()
-    busy = load()
-    if busy is not None and busy > 0.5:
-        out.print(f"[yellow]this machine is busy (load {busy}): the times below are too long[/]")
+    busy = warn_if_busy(out)
     workloads: list[dict[str, Any]] = []
     for name in [*(models or []), *(model or [])] or ["resnet18", "resnet50"]:
         stock = options.build(name, seed=seed)
@@ -90,7 +89,7 @@ def bench(
                 labels = torch.randint(CLASSES, (images_a_call,), generator=generator)
             if frozen_bn:
                 freeze_batch_norm(stock, images)
-            with out.status(name) as status:
+            with out.status(escape(name)) as status:
                 results = measure(
                     stock,
                     images,
@@ -99,7 +98,7 @@ def bench(
                     threads=threads,
                     rounds=rounds,
                     seconds=seconds,
-                    progress=lambda text, status=status, name=name: status.update(f"{name}: {text}"),  # type: ignore[misc]
+                    progress=lambda text, status=status, name=name: status.update(escape(f"{name}: {text}")),  # type: ignore[misc]
                 )
             kind = f"{', training' if training else ''}{', frozen batch norm' if frozen_bn else ''}"
             title = f"{name}{kind}, batch {images_a_call}, {size}x{size}, float32, {threads} threads"

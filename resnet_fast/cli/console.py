@@ -27,12 +27,16 @@ def quiet() -> bool:
 def console() -> Console:
     """A console on stderr, so that stdout carries nothing but JSON."""
     # A log file has no width: do not break a table's lines at the 80 columns that rich assumes.
-    return Console(stderr=True, quiet=_quiet, highlight=False, width=None if sys.stderr.isatty() else 140)
+    width = None if sys.stderr.isatty() else 140
+    return Console(stderr=True, quiet=_quiet, highlight=False, emoji=False, width=width)  # :cat: may be a folder's name
 
 
 @contextmanager
 def stages(console: Console, title: str) -> Iterator[Callable[[str, int, Optional[int]], None]]:
-    """A spinner, and a bar for each stage that the yielded function is told of: its name, steps done, and steps."""
+    """A spinner, and a bar for each stage that the yielded function is told of: its name, steps done, and steps.
+
+    A stage may say more behind a colon: ``learning: epoch 2/3`` takes the place of ``learning: epoch 1/3``.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -45,7 +49,7 @@ def stages(console: Console, title: str) -> Iterator[Callable[[str, int, Optiona
 
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -55,11 +59,22 @@ def stages(console: Console, title: str) -> Iterator[Callable[[str, int, Optiona
         tasks: dict[str, TaskID] = {}
 
         def tell(stage: str, done: int, total: Optional[int]) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+            name = stage.partition(":")[0]
+            if name not in tasks:
+                tasks[name] = bars.add_task(stage, total=total)
+            bars.update(tasks[name], description=stage, completed=done, total=total)
 
         yield tell
+
+
+def warn_if_busy(console: Console) -> Optional[float]:
+    """Say so where other processes take time that is about to be measured; return the load, if the system tells."""
+    from resnet_fast.bench.machine import load
+
+    busy = load()
+    if busy is not None and busy > 0.5:
+        console.print(f"[yellow]this machine is busy (load {busy}): the times below are too long[/]")
+    return busy
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Sequence[str] = ()) -> Table:
@@ -83,6 +98,10 @@ def write_json(data: Any, target: Optional[str]) -> None:
 
     text = json_text(data)
     if target == "-":
+        try:
+            text.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:
+            text = json_text(data, ascii=True)
         sys.stdout.write(text)
         sys.stdout.flush()
         return

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
+from rich.markup import escape
 
 from resnet_fast.cli import options
 from resnet_fast.cli.console import console, stages, table, write_json
@@ -19,7 +20,14 @@ _INPUTS, _INT8, _SERVER = "What the file takes and gives", "8 bits", "NVIDIA Tri
 
 
 def export(
-    model: options.Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help=f"{options.MODEL_HELP} Or best.pt of resnet-fast finetune, which knows model, classes, size and "
+            "normalisation.",
+        ),
+    ],
     output: Annotated[Optional[Path], typer.Argument(metavar="OUTPUT", help="The ONNX file to write.")] = None,
     weights: options.Weights = None,
     num_classes: options.Classes = None,
@@ -176,7 +184,6 @@ def export(
     from resnet_fast.export import export_onnx
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.export.precision import PRECISIONS
-    from resnet_fast.finetune.checkpoint import classes_in
     from resnet_fast.serving import write_repository
 
     if (output is None) == (triton_repository is None):
@@ -187,14 +194,12 @@ def export(
     if opset is not None and opset < lowest:
         raise typer.BadParameter(f"{opset} is below {lowest}, the lowest for {precision}", param_hint="--opset")
     means, deviations = _numbers(mean, "--mean"), _numbers(std, "--std")
-    names = None if classes is None else classes.read_text(encoding="utf-8").split("\n")
-    while names and not names[-1].strip():
-        names.pop()
-
-    if names is None and weights is not None and Path(weights).is_file():
-        names = classes_in(Path(weights)) or None
+    names = None if classes is None else _read_names(classes)
+    file = next((path for path in (Path(model), Path(weights or "")) if path.is_file()), None)
     stock = options.build(model, weights=weights, num_classes=num_classes or (len(names) if names else None))
-    known_ranges = _read_ranges(ranges, weights) if precision == "int8" or ranges is not None else None
+    if Path(model).is_file():
+        model = options.model_in(Path(model))
+    known_ranges = _read_ranges(ranges, file) if precision == "int8" or ranges is not None else None
     out = console()
     with stages(out, f"exporting {model}") as progress:
         arguments: dict[str, Any] = {
@@ -207,7 +212,7 @@ def export(
             "opset": opset,
             "input_size": None if size is None else (channels_of(stock) or 3, size, size),
             "classes": names,
-            "weights": options.published_weights(model, weights),
+            "weights": file or options.published_weights(model, weights),
             "mean": means,
             "std": deviations,
             "verify": verify,
@@ -247,7 +252,8 @@ def export(
         _show_quantisation(out, result.quantisation)
     served: dict[str, Any] = {}
     if written is not None:
-        out.print(f"[bold]{written.folder}[/]: {' and '.join(written.models)}; {written.readme} says how to go on")
+        folder, readme = (escape(str(path)) for path in (written.folder, written.readme))
+        out.print(f"[bold]{folder}[/]: {' and '.join(written.models)}; {readme} says how to go on")
         served = {"repository": str(written.folder), "models": written.models, "runtime": written.runtime}
     write_json({"model": model, **as_json(result), **served}, json)
 
@@ -261,18 +267,32 @@ def _numbers(text: Optional[str], option: str) -> Optional[list[float]]:
         raise typer.BadParameter(f"{text!r}, expected numbers with commas between them", param_hint=option) from None
 
 
-def _read_ranges(file: Optional[Path], weights: Optional[str]) -> Optional[dict[str, float]]:
-    """``{"layer1.0.conv1.input": 3.2, ...}`` from the JSON ``file``, else from the checkpoint that ``weights`` names.
+def _read_names(file: Path) -> list[str]:
+    """A name a line, as people's editors write it."""
+    try:
+        names = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        problem = f"{str(file)!r} is no text in UTF-8: {error.reason} at byte {error.start}"
+        raise typer.BadParameter(problem, param_hint="--classes") from error
+    while names and not names[-1].strip():
+        names.pop()
+    if not names:
+        raise typer.BadParameter(f"{str(file)!r} is empty, expected a name a line", param_hint="--classes")
+    return names
+
+
+def _read_ranges(file: Optional[Path], checkpoint: Optional[Path]) -> Optional[dict[str, float]]:
+    """``{"layer1.0.conv1.input": 3.2, ...}`` from the JSON ``file``, else from ``checkpoint``.
 
     Quantisation-aware training leaves them there, under ``ranges``. None if there are none.
     """
     if file is None:
         from resnet_fast.finetune.qat import load_ranges
 
-        return load_ranges(weights) or None if weights is not None and Path(weights).is_file() else None
+        return load_ranges(checkpoint) or None if checkpoint is not None else None
     try:
-        ranges = json_format.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        ranges = json_format.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise typer.BadParameter(f"{str(file)!r} is not JSON: {error}", param_hint="--ranges") from error
     if not isinstance(ranges, dict) or not all(isinstance(amax, (int, float)) for amax in ranges.values()):
         raise typer.BadParameter(f"{str(file)!r} does not hold an object of names and numbers", param_hint="--ranges")
@@ -282,6 +302,8 @@ def _read_ranges(file: Optional[Path], weights: Optional[str]) -> Optional[dict[
 def _show_quantisation(console: "Console", quantisation: "Quantisation") -> None:
     """Errors and accuracy of an int8 file, its layers if they were measured, and those that fell back."""
     judgement = quantisation.judgement
+    if quantisation.skipped:
+        console.print(f"{len(quantisation.skipped)} pictures of the calibration could not be read")
     if judgement is not None:
         console.print(
             f"int8 for {quantisation.target}, on {judgement.images} images of the {quantisation.judged_by}: "
@@ -304,4 +326,4 @@ def _show_quantisation(console: "Console", quantisation: "Quantisation") -> None
         title = "relative error of the logits with one layer in int8, largest first"
         console.print(table(title, ("layer", "precision", "error"), rows, ("error",)))
     if quantisation.fall_back:
-        console.print(f"not in int8: {', '.join(quantisation.fall_back)}")
+        console.print(f"not in int8: {', '.join(quantisation.fall_back)}", markup=False)

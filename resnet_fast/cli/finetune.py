@@ -1,20 +1,20 @@
 """``resnet-fast finetune``: train a model on one's own images."""
 
 import inspect
-import itertools
 import logging
-import signal
+import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from resnet_fast.cli import options
-from resnet_fast.cli.console import console, quiet, table, write_json
+from resnet_fast.cli.console import console, quiet, stages, table, write_json
 from resnet_fast.finetune.arguments import SettingError, Settings
 
 if TYPE_CHECKING:
@@ -43,19 +43,20 @@ def finetune(context: typer.Context, data: Source, json: options.Json = None, **
 
     from resnet_fast.finetune import checkpoint, open_data, train
     from resnet_fast.finetune.distributed import processes
+    from resnet_fast.finetune.output_folder import claimed
 
     given = {field.name: context.params[field.name] for field in fields(Settings) if _is_given(context, field.name)}
     try:
-        settings = Settings(**given)
+        settings = _with_model(Settings(**given), given)
         if settings.resume is not None:
             settings = Settings(**checkpoint.load(Path(settings.resume))["settings"]).resumed(given)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        with processes(settings.device) as here, logged(here), _terminable():
+        with processes(settings.device) as here, logged(here):
             images = open_data(data, settings)
             model = _model(settings, images)
-            folder = _output(settings) if here.first else Path()
-            result = train(model, images, settings, folder, here)
+            with claimed(settings) if here.first else nullcontext(Path()) as folder, _bar(here) as bar:
+                result = train(model, images, settings, folder, here, bar)
     except SettingError as error:
         raise typer.BadParameter(error.problem, param_hint=error.option) from None
     if here.first:
@@ -85,13 +86,21 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def _with_model(settings: Settings, given: dict[str, Any]) -> Settings:
+    """``settings`` with the model that the weights are of, if they say so and nobody else does."""
+    from resnet_fast.models.checkpoint import finetuned
+
+    written = None if settings.weights is None or "model" in given else finetuned(Path(settings.weights))
+    return settings if written is None or written.model is None else replace(settings, model=written.model)
+
+
 def _model(settings: Settings, data: "Data") -> "nn.Module":
     """The model with the weights that it starts from, and a last layer for the classes of ``data``."""
     from resnet_fast.cli.options import build, published_weights
-    from resnet_fast.finetune.checkpoint import classes_in
-    from resnet_fast.finetune.data import check_classes
-    from resnet_fast.finetune.weights import head_fits, load_weights
-    from resnet_fast.models.named import read_checkpoint
+    from resnet_fast.finetune.folders import check_classes
+    from resnet_fast.finetune.weights import head_fits, with_own_head
+    from resnet_fast.models.checkpoint import finetuned, load_checkpoint, read_checkpoint
+    from resnet_fast.models.named import downloading
 
     name, weights, classes = settings.model, settings.weights, len(data.classes)
     if settings.qat and weights is None:
@@ -104,47 +113,47 @@ def _model(settings: Settings, data: "Data") -> "nn.Module":
         return build(name, weights=weights, num_classes=classes, seed=settings.seed)  # timm makes the last layer anew
     model = build(name, num_classes=classes, seed=settings.seed)
     if published is not None:
-        state = published.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
-        load_weights(model, state, new_head=settings.new_head or not head_fits(model, state))
+        with downloading(published):
+            state = published.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+        new_head = settings.new_head or not head_fits(model, state)
+        model.load_state_dict(with_own_head(model, state) if new_head else state)
         return model
     state = read_checkpoint(file)
-    known = classes_in(file)
-    if not settings.new_head and known:
-        check_classes(data.classes, known, "DATA", f"the checkpoint {weights} (--new-head starts the last layer anew)")
+    written = finetuned(file)
+    if not settings.new_head and written is not None:
+        whose = f"the checkpoint {weights} (--new-head starts the last layer anew)"
+        check_classes(data.classes, written.classes, "DATA", whose)
     if not settings.new_head and not head_fits(model, state):
         raise ValueError(
             f"the last layer in {weights} is not for the {classes} classes of DATA; --new-head starts it anew"
         )
-    load_weights(model, state, new_head=settings.new_head)
+    load_checkpoint(model, with_own_head(model, state) if settings.new_head else state, name, file)
     return model
 
 
-def _output(settings: Settings) -> Path:
-    """The folder to write to, made if it does not exist."""
-    from resnet_fast.finetune.checkpoint import LAST, remove_unfinished
+class _Stderr(logging.StreamHandler):
+    """To what stderr is at the time: rich puts something else there, which keeps a bar below the lines."""
 
-    if settings.output is not None:
-        folder = Path(settings.output)
-        resumed = settings.resume is not None and folder.samefile(Path(settings.resume).parent)
-        if (folder / LAST).exists() and not settings.overwrite and not resumed:
-            raise SettingError(
-                "output", f"has a checkpoint, {folder / LAST}: --resume goes on, --overwrite starts anew"
-            )
-    elif settings.resume is not None:
-        folder = Path(settings.resume).parent
-    else:
-        names = itertools.chain(["finetune"], (f"finetune-{number}" for number in itertools.count(2)))
-        folder = next(folder for name in names if not (folder := Path("runs", name)).exists())
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
-    return folder
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+@contextmanager
+def _bar(here: "Processes") -> Iterator[Any]:
+    """What shows how far the run is, on a terminal."""
+    if not here.first:
+        yield None
+        return
+    with stages(console(), "training") as bar:
+        yield bar
 
 
 @contextmanager
 def logged(here: "Processes") -> Iterator[None]:
     """Progress on stderr, from the first process; warnings from all."""
     logger = logging.getLogger("resnet_fast.finetune")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(message)s" if here.world == 1 else f"[{here.rank}] %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if here.first and not quiet() else logging.WARNING)
@@ -154,28 +163,15 @@ def logged(here: "Processes") -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does, with a word and without a half-written file."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _print_summary(result: dict[str, Any], folder: Path) -> None:
     out = console()
     accuracies = [(name, f"{accuracy:.1%}") for name, accuracy in result["per_class_accuracy"].items()]
     out.print(table("accuracy by class", ("class", "accuracy"), accuracies, ("accuracy",)))
     out.print(
         f"[green]{result['best_accuracy']:.2%} of the validation images are right[/] after epoch "
-        f"{result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s; everything is in {folder}/"
+        f"{result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s; "
+        f"everything is in {escape(str(folder))}/"
     )
-    size, classes = result["preprocessing"]["size"], result["classes"]
-    out.print(
-        f"next: resnet-fast export {result['model']} {folder / 'model.onnx'} --weights {folder / 'best.pt'} "
-        f"--num-classes {classes} --size {size} --classes {folder / 'classes.txt'}"
-        f"{' --precision int8' if result['settings']['qat'] else ''}",
-        soft_wrap=True,
-    )
+    command = ["resnet-fast", "export", str(folder / "best.pt"), str(folder / "model.onnx")]
+    command += ["--precision", "int8"] if result["settings"]["qat"] else []
+    out.print(f"next: {shlex.join(command)}", markup=False, soft_wrap=True)

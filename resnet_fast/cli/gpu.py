@@ -54,6 +54,6 @@ def gpu(
     terminal.print(table(f"on {content['gpu'].get('name', 'the CPU')}", ("part", "", "took", "results", ""), rows))
     passed = sum(check["passed"] for check in suite.checks)
     verdict = f"{passed} of {len(suite.checks)} checks passed"
-    terminal.print(f"{verdict} in {suite.seconds:.0f} s; report: {out / 'gpu.html'}")
+    terminal.print(f"{verdict} in {suite.seconds:.0f} s; report: {out / 'gpu.html'}", markup=False)
     if not suite.passed:
         raise VerificationError(f"{verdict}; {out / 'gpu.html'} shows which did not, and which parts are not complete")

@@ -84,6 +84,14 @@ def build(name: str, *, weights: Optional[str] = None, num_classes: Optional[int
         return named.build(name, weights=weights, num_classes=num_classes, seed=seed)
 
 
+def model_in(file: Path) -> str:
+    """The name of the model in a checkpoint; see ``resnet_fast.models.named.model_in``."""
+    from resnet_fast.models import named
+
+    with _bad_parameters():
+        return named.model_in(file)
+
+
 def published_weights(name: str, weights: Optional[str]) -> Any:
     """Torchvision's weights of that name; see ``resnet_fast.models.named.published_weights``."""
     from resnet_fast.models import named

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.markup import escape
 
 from resnet_fast.cli import options
 from resnet_fast.cli.console import console, quiet, write_json
@@ -47,7 +48,7 @@ def serve(
     out = console()
     for name in servable(repository, installation())[1]:
         if not model:
-            out.print(f"[yellow]{name} is left out: this server lacks its backend[/]")
+            out.print(f"[yellow]{escape(name)} is left out: this server lacks its backend[/]")
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -65,7 +66,9 @@ def serve(
             arguments=[*(("--log-info=0", "--log-warning=0") if quiet() else ()), *(argument or ())],
         ) as server:
             server.wait(seconds=float("inf"))
-            out.print(f"[bold]ready[/]: {', '.join(server.models)} at http://{server.http} and grpc://{server.grpc}")
+            out.print(
+                f"[bold]ready[/]: {escape(', '.join(server.models))} at http://{server.http} and grpc://{server.grpc}"
+            )
             addresses = {"http": server.http, "grpc": server.grpc, "metrics": server.metrics}
             write_json({"repository": str(repository), "models": server.models, **addresses}, json)
             try:

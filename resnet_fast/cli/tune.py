@@ -3,9 +3,10 @@
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
 from resnet_fast.cli import options
-from resnet_fast.cli.console import console, table, write_json
+from resnet_fast.cli.console import console, table, warn_if_busy, write_json
 from resnet_fast.utils.names import Dtype
 
 
@@ -54,7 +55,8 @@ def tune(
     shape = (batch, channels_of(fast) or 3, size, size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, precision)
     out = console()
-    with out.status(f"measuring {model}"):
+    warn_if_busy(out)
+    with out.status(f"measuring {escape(model)}"):
         tuning = measure(fast, images, calls)
     rows = [
         (choice.shape, choice.algorithm, ", ".join(f"{name} {ms:.3f}" for name, ms in _sorted(choice.milliseconds)))
@@ -66,7 +68,7 @@ def tune(
     if rejected:
         out.print(table("rejected", ("convolution", "algorithm", "why"), rejected))
     path = str((cpu_planner if device == "cpu" else gpu_planner).choices.path())
-    out.print(f"kept in {path}", soft_wrap=True)
+    out.print(f"kept in {path}", markup=False, soft_wrap=True)
     setting: dict[str, Any] = {"model": model, "batch": batch, "size": size, "dtype": dtype, "device": device}
     found = [
         {"convolution": c.shape, "fastest": c.algorithm, "milliseconds": c.milliseconds, "rejected": c.rejected}

@@ -80,13 +80,16 @@ def verify(
             randomise_batch_norm(stock, seed)
         shape = (batch, channels_of(stock) or 3, size, size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        with out.status(f"checking {name}"):
+        shown = escape(name)
+        with out.status(f"checking {shown}"):
             fast = accelerate(stock, inplace=False)
             checks = list(check_model(stock, fast, noise))
             if layers:
                 checks += check_layers(stock, noise)
         if all(row.status == "stock" for row in explain(fast).rows):
-            out.print(f"[yellow]nothing is fused in {name}, so there is nothing to compare; see resnet-fast explain[/]")
+            out.print(
+                f"[yellow]nothing is fused in {shown}, so there is nothing to compare; see resnet-fast explain[/]"
+            )
         results[name] = checks
         rows = [
             (
@@ -136,7 +139,7 @@ def verify_file(
 
     stock = None if model is None else options.build(model, weights=weights, num_classes=num_classes)
     out = console()
-    with out.status(f"verifying {path}"):
+    with out.status(f"verifying {escape(str(path))}"):
         result = verify_onnx(path, stock, images=images, tensorrt=tensorrt)
     for line in described(result):
         out.print(line)

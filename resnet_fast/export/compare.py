@@ -88,6 +88,8 @@ def compare(
         if not images:
             return Comparison(method, errors, torch_error, limit)
         results = list(run.results(pictures(metadata, images)))
+        if not results:
+            raise ValueError(f"images has {len(images)} pictures, none of which can be read")
         image_errors, _, image_limit = run.judge(results)
     agreeing = sum((one.found.argmax(1) == one.reference.argmax(1)).sum().item() for one in results)
     count = sum(len(one.found) for one in results)

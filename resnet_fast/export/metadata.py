@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Optional, get_args
 
 import onnx_ir as ir
@@ -11,7 +13,9 @@ import torch
 from torch import nn
 
 import resnet_fast
+from resnet_fast.export.folding import stock_copy, unwrapped
 from resnet_fast.export.preprocessing import Interpolation, Preprocess
+from resnet_fast.models.checkpoint import finetuned
 
 Size = tuple[int, int, int]
 
@@ -113,7 +117,8 @@ def gather(
     std: Optional[Sequence[float]],
     weights: Any,
 ) -> Metadata:
-    """Gather what the caller says, else ``weights`` (a torchvision enum member), else a timm model."""
+    """Gather what the caller says, else ``weights`` (a torchvision enum member, or a checkpoint), else a timm model."""
+    model = unwrapped(model)
     known = {**_from_timm(model), **_from_weights(weights)}
     given = {"input_size": input_size, "classes": classes, "mean": mean, "std": std}
     known.update({name: value for name, value in given.items() if value is not None})
@@ -129,9 +134,12 @@ def gather(
         size = (channels, *size)
     if len(size) != 3 or any(not isinstance(extent, int) or extent < 1 for extent in size):
         raise ValueError(f"input_size is {size}, expected three positive integers: (channels, height, width)")
-    if channels is not None and size[0] != channels:
+    if channels is not None and size[0] != channels and not takes(model, size):
         raise ValueError(f"input_size is {size}, expected {channels} channels, as the model's first convolution has")
     texts = known.get("classes")
+    for text in texts or ():
+        if str(text).encode("utf-8", "ignore").decode() != str(text):
+            raise ValueError(f"classes has {text!r}, expected text that UTF-8 can hold")
     return Metadata(
         type(model).__name__,
         size,
@@ -164,16 +172,40 @@ def channels_of(model: nn.Module) -> Optional[int]:
     return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
+def takes(model: nn.Module, input_size: Size) -> bool:
+    """Whether the model computes something of an image of that size: its forward may change the channels first."""
+    try:
+        with torch.inference_mode():
+            stock_copy(model)(torch.zeros(1, *input_size))
+    except Exception:  # whatever a forward raises
+        return False
+    return True
+
+
 def _from_weights(weights: Any) -> dict[str, Any]:
     if weights is None:
         return {}
+    if isinstance(weights, (str, os.PathLike)) and Path(weights).is_file():
+        return _from_checkpoint(Path(weights))
     if not hasattr(weights, "meta") or not hasattr(weights, "transforms"):
-        raise TypeError(f"weights is {weights!r}, expected a torchvision weights enum member or None")
+        raise TypeError(f"weights is {weights!r}, expected a torchvision weights enum member, a file or None")
     preset = weights.transforms()
     known = {"classes": weights.meta.get("categories"), "mean": preset.mean, "std": preset.std}
     crop = preset.crop_size[0]
     known |= {"resize": (preset.resize_size[0], crop), "interpolation": preset.interpolation.value}
     return {"input_size": (crop, crop), **known}
+
+
+def _from_checkpoint(file: Path) -> dict[str, Any]:
+    written = finetuned(file)
+    if written is None:
+        return {}
+    known: dict[str, Any] = {name: getattr(written, name) for name in ("classes", "mean", "std")}
+    if written.size is not None:
+        known["input_size"] = (written.size, written.size)
+        if written.resize is not None:
+            known["resize"] = (written.resize, written.size)
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _from_timm(model: nn.Module) -> dict[str, Any]:

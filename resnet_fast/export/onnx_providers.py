@@ -18,6 +18,7 @@ from typing import Any, Optional, Union
 import onnx
 
 from resnet_fast.kernels.choices import cache_folder
+from resnet_fast.utils.errors import first_line
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -78,7 +79,7 @@ def open_session(
         try:
             session = runtime.InferenceSession(path, settings, providers=list(left.items()), enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             on_gpu = [name for name in left if name in _LIBRARIES]
             if not on_gpu:
                 raise ValueError(

@@ -3,19 +3,32 @@
 import contextlib
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
+from resnet_fast.export.constants import fold_affine, fold_constants
 from resnet_fast.export.folding import fold_batch_norm
 from resnet_fast.utils import compat
+from resnet_fast.utils.errors import first_line
 
 INT8 = "int8"
 """Around its convolutions such a file computes in float32."""
+
+_aten = torch.ops.aten
+_WITH_NUMBERS = {
+    overload
+    for packet in (_aten.add, _aten.sub, _aten.rsub, _aten.mul, _aten.div, _aten.pow, _aten.clamp, _aten.clamp_min)
+    for name in packet.overloads()
+    if (overload := getattr(packet, name))
+}
+"""Operators that take numbers beside a tensor, which ONNX has as tensors of the same type."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,9 @@ def folded(stock: nn.Module, input_size: Sequence[int], dynamic_batch: bool) -> 
         # What is traced shares its parameters with what was given.
         program = torch.export.export(copy.deepcopy(stock), (example,), dynamic_shapes=batch_shapes(dynamic_batch))
         traced = compat.unguarded(program)
+    fold_constants(traced)
     fold_batch_norm(traced, torch.float64)
+    fold_affine(traced)
     for module in traced.modules():
         module.training = False  # a traced module has no eval()
     return traced.double()
@@ -97,7 +112,19 @@ def rounded(network: fx.GraphModule, precision: Precision) -> fx.GraphModule:
                 "with a wider range"
             )
         tensor.data = result
+    for node in network.graph.nodes:
+        if node.target in _WITH_NUMBERS:  # of the type of the tensor beside them in the file
+            node.args = tuple(_rounded_number(one, precision.dtype) for one in node.args)
+            node.kwargs = {name: _rounded_number(one, precision.dtype) for name, one in node.kwargs.items()}
+    network.recompile()
     return network
+
+
+def _rounded_number(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, float):
+        return value
+    result = nearest(torch.tensor(value, dtype=torch.float64), dtype).item()
+    return result if math.isfinite(result) else value
 
 
 def example_input(input_size: Sequence[int], dynamic_batch: bool) -> Tensor:
@@ -132,8 +159,7 @@ def explained(stock: nn.Module) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RuntimeError(f"PyTorch could not export {type(stock).__name__} to ONNX: {reason}") from error
+        raise RuntimeError(f"PyTorch could not export {type(stock).__name__} to ONNX: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 Those in a type that ONNX Runtime has no kernels for are run as the same graph in float32.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 from onnx_ir.tape import Tape
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from resnet_fast.export.metadata import Metadata
 from resnet_fast.export.precision import Precision
+from resnet_fast.utils.errors import first_line
 from resnet_fast.utils.optional import require
+from resnet_fast.utils.pictures import TRANSPARENT, Remarks, find_files, read_picture
+
+logger = logging.getLogger(__name__)
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 _IO = {"fp32": torch.float32, "fp16": torch.float16}
@@ -49,8 +52,7 @@ def open_session(source: Union[str, bytes], subject: str, threads: int = 0) -> A
     try:
         return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exception classes have no common base but this
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{subject} ONNX Runtime {runtime.__version__} cannot load: {reason}") from error
+        raise ValueError(f"{subject} ONNX Runtime {runtime.__version__} cannot load: {first_line(error)}") from error
 
 
 class Runner:
@@ -114,7 +116,7 @@ def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, low: ir.DataType) ->
     tape = Tape()
     rounded: Optional[ir.Value] = value
     for to in (low, ir.DataType.FLOAT):
-        rounded = tape.op("Cast", [rounded], {"to": to}, name=f"{node.name}_to_{to.name}")
+        rounded = tape.op("Cast", [rounded], {"to": to}, name=f"{value.name}_to_{to.name}")
     assert rounded is not None
     assert not value.is_graph_output(), "a file gives nothing in a type that is emulated"
     first = tape.nodes[0]
@@ -159,18 +161,25 @@ def noise(metadata: Metadata, batches: Sequence[int]) -> list[Sample]:
     return samples
 
 
-def pictures(metadata: Metadata, files: Sequence[Path]) -> Iterator[Sample]:
-    """One sample for each of ``files``, resized and cropped as the metadata says where the graph does not do it."""
+def pictures(metadata: Metadata, files: Sequence[Path], remarks: Optional[Remarks] = None) -> Iterator[Sample]:
+    """One sample for each of ``files``, resized and cropped as the metadata says where the graph does not do it.
+
+    Those that cannot be read are left out, and named in the log, or in ``remarks`` if several calls share them.
+    """
+    remarks = remarks or Remarks(logger)
     mode = {1: "L", 3: "RGB"}.get(metadata.input_size[0])
     if mode is None:
         raise ValueError(f"input_size is {metadata.input_size}, expected 1 or 3 channels, as pictures have")
     preprocess = metadata.preprocess or metadata.preprocessing()
     for file in files:
         try:
-            with Image.open(file) as opened:
-                pixels = np.array(opened.convert(mode))
-        except OSError as error:
-            raise ValueError(f"images has {str(file)!r}, expected a picture: {error}") from error
+            picture = read_picture(file, mode)
+        except Exception as error:  # a decoder of a broken file can raise anything
+            remarks.unreadable(str(file), str(error) or type(error).__name__)
+            continue
+        if TRANSPARENT in picture.info:
+            remarks.transparent(str(file))
+        pixels = np.array(picture)
         image = torch.from_numpy(pixels).view(1, *pixels.shape[:2], -1)
         if metadata.preprocess is None:
             yield _plain(metadata, preprocess(image))
@@ -188,10 +197,13 @@ def find_pictures(folder: Union[str, os.PathLike], name: str = "images") -> list
     Raises:
         FileNotFoundError: there is no such folder, or no picture in it.
     """
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+    found, others = find_files(folder)
     if not found:
         raise FileNotFoundError(f"{name} is {str(folder)!r}, expected a folder with pictures in it or below")
-    return found
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
+        logger.warning("left out of %s, as no pictures that can be read: %s", folder, kinds)
+    return sorted(found)
 
 
 def _plain(metadata: Metadata, images: Tensor) -> Sample:

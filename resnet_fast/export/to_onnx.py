@@ -30,9 +30,10 @@ from resnet_fast.export.precision import (
     rounded,
 )
 from resnet_fast.export.preprocessing import Preprocess, attach_preprocessing
-from resnet_fast.export.quantise import Images, Method, Progress, Target, quantise
+from resnet_fast.export.quantise import Images, Method, Progress, Target, check_choices, open_images, quantise
 from resnet_fast.export.runner import find_pictures
 from resnet_fast.export.verify import ExportResult, compared, engine_of, inspect
+from resnet_fast.utils.errors import first_line
 from resnet_fast.utils.files import replacing
 from resnet_fast.utils.names import IoDtype, PrecisionName
 from resnet_fast.utils.optional import require
@@ -75,7 +76,8 @@ def export_onnx(
     have passed, and TensorRT-RTX has built an engine of it. ``verify_onnx`` repeats all that.
 
     Args:
-        model: any device; float32 parameters; accelerated or not, in eval or training mode.
+        model: any device; float32 parameters; accelerated or not, in eval or training mode; pruned; in DataParallel or
+            compiled, which is taken off; but not scripted.
         path: the file to write; its folder must exist. An existing file is replaced.
         precision: "fp32", "fp16" or "bf16": of the weights and of all arithmetic but preprocessing and softmax. "int8":
             convolutions and the last layer in 8 bits, with QuantizeLinear and DequantizeLinear, the rest in float32.
@@ -93,8 +95,8 @@ def export_onnx(
         classes: names of the classes, kept in the file's metadata.
         mean, std: per channel, for images in [0, 1], kept in the file's metadata. Nothing in the graph normalises
             unless ``preprocess`` is set.
-        weights: a torchvision weights enum member to take ``input_size``, ``classes``, ``mean``, ``std`` and how to
-            resize from.
+        weights: a torchvision weights enum member, or a checkpoint of ``resnet-fast finetune`` (its path), to take
+            ``input_size``, ``classes``, ``mean``, ``std`` and how to resize from.
         verify: run the file in ONNX Runtime and compare, and ask TensorRT-RTX.
         images: a folder of pictures, with subfolders or not, to compare on as well.
         tensorrt: have TensorRT-RTX parse the file and build an engine, which takes no GPU; by default where it is
@@ -125,6 +127,11 @@ def export_onnx(
         raise ValueError(f"verify is False, expected True with images {images!r} or tensorrt {tensorrt!r}")
     if (calibration is not None or ranges is not None) and precision != INT8:
         raise ValueError(f"precision is {precision!r}, expected 'int8' with calibration or ranges")
+    if precision == INT8:
+        check_choices(target, calibration_method, max_accuracy_drop=max_accuracy_drop)
+        if calibration is None and (target == "cpu" or not ranges):
+            also = "" if target == "cpu" else ", or ranges"
+            raise ValueError(f"precision is 'int8' and calibration is None, expected images to measure ranges on{also}")
     files = () if images is None else find_pictures(images)
     metadata = gather(model, input_size, classes, mean, std, weights)
     metadata = dataclasses.replace(
@@ -136,7 +143,12 @@ def export_onnx(
     )
 
     with replacing(path) as temporary:
-        _check_output(stock, metadata, top_k)
+        count = _check_output(stock, metadata, top_k)
+        # What is wrong with images is said before the work.
+        if calibration is not None:
+            calibration = open_images(calibration, "calibration", metadata, count)
+        if validation is not None and precision == INT8:
+            validation = open_images(validation, "validation", metadata, count)
         network = folded(stock, metadata.input_size, dynamic_batch)
         program = _convert(rounded(network, kind), stock, metadata, kind, dynamic_batch, opset)
         tidy(program)
@@ -196,9 +208,16 @@ def _preprocess(wanted: Union[bool, str, Preprocess], metadata: Metadata) -> Opt
     return wanted
 
 
-def _check_output(stock: nn.Module, metadata: Metadata, top_k: Optional[int]) -> None:
-    with torch.inference_mode():
-        logits = stock(torch.zeros(1, *metadata.input_size))
+def _check_output(stock: nn.Module, metadata: Metadata, top_k: Optional[int]) -> int:
+    """How many classes the model has."""
+    try:
+        with torch.inference_mode():
+            logits = stock(torch.zeros(1, *metadata.input_size))
+    except Exception as error:  # whatever a forward raises
+        raise ValueError(
+            f"input_size is {metadata.input_size}, of which {type(stock).__name__} computes nothing: "
+            f"{first_line(error)}"
+        ) from error
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
         found = f"shape {list(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise TypeError(f"model gives {found}, expected one tensor of shape [batch, classes]")
@@ -207,6 +226,7 @@ def _check_output(stock: nn.Module, metadata: Metadata, top_k: Optional[int]) ->
         raise ValueError(f"classes has {len(metadata.classes)} names, expected {count}, one per output")
     if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= count):
         raise ValueError(f"top_k is {top_k!r}, expected an integer from 1 to {count}, the number of classes")
+    return count
 
 
 def _convert(

@@ -11,7 +11,7 @@ from resnet_fast.export import tensorrt as rtx
 from resnet_fast.export.compare import Comparison, compare
 from resnet_fast.export.file_checks import VerificationError, check_batches, check_file, metadata_of, opset_of
 from resnet_fast.export.folding import stock_copy
-from resnet_fast.export.metadata import Metadata, channels_of
+from resnet_fast.export.metadata import Metadata, channels_of, takes
 from resnet_fast.export.precision import folded, precision_of
 from resnet_fast.export.quantise import Quantisation
 from resnet_fast.export.runner import find_pictures
@@ -101,7 +101,7 @@ def verify_onnx(
     else:
         stock = stock_copy(model)
         channels = channels_of(stock)
-        if channels is not None and channels != metadata.input_size[0]:
+        if channels not in (None, metadata.input_size[0]) and not takes(stock, metadata.input_size):
             raise ValueError(f"model reads {channels} channels, expected {metadata.input_size[0]}, as the file does")
         network = folded(stock, metadata.input_size, len(batches) > 1)
         result = compared(result, compare(path, stock, network, batches, files))

@@ -2,6 +2,7 @@
 
 arguments.py       what a run is asked for; each field is an option of the command
 data.py            folders of images, CIFAR and the digits, as images and labels
+folders.py         the layouts of image folders, and what is said of others
 cifar.py           the published python format of CIFAR-10 and CIFAR-100
 digits.py          scikit-learn's handwritten digits
 transforms.py      augmentation and normalisation, mixup and cutmix
@@ -13,8 +14,11 @@ recipe.py          optimizer, schedule, average of the weights
 distributed.py     the processes that torchrun started
 sync_batch_norm.py statistics over all processes, on a CPU too
 loop.py            the training loop
+progress.py        what a run says while it goes on
 checkpoint.py      files that appear whole or not at all, and say why if not
+output_folder.py   the folder of a run, which no other gets meanwhile
 report.py          metrics as CSV and JSON, curves and confusion matrix as pictures
+fonts.py           what the names of classes are written with
 """
 
 import importlib

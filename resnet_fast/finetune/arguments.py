@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Optional
 
 from typer import Option
 
-_NOT_THE_RECIPE = {"resume", "output", "overwrite", "device", "workers", "threads", "log_interval"}
-"""What a resumed run may change: it has no influence on the result, beyond the rounding of another device."""
+_MAY_CHANGE = {"epochs", "resume", "output", "overwrite", "device", "workers", "threads", "log_interval"}
+"""In a resumed run. But for the first, all have no influence on the result, beyond the rounding of another device."""
 
 _data, _augmentation, _recipe, _freezing, _quantisation, _execution = (
     partial(Option, rich_help_panel=panel)
@@ -44,7 +44,10 @@ class Settings:
     overwrite: Annotated[bool, Option("--overwrite", help="Start anew even if FOLDER has a checkpoint.")] = False
     resume: Annotated[
         Optional[str],
-        Option(metavar="FILE", help="Go on from a last.pt, with its options, as if the run had never stopped."),
+        Option(
+            metavar="FILE",
+            help="Go on from a last.pt, with its options, as if the run had never stopped; with --epochs for longer.",
+        ),
     ] = None
 
     image_size: Annotated[
@@ -179,7 +182,7 @@ class Settings:
         """
         for name, value in given.items():
             saved = getattr(self, name)
-            if name not in _NOT_THE_RECIPE and value != saved:
+            if name not in _MAY_CHANGE and value != saved:
                 raise SettingError(
                     name,
                     f"is {value}, but the run to resume has {saved}; expected the same, or --weights instead of "

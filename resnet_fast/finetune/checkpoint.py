@@ -51,13 +51,6 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def remove_unfinished(folder: Path) -> None:
-    """The temporary files of a run that was killed while it wrote a checkpoint."""
-    for name in (LAST, BEST):
-        for left in folder.glob(f".{Path(name).stem}.????????{Path(name).suffix}"):
-            left.unlink()
-
-
 def load(path: Path) -> dict[str, Any]:
     """The content of a ``last.pt``, on the CPU.
 
@@ -74,12 +67,3 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not set(content) >= _KEYS:
         raise RuntimeError(f"--resume {str(path)!r} holds weights only, expected a {LAST}; --weights starts from them")
     return content
-
-
-def classes_in(path: Path) -> list[str]:
-    """The names of the classes in a checkpoint of ours; empty for others."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # whether it can be loaded at all is the business of the one who loads it
-        return []
-    return list(content.get("classes", [])) if isinstance(content, dict) else []

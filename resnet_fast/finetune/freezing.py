@@ -28,8 +28,10 @@ class Frozen:
         modules = dict(model.named_modules())
         for name in names:
             if name not in modules or not name:
-                close = difflib.get_close_matches(name, modules, n=3) or [child for child, _ in model.named_children()]
-                raise SettingError("freeze", f"names {name!r}, which is not a module; there are {', '.join(close)}")
+                close = difflib.get_close_matches(name, modules, n=3)
+                children = ", ".join(child for child, _ in model.named_children())
+                hint = f"did you mean {' or '.join(close)}?" if close else f"there are {children}"
+                raise SettingError("freeze", f"names {name!r}, which is not a module: {hint}")
         self._model = model
         self._modules = [modules[name] for name in names]
         norms = [module for module in modules.values() if isinstance(module, BatchNorm)]

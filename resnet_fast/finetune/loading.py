@@ -18,6 +18,7 @@ from resnet_fast.finetune.arguments import Settings
 from resnet_fast.finetune.data import Arrays, Images
 from resnet_fast.finetune.distributed import Processes
 from resnet_fast.utils.cpuinfo import available_cores
+from resnet_fast.utils.pictures import TRANSPARENT, Remarks
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,15 @@ def seed_of(*parts: int) -> int:
 
 
 class Batch(NamedTuple):
-    """Images ``[N, 3, H, W]`` and labels ``[N]``, less those that could not be read: name and reason of each."""
+    """Images ``[N, 3, H, W]`` and labels ``[N]``, less those that could not be read: name and reason of each.
+
+    ``transparent`` are the names of those that were laid on white.
+    """
 
     images: Tensor
     labels: Tensor
     unreadable: list[tuple[str, str]]
+    transparent: list[str]
 
     @property
     def usable(self) -> bool:
@@ -49,6 +54,13 @@ class Unreadable:
     reason: str
 
 
+@dataclass(frozen=True)
+class Readable:
+    image: Tensor
+    label: int
+    transparent: Optional[str]  # its name if it is
+
+
 class Augmented(Dataset):
     """``images`` through ``transform``, whose random numbers depend on the seed, the epoch and the image."""
 
@@ -58,25 +70,27 @@ class Augmented(Dataset):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, key: Key) -> Union[tuple[Tensor, int], Unreadable]:
+    def __getitem__(self, key: Key) -> Union[Readable, Unreadable]:
         index, epoch = key
         try:
             image = self._images.load(index)
         except Exception as error:  # a decoder of a broken file can raise anything
             return Unreadable(self._images.name(index), str(error) or type(error).__name__)
+        transparent = self._images.name(index) if TRANSPARENT in getattr(image, "info", ()) else None
         before = torch.get_rng_state()
         torch.default_generator.manual_seed(seed_of(self._seed, epoch, index))
         try:
-            return self._transform(image), self._images.label(index)
+            return Readable(self._transform(image), self._images.label(index), transparent)
         finally:
             torch.set_rng_state(before)
 
 
-def collate(items: Sequence[Union[tuple[Tensor, int], Unreadable]]) -> Batch:
-    readable = [item for item in items if not isinstance(item, Unreadable)]
+def collate(items: Sequence[Union[Readable, Unreadable]]) -> Batch:
+    readable = [item for item in items if isinstance(item, Readable)]
     unreadable = [(item.name, item.reason) for item in items if isinstance(item, Unreadable)]
-    images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0)
-    return Batch(images, torch.tensor([label for _, label in readable], dtype=torch.int64), unreadable)
+    images = torch.stack([item.image for item in readable]) if readable else torch.empty(0)
+    labels = torch.tensor([item.label for item in readable], dtype=torch.int64)
+    return Batch(images, labels, unreadable, [item.transparent for item in readable if item.transparent])
 
 
 class Loader:
@@ -91,7 +105,7 @@ class Loader:
         self, images: Images, transform: Any, settings: Settings, processes: Processes, *, shuffled: bool
     ) -> None:
         self._sampler = _Keys(len(images), settings.seed, processes, shuffled)
-        self._complained: set[str] = set()
+        self._remarks = Remarks(logger)
         workers = _default_workers(images) if settings.workers is None else settings.workers
         self._loader = DataLoader(
             Augmented(images, transform, settings.seed),
@@ -113,9 +127,9 @@ class Loader:
         self._sampler.epoch = number
         for batch in self._loader:
             for name, reason in batch.unreadable:
-                if name not in self._complained:
-                    self._complained.add(name)
-                    logger.warning("skipped %s: %s", name, reason)
+                self._remarks.unreadable(name, reason)
+            for name in batch.transparent:
+                self._remarks.transparent(name)
             yield batch
 
 

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Optional
 
@@ -21,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_fast.accelerated import accelerate
 from resnet_fast.finetune import checkpoint, qat, recipe, report, transforms
 from resnet_fast.finetune.arguments import SettingError, Settings
-from resnet_fast.finetune.data import Data, check_classes
+from resnet_fast.finetune.data import Data
 from resnet_fast.finetune.distributed import Processes
+from resnet_fast.finetune.folders import check_classes
 from resnet_fast.finetune.freezing import Frozen
 from resnet_fast.finetune.loading import Batch, Loader, seed_of
+from resnet_fast.finetune.progress import Bar, Progress
 from resnet_fast.finetune.sync_batch_norm import synchronise
 from resnet_fast.utils.optional import require
 
@@ -47,7 +48,12 @@ class Score:
 
 
 def train(
-    model: nn.Module, data: Data, settings: Settings, folder: Path, processes: Optional[Processes] = None
+    model: nn.Module,
+    data: Data,
+    settings: Settings,
+    folder: Path,
+    processes: Optional[Processes] = None,
+    bar: Optional[Bar] = None,
 ) -> dict[str, Any]:
     """Train ``model`` on ``data`` and leave checkpoints, metrics and pictures in ``folder``.
 
@@ -58,6 +64,7 @@ def train(
             ``settings.qat`` prepared too, which ``qat.remove_qat`` undoes.
         settings: ``resume`` is followed; ``model`` and ``weights``, which tell how ``model`` came about, are not.
         processes: those of torchrun; by default this one alone.
+        bar: is told of every batch: what is being done, how much of it is done, how much there is.
 
     Returns:
         Plain values: the accuracies, for all and for each class, and what they belong to.
@@ -72,7 +79,7 @@ def train(
     with _determinism(settings.deterministic), warnings.catch_warnings():
         # The scaler of fp16 leaves out the first steps, which PyTorch takes for a mistake.
         warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
-        return Run(model, data, settings, folder, processes or Processes(torch.device("cpu"))).all_epochs()
+        return Run(model, data, settings, folder, processes or Processes(torch.device("cpu")), bar).all_epochs()
 
 
 @contextlib.contextmanager
@@ -91,7 +98,15 @@ def _determinism(wanted: bool) -> Iterator[None]:
 class Run:
     """The state of a training run. What a checkpoint holds of it is in ``_state``; arguments as for ``train``."""
 
-    def __init__(self, model: nn.Module, data: Data, settings: Settings, folder: Path, processes: Processes) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        settings: Settings,
+        folder: Path,
+        processes: Processes,
+        bar: Optional[Bar] = None,
+    ) -> None:
         self.data, self.settings, self.folder, self.processes = data, settings, folder, processes
         self.device = processes.device
         self.format = torch.channels_last if settings.channels_last else torch.contiguous_format
@@ -101,6 +116,7 @@ class Run:
         self.val_images = Loader(data.validation, prepare, settings, processes, shuffled=False)
         if not len(self.train_images):
             raise ValueError(f"DATA has {len(data.train)} images to learn from, expected one for each process at least")
+        self.progress = Progress(settings, processes, len(self.train_images), bar)
         self.mix = transforms.mixing(settings, len(data.classes))
 
         model.to(self.device, memory_format=self.format)  # type: ignore[call-overload]
@@ -120,7 +136,7 @@ class Run:
         self.best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0}  # and the confusion
         if settings.resume is not None:
             self._restore(checkpoint.load(Path(settings.resume)))
-        self.resumed_from = self.saved_epoch = self.epoch
+        self.saved_epoch = self.epoch
         self.saved = settings.resume
         self.parallel: nn.Module = self.model
         if processes.world > 1:
@@ -141,18 +157,19 @@ class Run:
         logger.info("%d int8 tensors have their ranges from %d batches", len(qat.ranges(self.model)), count)
 
     def all_epochs(self) -> dict[str, Any]:
-        self.started = time.perf_counter()
+        size = transforms.preprocessing(self.data.kind, self.settings).size
+        self.progress.begin(self.model, self.data, size, self.folder, self.epoch)
         try:
             while self.epoch < self.settings.epochs:
                 self._one_epoch()
         except (KeyboardInterrupt, SystemExit):
-            self._say_how_to_go_on()
+            self.progress.interrupted(self.saved, self.saved_epoch)
             raise
         result = self._result()
         if self.processes.first:
+            report.write_json(self.folder / "results.json", result)  # before pictures, which more can go wrong with
             report.write_classes(self.folder, self.data.classes)
             report.write_confusion(self.folder, self.best["confusion"].numpy(), self.data.classes)
-            report.write_json(self.folder / "results.json", result)
         return result
 
     def _one_epoch(self) -> None:
@@ -171,7 +188,7 @@ class Run:
             self.best = {"epoch": self.epoch, "accuracy": score.accuracy, "confusion": score.confusion}
         if self.processes.first:
             self._write()
-        self._log_epoch(metrics)
+        self.progress.epoch(self.epoch, metrics)
 
     def _train(self, start: float) -> dict[str, Any]:
         """One epoch over the training images; ``start`` is when it began."""
@@ -193,10 +210,21 @@ class Run:
                 raise RuntimeError(f"a batch has too few images that can be read; {batch.unreadable[0][0]} cannot")
             if last:
                 self._step()
-            self._log_progress(index, totals, start)
+            self.progress.learning(self.epoch, index + 1)
+            if self.progress.due(index + 1):
+                loss, images, _ = totals.tolist()
+                self._check(loss)
+                pace = images * self.processes.world / (time.perf_counter() - start)
+                rate = self.optimizer.param_groups[0]["lr"]
+                self.progress.batch(self.epoch, index + 1, loss / max(images, 1), rate, pace)
         loss, images, skipped = self.processes.sum(totals).tolist()
         if not images:
-            raise RuntimeError(f"no batch of images to learn from is usable: {int(skipped)} cannot be read")
+            rest = len(self.data.train) - int(skipped)
+            others = f", and of the other {rest} none came into a batch with enough of them" if rest else ""
+            raise RuntimeError(
+                f"no batch of images to learn from is usable: {int(skipped)} cannot be read{others} "
+                f"(--batch-size {self.settings.batch_size})"
+            )
         self._check(loss)
         pace = images / (time.perf_counter() - start)
         return {"train_loss": loss / images, "train_skipped": int(skipped), "images_per_second": pace}
@@ -238,7 +266,8 @@ class Run:
         classes = len(self.data.classes)
         confusion = torch.zeros(classes, classes, dtype=torch.int64)
         totals = torch.zeros(2, dtype=torch.float64)  # loss, skipped ones
-        for batch in self.val_images.epoch(0):
+        for index, batch in enumerate(self.val_images.epoch(0)):
+            self.progress.validating(self.epoch, index, len(self.val_images))
             totals[1] += len(batch.unreadable)
             if not len(batch.labels):
                 continue
@@ -275,6 +304,7 @@ class Run:
             "history": self.history,
             "best": self.best,
             "classes": list(self.data.classes),
+            "preprocessing": asdict(transforms.preprocessing(self.data.kind, self.settings)),
             "images": len(self.data.train),
             "processes": self.processes.world,
             "settings": self.settings.as_dict(),
@@ -290,6 +320,8 @@ class Run:
         for key, now in (("images", len(self.data.train)), ("processes", self.processes.world)):
             if state[key] != now:
                 raise ValueError(f"{now} {key}, but the run to resume has {state[key]}; expected the same")
+        if self.settings.epochs < state["epoch"]:
+            raise SettingError("epochs", f"is {self.settings.epochs}, but {state['epoch']} are done; expected more")
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
@@ -297,8 +329,11 @@ class Run:
             qat.set_ranges(self.model, state["ranges"])
             if self.ema is not None:
                 qat.set_ranges(self.ema.module, state["ema_ranges"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        if state["settings"]["epochs"] == self.settings.epochs:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+        else:
+            recipe.go_on(self.optimizer, self.schedule, state["optimizer"], state["schedule"]["last_epoch"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
 
@@ -332,55 +367,13 @@ class Run:
             "best_accuracy": self.best["accuracy"],
             "last": self.history[-1],
             "per_class_accuracy": dict(zip(self.data.classes, per_class.tolist(), strict=True)),
-            "seconds": round(time.perf_counter() - self.started, 2),
+            "seconds": round(time.perf_counter() - self.progress.started, 2),
             "preprocessing": asdict(transforms.preprocessing(self.data.kind, self.settings)),
             "settings": self.settings.as_dict(),
         }
-
-    # --- the log ------------------------------------------------------------------------------------------------------
-
-    def _log_progress(self, index: int, totals: Tensor, start: float) -> None:
-        batches = len(self.train_images)
-        if (index + 1) % self.settings.log_interval or index + 1 == batches:
-            return
-        loss, images, _ = totals.tolist()
-        self._check(loss)
-        logger.info(
-            "epoch %d/%d  batch %d/%d  loss %.4f  lr %.2e  %.0f img/s  ETA %s",
-            *(self.epoch + 1, self.settings.epochs, index + 1, batches),
-            *(loss / max(images, 1), self.optimizer.param_groups[0]["lr"]),
-            images * self.processes.world / (time.perf_counter() - start),
-            self._left((index + 1) / batches),
-        )
-
-    def _log_epoch(self, metrics: dict[str, Any]) -> None:
-        forms = dict.fromkeys(("train_loss", "val_loss", "ema_loss"), ".4f")
-        forms |= dict.fromkeys(("val_accuracy", "ema_accuracy"), ".2%")
-        forms |= {name: "d" for name in ("train_skipped", "val_skipped") if metrics[name]}
-        shown = [f"{name.replace('_', ' ')} {metrics[name]:{form}}" for name, form in forms.items() if name in metrics]
-        logger.info(
-            "epoch %d/%d  %s  %.0f img/s  %.1f s  ETA %s",
-            *(self.epoch, self.settings.epochs),
-            "  ".join(shown),
-            *(metrics["images_per_second"], metrics["seconds"], self._left()),
-        )
-
-    def _left(self, share: float = 0.0) -> str:
-        """The time to the end at the pace so far, when ``share`` of the epoch is done."""
-        done = self.epoch - self.resumed_from + share
-        rest = self.settings.epochs - self.epoch - share
-        return str(timedelta(seconds=round((time.perf_counter() - self.started) * rest / done)))
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise RuntimeError(
                 f"the loss is {loss} in epoch {self.epoch + 1}; a lower --lr or --clip-grad-norm can help"
             )
-
-    def _say_how_to_go_on(self) -> None:
-        if not self.processes.first:
-            return
-        if self.saved is None:
-            logger.warning("interrupted in the first epoch: there is no checkpoint yet")
-        else:
-            logger.warning("interrupted; --resume %s goes on after epoch %d", self.saved, self.saved_epoch)

@@ -47,6 +47,16 @@ def schedule(optimizer: Optimizer, settings: Settings, steps_per_epoch: int) -> 
     return SequentialLR(optimizer, [linear, cosine], milestones=[rise])
 
 
+def go_on(optimizer: Optimizer, schedule: LRScheduler, state: dict[str, Any], steps: int) -> None:
+    """Go on from the ``state`` of an optimizer after ``steps`` of another schedule, at the rates that this one has."""
+    for _ in range(steps):
+        schedule.step()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
 def average(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of parameters and buffers, whose first steps forget faster than ``decay``."""
 

@@ -1,7 +1,6 @@
 """What a run leaves behind beside its checkpoints: metrics as CSV and JSON, and pictures of them."""
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from resnet_fast.finetune.checkpoint import writing
+from resnet_fast.finetune.fonts import labels_and_fonts
+from resnet_fast.utils.files import json_text
 from resnet_fast.utils.optional import require
 
 _INK, _OURS, _PEER, _GRID = "#1f2933", "#0b7285", "#868e96", "#e9ecef"
@@ -41,7 +42,7 @@ def write_confusion(folder: Path, confusion: np.ndarray, classes: Sequence[str])
 
 def write_json(path: Path, content: Any) -> None:
     with writing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(content), encoding="utf-8")
 
 
 def _write_picture(path: Path, figure: Any) -> None:
@@ -87,9 +88,13 @@ def _matrix(confusion: np.ndarray, classes: Sequence[str]) -> Any:
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(classes) <= 50:  # more could not be read
+        labels, fonts = labels_and_fonts(classes)
         positions = range(len(classes))
-        axes.set_xticks(positions, classes, rotation=90)
-        axes.set_yticks(positions, classes)
+        plain = {"parse_math": False, "usetex": False, "fontfamily": fonts}  # a name is no formula
+        axes.set_xticks(positions, labels, rotation=90, **plain)
+        axes.set_yticks(positions, labels, **plain)
+        if labels != list(classes):
+            axes.set_ylabel("true (numbers are lines of classes.txt, from 0)")
     if len(classes) <= 20:
         for (row, column), count in np.ndenumerate(confusion):
             if count:

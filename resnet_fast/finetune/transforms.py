@@ -18,20 +18,25 @@ _POLICIES = {"ra": v2.RandAugment, "ta_wide": v2.TrivialAugmentWide, "augmix": v
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the model needs to be given: images of ``size``, in [0, 1], less ``mean``, over ``std``."""
+    """What the model needs to be given: images of ``size``, in [0, 1], less ``mean``, over ``std``.
+
+    Of others the shorter side is ``resize`` first, and the centre is cut out.
+    """
 
     size: int
     mean: Triple = (0.485, 0.456, 0.406)  # of ImageNet, which published weights expect
     std: Triple = (0.229, 0.224, 0.225)
+    resize: Optional[int] = None
 
     def finish(self) -> list[v2.Transform]:
         return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std)), v2.ToPureTensor()]
 
 
 def preprocessing(kind: Kind, settings: Settings) -> Preprocessing:
+    size = settings.image_size or (224 if kind == "folder" else 32)
     if kind == "digits":
-        return Preprocessing(settings.image_size or 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    return Preprocessing(settings.image_size or (32 if kind == "cifar" else 224))
+        return Preprocessing(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), size)
+    return Preprocessing(size, resize=round(size * 256 / 224) if kind == "folder" else size)
 
 
 def for_training(kind: Kind, settings: Settings) -> v2.Transform:
@@ -53,7 +58,7 @@ def for_evaluation(kind: Kind, settings: Settings) -> v2.Transform:
     last = preprocessing(kind, settings)
     size = (last.size, last.size)
     whole: list[v2.Transform] = [v2.Resize(size)]
-    centre = [v2.Resize(round(last.size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+    centre = [v2.Resize(last.resize, antialias=True), v2.CenterCrop(size)]
     return v2.Compose([v2.ToImage(), *(centre if kind == "folder" else whole), *last.finish()])
 
 

@@ -1,30 +1,19 @@
-"""A state_dict into a model, whose last layer may have other classes."""
+"""A state_dict for a model whose last layer may have other classes."""
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from resnet_fast.models.checkpoint import last_layer, last_layer_outputs
+
 
 def head_fits(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    """Return whether the last linear layer in ``state`` has as many outputs as that of ``model``."""
-    name = f"{_head(model)}.weight"
-    own = model.state_dict()
-    return name not in own or name not in state or own[name].shape == state[name].shape
+    """Return whether the last linear layer in ``state`` has as many outputs as that of ``model``, or none."""
+    return last_layer_outputs(model, state) in (None, last_layer_outputs(model, model.state_dict()))
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, new_head: bool) -> None:
-    """Load ``state``, all of it or, with ``new_head``, all but the last linear layer.
-
-    Raises:
-        RuntimeError: it does not fit.
-    """
-    if new_head:
-        head = f"{_head(model)}."
-        kept = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
-        state = {**kept, **{name: tensor for name, tensor in model.state_dict().items() if name.startswith(head)}}
-    model.load_state_dict(state)
-
-
-def _head(model: nn.Module) -> str:
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1] if names else ""
+def with_own_head(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with the last linear layer that ``model`` has now."""
+    head = f"{last_layer(model)}."
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
+    return {**kept, **{name: tensor for name, tensor in model.state_dict().items() if name.startswith(head)}}

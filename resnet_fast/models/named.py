@@ -1,14 +1,17 @@
 """Models by name, with random, published or the user's own weights."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
+from resnet_fast.models.checkpoint import finetuned, load_checkpoint, read_checkpoint
+from resnet_fast.utils.errors import first_line
 from resnet_fast.utils.optional import require
 
 _TIMM = "timm:"
@@ -26,7 +29,8 @@ def build(name: str, *, weights: Optional[str] = None, num_classes: Optional[int
     """The stock model ``name`` in eval mode.
 
     Args:
-        name: a torchvision classification model, or ``timm:`` and a timm model.
+        name: a torchvision classification model, or ``timm:`` and a timm model, or a checkpoint of ``resnet-fast
+            finetune``, which knows its model and its classes.
         weights: a checkpoint file, or the name of published weights (downloaded); None for random ones.
         num_classes: of the last layer; by default what the weights or the builder say.
         seed: of the random initialisation.
@@ -36,8 +40,16 @@ def build(name: str, *, weights: Optional[str] = None, num_classes: Optional[int
         RuntimeError: the checkpoint does not fit the model, or holds more than tensors.
         MissingPackageError: timm or safetensors is needed and not installed.
     """
-    kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     file = Path(weights) if weights is not None and Path(weights).is_file() else None
+    if Path(name).is_file():
+        if weights is not None:
+            raise UnknownNameError("weights", f"{weights!r} is not needed: {name!r} has weights")
+        file = Path(name)
+        name = model_in(file)
+    written = None if file is None else finetuned(file)
+    if num_classes is None and written is not None:
+        num_classes = len(written.classes)
+    kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     torch.manual_seed(seed)
     if name.startswith(_TIMM):
         timm = require("timm", f"the model {name}")
@@ -45,13 +57,47 @@ def build(name: str, *, weights: Optional[str] = None, num_classes: Optional[int
         if weights is not None and file is None and weights != "DEFAULT":
             raise UnknownNameError("weights", f"{weights!r} is no file; for timm models the only name is DEFAULT")
         published = weights is not None and file is None
-        model = timm.create_model(name.removeprefix(_TIMM), pretrained=published, **kwargs)
+        try:
+            model = timm.create_model(name.removeprefix(_TIMM), pretrained=published, **kwargs)
+        except Exception as error:
+            if not published:
+                raise
+            raise RuntimeError(
+                f"the weights of {name} cannot be downloaded: {first_line(error)}; a file of them can be given in "
+                "place of DEFAULT"
+            ) from error
     else:
         _check_name(name, torchvision.models.list_models(torchvision.models))
-        model = torchvision.models.get_model(name, weights=published_weights(name, weights), **kwargs)
+        named_weights = published_weights(name, weights)
+        with downloading(named_weights):
+            model = torchvision.models.get_model(name, weights=named_weights, **kwargs)
     if file is not None:
-        model.load_state_dict(read_checkpoint(file))
+        load_checkpoint(model, read_checkpoint(file), name, file)
     return model.eval()
+
+
+@contextmanager
+def downloading(weights: Any) -> Iterator[None]:
+    """Have a download of torchvision's ``weights`` that fails end in one line, with what to do about it."""
+    try:
+        yield
+    except OSError as error:  # urllib's are OSErrors
+        if weights is None:
+            raise
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        raise RuntimeError(
+            f"{weights.url} cannot be downloaded: {getattr(error, 'reason', None) or error}; "
+            f"put that file into {str(folder)!r}"
+        ) from error
+
+
+def model_in(file: Path) -> str:
+    """The name of the model in a checkpoint of ``resnet-fast finetune``; UnknownNameError if it does not say."""
+    written = finetuned(file)
+    if written is None or written.model is None:
+        problem = f"{str(file)!r} does not say which model it is of; expected its name, and the file as weights"
+        raise UnknownNameError("name", problem)
+    return written.model
 
 
 def published_weights(name: str, weights: Optional[str]) -> Any:
@@ -73,40 +119,3 @@ def _check_name(name: str, known: Iterable[str]) -> None:
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "torchvision.models.list_models() has the names"
     raise UnknownNameError("name", f"no model is called {name!r}: {hint}")
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state_dict in a checkpoint, read as data: code in it is never run.
-
-    Understood are a plain state_dict, the checkpoints of torchvision's and timm's training scripts (the state_dict
-    under ``model`` or ``state_dict``), the prefix ``module.`` of DistributedDataParallel, and safetensors.
-
-    Raises:
-        RuntimeError: the file is no checkpoint, or holds other objects than tensors and plain containers.
-        MissingPackageError: it is a safetensors file and the package is not installed.
-    """
-    if path.suffix == ".safetensors":
-        load = require("safetensors.torch", "reading a .safetensors file").load_file
-    else:
-        load = _load_tensors
-    try:
-        content = load(path)
-    except OSError:
-        raise
-    except Exception as error:  # a file of another kind can raise anything
-        raise RuntimeError(
-            f"{str(path)!r} is not loaded: it is no checkpoint, or holds Python objects other than tensors, whose "
-            "loading could run code; expected a safetensors file or what torch.save(model.state_dict(), path) writes"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise RuntimeError(f"{str(path)!r} holds no state_dict, expected names and tensors")
-    if content and all(key.startswith("module.") for key in content):
-        content = {key.removeprefix("module."): value for key, value in content.items()}
-    return content
-
-
-def _load_tensors(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)

@@ -102,6 +102,7 @@ class Need:
     def __init__(self, size: int) -> None:
         self.size = size
         _needs.add(self)
+        weakref.finalize(self, _trim).atexit = False
 
 
 _needs: "weakref.WeakSet[Need]" = weakref.WeakSet()
@@ -119,5 +120,20 @@ def take(need: Need) -> Memory:
 
 def give_back(memory: Memory, need: Need) -> None:
     """Keep the memory for the next call, unless it is larger than anybody needs."""
-    if memory.size == need.size or memory.size <= max(other.size for other in list(_needs)):
+    if memory.size == need.size or memory.size <= _largest_need():
         _free.append(memory)
+
+
+def _largest_need() -> int:
+    return max((other.size for other in list(_needs)), default=0)
+
+
+def _trim() -> None:
+    """Let go of what is larger than anybody needs, now that somebody has gone."""
+    for _ in range(len(_free)):
+        try:
+            memory = _free.popleft()
+        except IndexError:  # a call in another thread has it
+            return
+        if memory.size <= _largest_need():
+            _free.append(memory)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import resnet_fast
+from resnet_fast.export.folding import stock_copy
 from resnet_fast.export.metadata import gather
 from resnet_fast.export.to_onnx import ExportResult, export_onnx
 from resnet_fast.models.named import build
@@ -141,6 +142,7 @@ def write_repository(
             texts |= {f"{one}/{LABELS}": "".join(f"{label}\n" for label in labels) for one in names}
         for place, text in texts.items():
             (temporary / place).write_text(text, encoding="utf-8")
+        _check_target(target, folder, names, overwrite)  # others may have written there meanwhile
         _move(temporary, target, names)
     path = Path(folder, file.relative_to(temporary))
     return Repository(Path(folder), names, runtime, replace(result, path=path))
@@ -213,7 +215,7 @@ def _labels(model: nn.Module, export: dict[str, Any]) -> Optional[Sequence[str]]
 
 def _state(model: nn.Module, architecture: str, classes: int) -> dict[str, torch.Tensor]:
     """The state_dict of ``model``, known to fit what ``architecture`` builds."""
-    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    state = stock_copy(model).state_dict()
     try:
         build(architecture, num_classes=classes).load_state_dict(state)
     except RuntimeError as error:

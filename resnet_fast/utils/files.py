@@ -1,16 +1,20 @@
 """Files that appear whole or not at all, and what is written to them as JSON."""
 
+import contextlib
 import json
 import math
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Union
 
+_DAY = 86_400.0  # seconds
 
-@contextmanager
+
+@contextlib.contextmanager
 def replacing(path: Union[str, os.PathLike]) -> Iterator[Path]:
     """Give a temporary path in the folder of ``path``; move what was written there over ``path`` at the end.
 
@@ -32,6 +36,7 @@ def replacing(path: Union[str, os.PathLike]) -> Iterator[Path]:
         temporary.open("xb").close()
     except OSError as error:
         raise type(error)(error.errno, f"cannot write to the folder of path {str(path)!r}: {error.strerror}") from error
+    remove_stale(target)
     try:
         yield temporary
         os.replace(temporary, target)
@@ -39,9 +44,22 @@ def replacing(path: Union[str, os.PathLike]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def json_text(data: Any) -> str:
-    """Return ``data`` as JSON that every reader takes: what JSON has no number for (NaN, infinities) is text."""
-    return json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+def remove_stale(target: Path) -> None:
+    """Remove what processes that were killed, a day ago at least, left of their temporary files for ``target``."""
+    name = re.compile(rf"\.{re.escape(target.stem)}\.[0-9a-f]{{8}}{re.escape(target.suffix)}")
+    for left in target.parent.glob(".*"):
+        with contextlib.suppress(OSError):  # another process may do the same
+            if name.fullmatch(left.name) and left.is_file() and time.time() - left.stat().st_mtime > _DAY:
+                left.unlink()
+
+
+def json_text(data: Any, ascii: bool = False) -> str:
+    """Return ``data`` as JSON that every reader takes: what JSON has no number for (NaN, infinities) is text.
+
+    Bytes of file names that are no UTF-8 are escaped as JSON does it, all but ASCII only if ``ascii``.
+    """
+    text = json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=ascii) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import network, tune
+from resnet_fast.kernels.choices import Choices
 from resnet_fast.kernels.native import abi, library, planner
 from resnet_fast.kernels.triton.tuning import measuring
 from resnet_fast.kernels.triton.tuning import planner as gpu_planner
@@ -175,7 +176,7 @@ def test_other_machines_keep_their_choices():
     planner.choices.add(planner.machine(), {"shape": "winograd4"})
     machines = json.loads(path.read_text())["machines"]
     assert machines == {"another": {"shape": "gemm"}, planner.machine(): {"shape": "winograd4"}}
-    assert os.listdir(path.parent) == [path.name], "a partial file is left"
+    assert sorted(os.listdir(path.parent)) == [path.name, f"{path.name}.lock"], "a partial file is left"
 
 
 def test_a_file_that_cannot_be_written(folder, monkeypatch):
@@ -233,3 +234,33 @@ def test_errors(model):
     with pytest.raises(ValueError, match="no convolution"):
         tune(model.double(), images.double(), calls=1)
     assert planner._forced is None
+
+
+ADDING = """
+import sys
+from resnet_fast.kernels.choices import Choices
+
+choices = Choices("many.json")
+for number in range(40):
+    choices.forget()
+    choices.add("machine", {f"{sys.argv[1]} {number}": "gemm"})
+"""
+
+
+def test_choices_of_several_processes_are_all_kept(tmp_path):
+    environment = {**os.environ, "RESNET_FAST_CACHE": str(tmp_path)}
+    processes = [subprocess.Popen([sys.executable, "-c", ADDING, name], env=environment) for name in "abc"]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+    kept = json.loads((tmp_path / "many.json").read_text())["machines"]["machine"]
+    assert len(kept) == 120
+
+
+def test_a_file_nested_too_deeply_does_no_harm(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
+    (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    choices = Choices("deep.json")
+    with pytest.warns(UserWarning, match="deep.json is ignored"):
+        assert choices.measured("machine", "problem") is None
+    with pytest.warns(UserWarning, match="deep.json is ignored"):
+        choices.add("machine", {"problem": "gemm"})
+    assert Choices("deep.json").measured("machine", "problem") == "gemm"

@@ -58,7 +58,7 @@ def demo(
     torch.set_num_threads(threads)
     busy = load()
     terminal = console()
-    terminal.print(f"seed {seed}, {threads} threads, report in {out}/")
+    terminal.print(f"seed {seed}, {threads} threads, report in {out}/", markup=False)
     big = build(model, seed=seed)
     measured = functools.partial(measure, providers=names, threads=threads, rounds=rounds, seconds=seconds)
 
@@ -106,6 +106,6 @@ def demo(
     report = write_report(out, content, digits, pictures, on_digits, on_photographs)
     write_json(report, json)
     verdict = f"{report['checks_passed']} of {report['checks']} checks passed"
-    terminal.print(f"{verdict} in {report['seconds']:.0f} s; report: {out / 'report.html'}")
+    terminal.print(f"{verdict} in {report['seconds']:.0f} s; report: {out / 'report.html'}", markup=False)
     if not report["passed"]:
         raise VerificationError(f"{verdict}; {out / 'report.html'} shows which did not")

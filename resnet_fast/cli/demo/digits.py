@@ -12,6 +12,7 @@ from resnet_fast.cli.finetune import logged
 from resnet_fast.finetune import Settings, open_data, train
 from resnet_fast.finetune.checkpoint import BEST
 from resnet_fast.finetune.distributed import Processes
+from resnet_fast.finetune.output_folder import claimed
 from resnet_fast.finetune.transforms import for_evaluation
 from resnet_fast.models.named import build
 
@@ -41,12 +42,13 @@ class LearntDigits:
 
 def learn_digits(folder: Path, epochs: int, seed: int) -> LearntDigits:
     """Train on the CPU, on as many threads as PyTorch is set to; ``folder`` gets what ``finetune`` leaves behind."""
-    folder.mkdir(parents=True, exist_ok=True)
     # No processes that load images: these are in memory, and a core is better spent on training.
-    settings = Settings(model=MODEL, epochs=epochs, seed=seed, workers=0, device="cpu")
+    settings = Settings(
+        model=MODEL, epochs=epochs, seed=seed, workers=0, device="cpu", output=str(folder), overwrite=True
+    )
     data = open_data("digits", settings)
     here = Processes(torch.device("cpu"))
-    with logged(here):
+    with logged(here), claimed(settings):
         result = train(build(MODEL, num_classes=len(data.classes), seed=seed), data, settings, folder, here)
     test = data.validation
     pictures = torch.stack([test.load(index) for index in range(len(test))])

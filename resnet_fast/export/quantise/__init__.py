@@ -16,7 +16,24 @@ afterwards; its 0.47 needs ONNX Runtime 1.24 and onnx 1.21, eight packages besid
 """
 
 from resnet_fast.export.quantise.calibration import Progress
-from resnet_fast.export.quantise.images import Images
-from resnet_fast.export.quantise.pipeline import Method, Quantisation, Quantised, Target, quantise
+from resnet_fast.export.quantise.images import Images, open_images
+from resnet_fast.export.quantise.pipeline import (
+    Method,
+    Quantisation,
+    Quantised,
+    Target,
+    check_choices,
+    quantise,
+)
 
-__all__ = ["Images", "Method", "Progress", "Quantisation", "Quantised", "Target", "quantise"]
+__all__ = [
+    "Images",
+    "Method",
+    "Progress",
+    "Quantisation",
+    "Quantised",
+    "Target",
+    "check_choices",
+    "open_images",
+    "quantise",
+]

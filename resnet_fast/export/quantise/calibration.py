@@ -29,11 +29,13 @@ class Observed:
         histograms: by the name of a value.
         images: how many there were.
         kept: the first of them, ``[128 or less, C, H, W]``, and their labels, if they have any.
+        skipped: picture files that could not be read.
     """
 
     histograms: dict[str, Histogram]
     images: int
     kept: tuple[Tensor, Optional[Tensor]]
+    skipped: tuple[str, ...] = ()
 
 
 def session(model: ir.Model) -> Any:
@@ -73,7 +75,7 @@ def observe(model: ir.Model, names: Iterable[str], source: Source, progress: Pro
             except ValueError as error:
                 raise ValueError(f"the model gives {name} values that are not finite for the calibration") from error
         progress("calibrating", count, source.total)
-    return Observed(histograms, count, _joined(kept))
+    return Observed(histograms, count, _joined(kept), tuple(source.skipped))
 
 
 def _watching(model: ir.Model, names: Sequence[str]) -> ir.Model:

@@ -1,8 +1,9 @@
 """Images to calibrate and to judge by: a folder, a file of tensors, or anything that gives tensors."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from resnet_fast.export.metadata import Metadata
 from resnet_fast.export.runner import find_pictures, pictures
+from resnet_fast.utils.errors import first_line
+from resnet_fast.utils.pictures import Remarks
 
-Images = Union[str, os.PathLike, Tensor, np.ndarray, Iterable[Any]]
-"""What ``open_images`` takes."""
+logger = logging.getLogger(__name__)
+
 
 Item = tuple[Tensor, Optional[int]]
 
@@ -27,11 +30,13 @@ class Source:
         items: begins to go through them.
         total: how many there are; None if only the end tells.
         again: whether ``items`` can be called a second time.
+        skipped: picture files that could not be read, each once, as far as somebody has gone through them.
     """
 
     items: Callable[[], Iterator[Item]]
     total: Optional[int]
     again: bool = True
+    skipped: list[str] = field(default_factory=list)
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Optional[Tensor]]]:
         """``[size or less, C, H, W]``, and their labels ``[size or less]`` int64 if all of them have one."""
@@ -47,6 +52,10 @@ class Source:
             yield _batch(images, labels)
 
 
+Images = Union[str, os.PathLike, Tensor, np.ndarray, Iterable[Any], Source]
+"""What ``open_images`` takes."""
+
+
 def _batch(images: list[Tensor], labels: list[Optional[int]]) -> tuple[Tensor, Optional[Tensor]]:
     known = [label for label in labels if label is not None]
     return torch.stack(images), torch.tensor(known) if len(known) == len(labels) else None
@@ -58,11 +67,12 @@ def open_images(images: Images, name: str, metadata: Metadata, outputs: int) -> 
     Args:
         images: One of
 
-            - a folder: all images in it and below, resized, cropped and normalised as ``metadata`` says. Where every
-              image lies in a folder of its class, these folders, by name if ``metadata`` has classes, else in the order
-              of the alphabet, are labels.
+            - a folder: all images in it and below, resized, cropped and normalised as ``metadata`` says. Files that
+              cannot be read are left out, and named in the log. Where every image lies in a folder of its class, these
+              folders, by name if ``metadata`` has classes, else in the order of the alphabet, are labels.
             - a file of tensors: .npy, .npz or .pt, with ``images [N, C, H, W]`` and, in the latter two, optionally
               ``labels [N]``. Floating point as the model reads it, or uint8, which is scaled to [0, 1] and normalised.
+            - a ``Source``, opened before.
             - such a tensor or array, or an iterable or data set of ``[N, C, H, W]`` or ``[C, H, W]``, or of pairs of
               images and labels, as a DataLoader gives.
         name: for messages.
@@ -74,6 +84,8 @@ def open_images(images: Images, name: str, metadata: Metadata, outputs: int) -> 
         ValueError: a file that cannot be read, or another shape than the model's, or labels that it does not know.
         TypeError: none of the above.
     """
+    if isinstance(images, Source):
+        return images
     reader = _Reader(name, metadata, outputs)
     if isinstance(images, (str, os.PathLike)):
         path = Path(images)
@@ -131,12 +143,20 @@ class _Reader:
 def _folder(folder: Path, reader: _Reader) -> Source:
     files = find_pictures(folder, reader.name)
     labels = _labels(folder, files, reader)
+    reader.metadata.preprocessing()  # raises at once if nobody said how to normalise
+    remarks = Remarks(logger)
 
     def items() -> Iterator[Item]:
+        count = 0
         for file in files:
-            yield _picture(file, reader), labels.get(file.relative_to(folder).parts[0])
+            # Also where the file's graph resizes by itself: what is calibrated is the network behind that.
+            for sample in pictures(reader.metadata, [file], remarks):
+                count += 1
+                yield sample.single[0], labels.get(file.relative_to(folder).parts[0])
+        if not count:
+            raise ValueError(f"{reader.name} is {str(folder)!r}, where none of {len(files)} pictures can be read")
 
-    return Source(items, len(files))
+    return Source(items, len(files), skipped=remarks.skipped)
 
 
 def _labels(folder: Path, files: list[Path], reader: _Reader) -> dict[str, int]:
@@ -150,15 +170,6 @@ def _labels(folder: Path, files: list[Path], reader: _Reader) -> dict[str, int]:
     if len(names) == reader.outputs and classes is None:
         return {name: index for index, name in enumerate(names)}
     return {}
-
-
-def _picture(file: Path, reader: _Reader) -> Tensor:
-    # Also where the file's graph resizes by itself: what is calibrated is the network behind that.
-    try:
-        (sample,) = pictures(reader.metadata, [file])
-    except ValueError as error:
-        raise ValueError(f"{reader.name}: {error}") from error
-    return sample.single[0]
 
 
 def _load(path: Path, name: str) -> tuple[Any, Any]:
@@ -176,7 +187,7 @@ def _load(path: Path, name: str) -> tuple[Any, Any]:
         else:
             raise ValueError("expected a folder, or a file that ends in .npy, .npz, .pt or .pth")
     except Exception as error:  # zip, pickle and header errors have no common base but this
-        raise ValueError(f"{name} is {str(path)!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{name} is {str(path)!r}: {first_line(error)}") from error
     if isinstance(found, Tensor):
         return found, None
     if not isinstance(found, dict) or "images" not in found:

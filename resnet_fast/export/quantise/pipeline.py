@@ -49,6 +49,7 @@ class Quantisation:
         target: "tensorrt" or "cpu".
         method: of calibration; None if all ranges were given.
         images: how many the calibration saw.
+        skipped: picture files of the calibration that could not be read.
         reduce_range: whether weights have 7 bits.
         judgement: of the whole; None if there were no images to judge by.
         judged_by: "validation" or "calibration": whose images these were; None without.
@@ -62,6 +63,7 @@ class Quantisation:
     judgement: Optional[Judgement]
     judged_by: Optional[str]
     layers: tuple[LayerReport, ...]
+    skipped: tuple[str, ...] = ()
 
     @property
     def fall_back(self) -> tuple[str, ...]:
@@ -117,7 +119,7 @@ def quantise(
         FileNotFoundError: ``calibration`` or ``validation`` is a path where there are no images.
         MissingPackageError: ONNX Runtime is not installed, and calibration or the target needs it.
     """
-    _check_choices(target, calibration_method, percentile, max_accuracy_drop)
+    check_choices(target, calibration_method, percentile, max_accuracy_drop)
     layers = find_layers(model.graph)
     if not layers:
         raise ValueError("the model has no convolution and no fully connected layer to quantise")
@@ -166,6 +168,7 @@ def quantise(
         judgement,
         judged_by,
         tuple(_report(layer, limits, left_out, errors.get(layer.path), target) for layer in layers),
+        () if observed is None else observed.skipped,
     )
     whole.metadata_props["quantisation"] = json.dumps(
         {
@@ -179,14 +182,17 @@ def quantise(
     return Quantised(whole, report)
 
 
-def _check_choices(target: str, method: str, percentile: float, drop: Optional[float]) -> None:
+def check_choices(
+    target: str, method: str, percentile: float = 99.99, max_accuracy_drop: Optional[float] = None
+) -> None:
+    """Raises ValueError for what ``quantise`` would refuse of these."""
     for name, value, known in (("target", target, TARGETS), ("calibration_method", method, METHODS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected {', '.join(known)}")
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}, expected more than 0 and at most 100")
-    if drop is not None and not 0 <= drop <= 100:
-        raise ValueError(f"max_accuracy_drop is {drop}, expected 0 to 100 points")
+    if max_accuracy_drop is not None and not 0 <= max_accuracy_drop <= 100:
+        raise ValueError(f"max_accuracy_drop is {max_accuracy_drop}, expected 0 to 100 points")
 
 
 def _checked_ranges(ranges: Mapping[str, float], layers: list[Layer]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -90,6 +91,20 @@ def test_ctrl_c_exits_with_130(monkeypatch, capsys):
     monkeypatch.setattr("resnet_fast.models.named.build", interrupted)
     assert main(["explain", "resnet18"]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["m.onnx"], ["--triton-repository", "models"]])
+def test_sigterm_leaves_nothing_half_written(more, tmp_path, monkeypatch, capsys):
+    def terminated(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it goes on")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("resnet_fast.export.to_onnx.folded", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["export", "resnet18", *more, "--size", "32"]) == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -255,6 +270,19 @@ def test_json_file_survives_a_failure(tmp_path):
 
 
 @pytest.mark.skipif(library.unavailable() is not None, reason="tunes the native kernels")
+def test_tune_says_that_the_machine_is_busy(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
+    for load, count in ((0.2, 0), (1.7, 1)):
+        monkeypatch.setattr("resnet_fast.bench.machine.load", lambda load=load: load)
+        monkeypatch.setattr("resnet_fast.tune", _refuse)
+        assert main(["tune", "resnet18", "--device", "cpu", "--size", "32"]) == 1
+        assert capsys.readouterr().err.count("this machine is busy") == count
+
+
+def _refuse(*_):
+    raise RuntimeError("not now")
+
+
 def test_tune_measures_and_keeps(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
     planner.choices.forget()
@@ -346,7 +374,7 @@ def test_export_with_a_checkpoint(network, tmp_path, capsys):
 
     assert main(arguments) == 1  # 1000 classes
     said = capsys.readouterr().err
-    assert "size mismatch for fc.weight" in said
+    assert "its last layer has 5 classes, that of the model 1000" in said
 
 
 def test_unfitting_checkpoint_is_reported_as_torchvision_does(network, tmp_path, capsys):

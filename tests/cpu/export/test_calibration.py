@@ -211,7 +211,7 @@ def test_unusable_images(tmp_path):
     image = torch.zeros(1, 3, 16, 16)
     for given, error, message in (
         (empty, FileNotFoundError, "calibration is '.*empty', expected a folder with pictures in it or below"),
-        (broken, ValueError, r"calibration: images has '.*x\.jpg', expected a picture"),
+        (broken, ValueError, "calibration is .*broken., where none of 1 pictures can be read"),
         (tmp_path / "absent", FileNotFoundError, "absent', expected a folder of images or a file"),
         (tmp_path / "flat.npy", ValueError, r"calibration has shape \[5, 3\], expected \[N, C, H, W\]"),
         (tmp_path / "text.pt", ValueError, "text.pt': "),

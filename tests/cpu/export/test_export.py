@@ -249,6 +249,16 @@ def test_missing_onnxruntime(monkeypatch, tmp_path):
 # --- nothing half-done ----------------------------------------------------------------------------------------------
 
 
+def test_what_killed_processes_left_goes_after_a_day(tmp_path):
+    names = [".m.00112233.onnx", ".m.44556677.onnx", ".other.00112233.onnx", ".m.0011223x.onnx"]
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0) if name != names[1] else None)
+    with replacing(tmp_path / "m.onnx") as temporary:
+        temporary.write_bytes(b"new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "m.onnx"])
+
+
 class Unfaithful(nn.Module):
     """Computes something else when traced, as a bug in the exporter would."""
 

@@ -222,7 +222,7 @@ def test_bad_arguments(basic, folder, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="expected a folder with pictures in it or below"):
         verify_onnx(path, model, images=tmp_path)
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"images has '.*broken\.png', expected a picture"):
+    with pytest.raises(ValueError, match="images has 1 pictures, none of which can be read"):
         verify_onnx(path, model, images=tmp_path, tensorrt=False)
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'resnet-fast\[onnxruntime\]'"):

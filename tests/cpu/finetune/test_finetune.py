@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import resource
+import shlex
 from contextlib import contextmanager
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_digits_are_learnt_and_all_files_are_there(digits_run):
     assert result["best_accuracy"] >= 0.93
     assert result == parsed(out / "results.json")
     assert sorted(path.name for path in out.iterdir()) == [
-        *("best.pt", "classes.txt", "confusion.csv", "confusion.png"),
+        *(".lock", "best.pt", "classes.txt", "confusion.csv", "confusion.png"),
         *("curves.png", "last.pt", "metrics.csv", "metrics.json", "results.json"),
     ]
     for name in ("curves.png", "confusion.png"):
@@ -118,13 +119,13 @@ def test_best_checkpoint_is_what_was_scored(digits_run):
         right = (model(images).argmax(1) == data.validation.labels).float().mean().item()
     assert right == pytest.approx(content["accuracy"]) == pytest.approx(json.loads(stdout)["best_accuracy"])
     assert content["classes"] == [str(digit) for digit in range(10)]
-    assert content["preprocessing"] == {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert content["preprocessing"] == {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize": 32}
 
 
 def test_the_next_command_that_it_names_works(digits_run, tmp_path, monkeypatch):
     _, out, _, stderr = digits_run
     (line,) = (line for line in stderr.splitlines() if line.startswith("next: resnet-fast export"))
-    assert main(line.split()[2:]) == 0
+    assert main(shlex.split(line)[2:]) == 0
     assert (out / "model.onnx").exists()
     (out / "model.onnx").unlink()
 
@@ -248,6 +249,22 @@ def test_resuming_with_another_recipe_is_refused(folder, one_epoch, capsys):
     assert "is 0.5, but the run to resume has None" in said and "--lr" in said
 
 
+def test_resuming_with_more_epochs_trains_longer(folder, tmp_path, capsys):
+    """At the rates that a run of so many epochs has."""
+    arguments = ["finetune", folder, *TINY, "--lr", "0.004"]
+    assert main([*arguments, "--epochs", "4", "--output", str(tmp_path / "four")]) == 0
+    assert main([*arguments, "--epochs", "2", "--output", str(tmp_path / "two")]) == 0
+    last = str(tmp_path / "two" / "last.pt")
+    assert main(["finetune", folder, "--resume", last, "--epochs", "1"]) == 2
+    assert "is 1, but 2 are done" in " ".join(capsys.readouterr().err.split())
+    assert main(["finetune", folder, "--resume", last, "--epochs", "4"]) == 0
+    rates = [[entry["lr"] for entry in metrics(tmp_path / name)] for name in ("four", "two")]
+    assert len(rates[1]) == 4 and rates[1][2:] == rates[0][2:] and rates[1][1] != rates[0][1]
+    assert "after epoch 2" in capsys.readouterr().err
+    assert main(["finetune", folder, "--resume", last]) == 0
+    assert parsed(tmp_path / "two" / "results.json")["epochs"] == 4
+
+
 def test_resuming_with_other_data_is_refused(one_epoch, tmp_path, capsys):
     write_folder(tmp_path / "other", 60, classes=4)
     assert main(["finetune", str(tmp_path / "other"), "--resume", str(one_epoch / "last.pt")]) == 1
@@ -275,14 +292,14 @@ def test_interrupted_before_there_is_a_checkpoint(folder, tmp_path, monkeypatch,
     monkeypatch.setattr("os.fsync", interrupted)
     assert main(["finetune", folder, *TINY, "--epochs", "1", "--output", str(tmp_path)]) == 130
     assert "interrupted in the first epoch: there is no checkpoint yet" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_what_a_killed_run_was_writing_is_removed(folder, one_epoch, tmp_path):
     last = copy_of(one_epoch, tmp_path)
     (tmp_path / ".last.0a1b2c3d.pt").write_bytes(b"half")
     assert main(["finetune", folder, "--resume", str(last)]) == 0
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".lock"]
 
 
 def test_complete_run_resumed_writes_its_results_again(folder, tmp_path):
@@ -375,6 +392,41 @@ def test_published_weights_get_a_head_for_the_data(folder, tmp_path, monkeypatch
     assert torch.equal(after["layer4.1.conv2.weight"], published["layer4.1.conv2.weight"])
 
 
+# --- what is said before the first epoch ends ----------------------------------------------------------------------
+
+
+def test_a_run_says_first_what_it_does(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    with interrupted_at("epoch 1/1  batch 1/6"):
+        assert main(["finetune", folder, *TINY, "--epochs", "1", "--log-interval", "1", "--output", str(out)]) == 130
+    first, small, *_ = capsys.readouterr().err.splitlines()
+    assert first == (
+        "timm:test_resnet from scratch, 32x32; 48 images to learn from and 12 to validate on, 3 classes; "
+        f"on cpu, 1 threads; into {out}/"
+    )
+    assert small.startswith("images of 32x32 are small for this model") and "leave 8x8 of them" in small
+
+
+def test_a_terminal_sees_a_bar_from_the_first_batch(folder, tmp_path, monkeypatch):
+    told = []
+
+    @contextmanager
+    def stages(console, title):
+        yield lambda stage, done, total: told.append((stage, done, total))
+
+    monkeypatch.setattr("resnet_fast.cli.finetune.stages", stages)
+    assert main(["finetune", folder, *TINY, "--epochs", "2", "--output", str(tmp_path)]) == 0
+    assert told[:6] == [("learning: epoch 1/2", done, 6) for done in range(1, 7)]
+    assert told[6:8] == [("validating: epoch 1/2", done, 2) for done in range(2)]
+    assert told[8] == ("learning: epoch 2/2", 1, 6) and len(told) == 16
+
+
+def test_a_long_silence_is_broken(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("resnet_fast.finetune.progress._SILENCE", 0.0)
+    assert main(["finetune", folder, *TINY, "--epochs", "1", "--output", str(tmp_path)]) == 0
+    assert "epoch 1/1  batch 1/6" in capsys.readouterr().err
+
+
 # --- what learns --------------------------------------------------------------------------------------------------
 
 
@@ -418,7 +470,7 @@ def test_frozen_modules_survive_train():
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--freeze", "layer9"], "names 'layer9', which is not a module; there are layer4"),
+        (["--freeze", "layr1"], "names 'layr1', which is not a module: did you mean layer1"),
         (["--freeze", "conv1,bn1,layer1,layer2,layer3,layer4,fc"], "leaves nothing that learns"),
         (["--warmup-epochs", "2"], "is 2, expected fewer than --epochs 1"),
         (["--amp", "fp8"], "fp8"),
@@ -583,7 +635,8 @@ def test_nothing_but_corrupt_images_is_an_error(tmp_path, capsys):
     for path in (tmp_path / "train").rglob("*.png"):
         path.write_bytes(b"")
     assert main(arguments) == 1
-    assert "no batch of images to learn from is usable: 8 cannot be read" in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "no batch of images to learn from is usable: 8 cannot be read, and of the other 4 none came into a" in said
     assert not (tmp_path / "out" / "last.pt").exists()
 
 

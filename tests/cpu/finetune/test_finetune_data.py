@@ -77,11 +77,13 @@ def test_digits():
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected digits or a folder"):
         open_data(str(tmp_path / "absent"), Settings())
-    with pytest.raises(FileNotFoundError, match="any class folder"):
+    with pytest.raises(FileNotFoundError, match="has no class folder"):
         open_data(str(tmp_path), Settings())
     (tmp_path / "cat").mkdir()
-    with pytest.raises(FileNotFoundError, match="no valid file for the classes cat"):
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(FileNotFoundError, match="no picture that can be read for 'cat', 'dog' in"):
         open_data(str(tmp_path), Settings())
+    Image.new("RGB", (8, 8)).save(tmp_path / "dog" / "one.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "only.png")
     with pytest.raises(ValueError, match="class 'cat' has one image"):
         open_data(str(tmp_path), Settings())

@@ -70,7 +70,7 @@ def test_interrupted_run_keeps_its_complete_epochs(number, workers, code, folder
     if number != signal.SIGKILL:
         assert done.stderr.strip().splitlines()[-1] == f"interrupted; --resume {last} goes on after epoch 1"
         assert "Traceback" not in done.stderr
-    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".lock"]
     assert torch.load(last, weights_only=True)["epoch"] == 1
     assert main(["finetune", folder, "--resume", str(last)]) == 0
     assert losses(tmp_path) == uninterrupted

@@ -187,7 +187,7 @@ def test_mixed_precision(folder, start, tmp_path, capsys):
     """float16 with a gradient scaler: its ranges are float32's but for rounding, and it learns."""
     arguments = ["--epochs", "1", "--num-observer-update-epochs", "0"]
     assert qat_run(folder, start, tmp_path / "fp32", *arguments) == 0
-    assert capsys.readouterr().err.rstrip().endswith("classes.txt --precision int8")
+    assert capsys.readouterr().err.rstrip().endswith("model.onnx --precision int8")
     assert qat_run(folder, start, tmp_path / "fp16", *arguments, "--amp", "fp16") == 0
     expected, half = (qat.load_ranges(tmp_path / name / "last.pt") for name in ("fp32", "fp16"))
     # At most 12 convolutions and their batch norms one after another, each rounded to float16; a magnitude is the

@@ -1055,6 +1055,32 @@ def test_memory_is_shared_and_given_up(monkeypatch):
     assert not memory._free
 
 
+def test_memory_goes_with_the_last_that_needs_it(monkeypatch):
+    monkeypatch.setattr(memory, "_free", deque())
+    monkeypatch.setattr(memory, "_needs", weakref.WeakSet())
+    needs = [memory.Need(size) for size in (1000, 5000)]
+    for need in needs:
+        memory.give_back(memory.Memory(need.size), need)
+    assert [kept.size for kept in memory._free] == [1000, 5000]
+    needs.pop()
+    del need
+    assert [kept.size for kept in memory._free] == [1000]
+    needs.clear()
+    assert not memory._free
+
+
+def test_a_model_that_is_gone_leaves_no_memory(monkeypatch):
+    monkeypatch.setattr(memory, "_free", deque())
+    monkeypatch.setattr(memory, "_needs", weakref.WeakSet())
+    model = resnet_fast.accelerate(small_resnet())
+    with torch.inference_mode():
+        model(images(1, 3, 64, 64))
+    assert memory._free
+    del model
+    gc.collect()
+    assert not memory._free
+
+
 def test_shelf_copies():
     shelf = memory.Shelf()
     tensors = [torch.randint(0, 255, (size,), dtype=torch.uint8) for size in (1, 100, 64, 33 << 20, 7)]

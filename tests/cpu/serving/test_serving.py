@@ -18,7 +18,7 @@ from tritonclient.grpc import model_config_pb2
 from resnet_fast.cli import main
 from resnet_fast.export import MissingPackageError
 from resnet_fast.models.named import build
-from resnet_fast.serving import config, write_repository
+from resnet_fast.serving import config, repository, write_repository
 from resnet_fast.serving.repository import _move
 from resnet_fast.serving.server import VARIABLE, Installation, installation, servable
 from tests.cpu.small_models import small_resnet
@@ -248,6 +248,21 @@ def test_a_failed_first_export_leaves_no_folder(tmp_path):
     with pytest.raises(TypeError, match="expected one tensor of shape"):
         write_repository(Broken(), tmp_path / "models", name="net", **SMALL)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_writes_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    export = repository.export_onnx
+
+    def meanwhile(*arguments, **named):
+        result = export(*arguments, **named)
+        (tmp_path / "models/net").mkdir(parents=True)
+        (tmp_path / "models/net/config.pbtxt").write_text("another's")
+        return result
+
+    monkeypatch.setattr(repository, "export_onnx", meanwhile)
+    with pytest.raises(FileExistsError, match="which has a model 'net'"):
+        write_repository(small_resnet(), tmp_path / "models", name="net", **SMALL)
+    assert contents(tmp_path) == {"models/net/config.pbtxt": b"another's"}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
