@@ -38,7 +38,22 @@ def customised(module: nn.Module) -> str:
     """How this instance differs from its class, or ''."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
-    return "has a forward of its own set on the instance" if "forward" in module.__dict__ else ""
+    if "forward" in module.__dict__:
+        return "has a forward of its own set on the instance"
+    return "" if torch.compiler.is_compiling() or not patched(type(module)) else "has a forward patched into its class"
+
+
+_LIBRARY = (FrozenBatchNorm2d, *(cls for cls in vars(nn).values() if isinstance(cls, type)))
+_FORWARDS: dict[type, Optional[Callable]] = {
+    cls: cls.forward if cls.forward.__module__.startswith(("torch.", "torchvision.")) else None
+    for cls in _LIBRARY
+    if issubclass(cls, nn.Module)
+}
+
+
+def patched(cls: type) -> bool:
+    """Whether somebody put another forward into one of PyTorch's own classes, as explainers of models do to ReLU's."""
+    return cls in _FORWARDS and cls.forward is not _FORWARDS[cls]  # type: ignore[attr-defined]
 
 
 def conv_refusal(conv: nn.Module) -> str:

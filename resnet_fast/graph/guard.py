@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from resnet_fast.graph.conditions import patched
 from resnet_fast.graph.program import STATE
+from resnet_fast.graph.reads import stock_type
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.contents import Contents
 
@@ -37,6 +39,7 @@ class Guard:
         self._versions = list(map(_version_of, self._tensors))
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
         self._held = Contents(self._tensors)
+        self._forwards: dict[Any, Any] = {cls: cls.forward for cls in self._classes(root)}
         self._clearings = packing.clearings
 
     def holds(self, root: nn.Module) -> bool:
@@ -53,8 +56,16 @@ class Guard:
             and _identical(_contents(containers), self._contents)
             and list(map(_version_of, self._tensors)) == self._versions
             and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
+            and all(cls.forward is forward for cls, forward in self._forwards.items())
             and self._held.unchanged(self._tensors)
         )
+
+    def _classes(self, root: nn.Module) -> set[Any]:
+        return {stock_type(module) for module in (root, *self._modules)}
+
+    def patched(self) -> bool:
+        """Whether any module below is of a class of PyTorch's that somebody has patched."""
+        return any(map(patched, self._forwards))
 
     def hooked(self) -> bool:
         """Whether any module below has hooks."""

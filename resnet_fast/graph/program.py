@@ -48,6 +48,7 @@ class Program:
     obstacles: dict[str, str] = field(default_factory=dict)  # by name: why a convolution was not
     parts: dict[Path, str] = field(default_factory=dict)  # child -> what it must still be (a key of REFUSALS)
     opened: dict[Path, type] = field(default_factory=dict)  # children that the graph follows into
+    forwards: dict[Any, Any] = field(default_factory=dict)  # of the classes whose code was followed
     reads: Reads = field(default_factory=Reads)  # what must still be the same, beside the inputs
     questions: list[tuple[int, Any, bool]] = field(default_factory=list)  # the n-th input is of some class, or not
     graph: Optional[fx.Graph] = None  # what ``function`` computes; without one, what the module's own forward does
@@ -82,6 +83,8 @@ class Program:
                 return True
         if torch.compiler.is_compiling():
             return bool(self.reads.others) or not self.reads.attributes_hold(module)
+        if any(cls.forward is not forward for cls, forward in self.forwards.items()):
+            return True
         return not self.reads.hold(module) or any(
             kept(child_at(module, path)) is not program for path, program in self.embedded.items()
         )
@@ -155,7 +158,8 @@ class Traced(NamedTuple):
 
 
 def trace_forward(module: nn.Module, training: bool = False) -> Traced:
-    program = Program(training=training)
+    own: Any = stock_type(module)
+    program = Program(training=training, forwards={own: own.forward})
     try:
         tracer, program.graph = trace(module, training, Opener)
     except Untraceable as error:
@@ -168,6 +172,7 @@ def trace_forward(module: nn.Module, training: bool = False) -> Traced:
             program.reason = f"its forward writes to {shared}"
             return Traced(program, [])
     program.opened = tracer.opened
+    program.forwards |= {cls: cls.forward for cls in set[Any](tracer.opened.values())}
     program.parts = dict.fromkeys(tracer.inlined, "sequential") | dict.fromkeys(tracer.opened, "opened")
     found = matches(module, program.graph, training)
     program.obstacles = obstacles(module, program.graph, found, tracer.shut)

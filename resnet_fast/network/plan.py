@@ -168,7 +168,8 @@ class Plans:
 
     def _refusal(self, module: nn.Module, program: Program, guard: Guard) -> str:
         # Hooks on children that are not called would do no harm, but telling them apart at every call would take long.
-        return program.refusal(module) or ("a child has hooks" if guard.hooked() else "")
+        refusal = program.refusal(module) or ("a child has hooks" if guard.hooked() else "")
+        return refusal or ("a class of PyTorch's has another forward, patched into it" if guard.patched() else "")
 
 
 def _guardable(root: nn.Module) -> bool:

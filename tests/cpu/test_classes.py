@@ -81,6 +81,58 @@ def test_no_hook_of_a_class_is_told():
     assert isinstance(model, Mine) and isinstance(model, Accelerated) and not isinstance(model, dict)
 
 
+# --- patched code -----------------------------------------------------------------------------------------------------
+
+
+class Mine(Net):
+    """To be patched."""
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Holds(nn.Module):
+    """Opens, or calls, what may be patched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mine, self.conv, self.bn, self.act = Mine(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(self.mine(x))))
+
+
+PATCHES = {
+    "of the model": (Holds, lambda self, x: self.mine(x) * 2),
+    "of a child": (Mine, lambda self, x: self.bn(self.conv(x)) - 1),
+    "ReLU's": (nn.ReLU, lambda self, x: x.clamp(min=-0.5)),
+    "Conv2d's": (nn.Conv2d, lambda self, x: F.conv2d(x, self.weight * 2, self.bias)),
+    "BatchNorm2d's": (nn.BatchNorm2d, lambda self, x: x * self.weight.view(-1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("when", ["before", "after", "and called", "and undone"])
+@pytest.mark.parametrize("cls, forward", PATCHES.values(), ids=PATCHES)
+def test_a_forward_that_is_patched_into_a_class_is_run(cls, forward, when, training, monkeypatch):
+    """As guided backpropagation, relevance propagation and Jupyter's autoreload do it."""
+    fast = randomise_norms(Holds()).train(training)
+    stock = copy.deepcopy(fast)
+    with torch.set_grad_enabled(training):
+        if when != "before":
+            resnet_fast.accelerate(fast)
+        if when in ("and called", "and undone"):
+            assert_close(fast(X), stock(X))
+        with monkeypatch.context() as context:
+            context.setattr(cls, "forward", forward)
+            if when == "before":
+                resnet_fast.accelerate(fast)
+            for _ in range(2):
+                assert_close(fast(X), stock(X))
+        if when == "and undone":
+            assert_close(fast(X), stock(X))
+
+
 # --- graph modules ----------------------------------------------------------------------------------------------------
 
 
