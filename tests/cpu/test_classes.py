@@ -113,7 +113,7 @@ PATCHES = {
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("when", ["before", "after", "and called", "and undone"])
-@pytest.mark.parametrize("cls, forward", PATCHES.values(), ids=PATCHES)
+@pytest.mark.parametrize(("cls", "forward"), PATCHES.values(), ids=PATCHES)
 def test_a_forward_that_is_patched_into_a_class_is_run(cls, forward, when, training, monkeypatch):
     """As guided backpropagation, relevance propagation and Jupyter's autoreload do it."""
     fast = randomise_norms(Holds()).train(training)
