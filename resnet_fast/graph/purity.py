@@ -127,7 +127,8 @@ class Observer:
         self._shadowed: list[dict[str, Any]] = []
         self._within: dict[types.CodeType, set[str]] = {}  # code -> variables of the functions around it that run too
         self._thread = threading.get_ident()
-        self._asks = self._isinstance
+        # One object each: Python 3.11 does not hold the one that a frame had while it is called.
+        self._asks, self._look = self._isinstance, self._instruction
 
     def __enter__(self) -> "Observer":
         _lock.acquire()
@@ -199,18 +200,18 @@ class Observer:
         if "isinstance" not in frame.f_globals:
             frame.f_globals["isinstance"] = self._asks
             self._shadowed.append(frame.f_globals)
-        frame.f_trace = self._instruction  # before the next line: Python 3.13 looks for it
+        frame.f_trace = self._look  # before the next line: Python 3.13 looks for it
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         self._unseen += 1
-        return self._instruction
+        return self._look
 
     def _instruction(self, frame: types.FrameType, event: str, arg: Any) -> Any:
         if event != "opcode":
-            return self._instruction
+            return self._look
         self._unseen = 0
         found = _instructions(frame.f_code).get(frame.f_lasti)
         if found is None:
-            return self._instruction
+            return self._look
         operation, name, attributes = found
         if operation in _FORBIDDEN:
             raise Impure(_FORBIDDEN[operation].format(name))
@@ -220,7 +221,7 @@ class Observer:
             if operation in _CLOSURE_WRITES:
                 raise Impure(f"writes to the variable {name!r} of a function around it")
             self._closure(frame, name)
-        return self._instruction
+        return self._look
 
     def _global(self, frame: types.FrameType, name: str, attributes: tuple[str, ...]) -> None:
         if name not in frame.f_globals:
