@@ -25,7 +25,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import get_ignored_functions
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fast.graph.conditions import Path, child_at
+from resnet_fast.graph import reads
+from resnet_fast.graph.conditions import Path
 from resnet_fast.graph.reads import (
     ABSENT,
     CONSTANTS,
@@ -174,7 +175,7 @@ class Observer:
         for value in values:
             frozen = self._freeze(value, "the default of an argument")
             if frozen is not value:
-                self.reads.add((id(value), "default"), functools.partial(_always, value), frozen)
+                self.reads.add((id(value), "default"), functools.partial(reads.always, value), frozen)
 
     # --- instructions ---
 
@@ -239,7 +240,7 @@ class Observer:
             if not isinstance(value, (types.ModuleType, type)):
                 break
             owner, value = value, getattr(value, attribute, ABSENT)
-            get, label, name = functools.partial(_attribute, owner, attribute), f"{label}.{attribute}", attribute
+            get, label, name = functools.partial(reads.attribute, owner, attribute), f"{label}.{attribute}", attribute
         if value is ABSENT:
             return
         if isinstance(value, types.ModuleType):
@@ -258,7 +259,7 @@ class Observer:
         for function in _functions_of(code):
             cell = function.__closure__[code.co_freevars.index(name)]  # type: ignore[index]
             if cell.cell_contents is value:
-                self.reads.add((id(cell), name), functools.partial(_content, cell), frozen)
+                self.reads.add((id(cell), name), functools.partial(reads.content, cell), frozen)
 
     # --- attributes of modules ---
 
@@ -293,11 +294,11 @@ class Observer:
             if frozen is value:
                 self.reads.attributes.setdefault(path, {})[name] = value
             else:
-                self.reads.add((path, name), functools.partial(_own_attribute, path, name), frozen)
+                self.reads.add((path, name), functools.partial(reads.own_attribute, path, name), frozen)
             return
         for holder in ("_parameters", "_buffers"):
             if name in attributes[holder]:
-                get = functools.partial(_is_none, path, holder, name)
+                get = functools.partial(reads.is_none, path, holder, name)
                 self.reads.add((path, name), get, attributes[holder][name] is None)
                 return
         if name in attributes["_modules"]:
@@ -308,7 +309,9 @@ class Observer:
             if not own and package_of(function) == "torch" and name not in _METHODS:
                 raise Impure(f"calls {label}")
         elif value is not ABSENT and not isinstance(static, property):
-            self.reads.add((path, name), functools.partial(_class_attribute, path, name), self._freeze(value, label))
+            self.reads.add(
+                (path, name), functools.partial(reads.class_attribute, path, name), self._freeze(value, label)
+            )
 
     def _isinstance(self, value: Any, classes: Any) -> bool:
         """In place of the built-in function, in the code that runs."""
@@ -388,32 +391,3 @@ def _unchanged(value: Any, was: Any) -> bool:
 def _put_back(value: Any, was: Any) -> None:
     value.clear()
     (value.update if isinstance(value, (dict, set)) else value.extend)(was)
-
-
-# --- where things are read again ---
-
-
-def _attribute(owner: Any, name: str, root: nn.Module) -> Any:
-    return getattr(owner, name, ABSENT)
-
-
-def _always(value: Any, root: nn.Module) -> Any:
-    return value
-
-
-def _content(cell: types.CellType, root: nn.Module) -> Any:
-    return cell.cell_contents
-
-
-def _own_attribute(path: Path, name: str, root: nn.Module) -> Any:
-    owner = child_at(root, path)
-    return ABSENT if owner is None else owner.__dict__.get(name, ABSENT)
-
-
-def _class_attribute(path: Path, name: str, root: nn.Module) -> Any:
-    return getattr(type(child_at(root, path)), name, ABSENT)
-
-
-def _is_none(path: Path, holder: str, name: str, root: nn.Module) -> bool:
-    owner = child_at(root, path)
-    return owner is None or owner.__dict__[holder].get(name) is None
