@@ -25,7 +25,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import get_ignored_functions
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fast.graph.conditions import Path, child_at
+from resnet_fast.graph import reads
+from resnet_fast.graph.conditions import Path
 from resnet_fast.graph.reads import (
     ABSENT,
     CONSTANTS,
@@ -128,7 +129,8 @@ class Observer:
         self._shadowed: list[dict[str, Any]] = []
         self._within: dict[types.CodeType, set[str]] = {}  # code -> variables of the functions around it that run too
         self._thread = threading.get_ident()
-        self._asks = self._isinstance
+        # One object each: Python 3.11 does not hold the one that a frame had while it is called.
+        self._asks, self._look = self._isinstance, self._instruction
 
     def __enter__(self) -> "Observer":
         _lock.acquire()
@@ -174,7 +176,7 @@ class Observer:
         for value in values:
             frozen = self._freeze(value, "the default of an argument")
             if frozen is not value:
-                self.reads.add((id(value), "default"), functools.partial(_always, value), frozen)
+                self.reads.add((id(value), "default"), functools.partial(reads.always, value), frozen)
 
     # --- instructions ---
 
@@ -200,18 +202,18 @@ class Observer:
         if "isinstance" not in frame.f_globals:
             frame.f_globals["isinstance"] = self._asks
             self._shadowed.append(frame.f_globals)
-        frame.f_trace = self._instruction  # before the next line: Python 3.13 looks for it
+        frame.f_trace = self._look  # before the next line: Python 3.13 looks for it
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         self._unseen += 1
-        return self._instruction
+        return self._look
 
     def _instruction(self, frame: types.FrameType, event: str, arg: Any) -> Any:
         if event != "opcode":
-            return self._instruction
+            return self._look
         self._unseen = 0
         found = _instructions(frame.f_code).get(frame.f_lasti)
         if found is None:
-            return self._instruction
+            return self._look
         operation, name, attributes = found
         if operation in _FORBIDDEN:
             raise Impure(_FORBIDDEN[operation].format(name))
@@ -221,7 +223,7 @@ class Observer:
             if operation in _CLOSURE_WRITES:
                 raise Impure(f"writes to the variable {name!r} of a function around it")
             self._closure(frame, name)
-        return self._instruction
+        return self._look
 
     def _global(self, frame: types.FrameType, name: str, attributes: tuple[str, ...]) -> None:
         if name not in frame.f_globals:
@@ -239,7 +241,7 @@ class Observer:
             if not isinstance(value, (types.ModuleType, type)):
                 break
             owner, value = value, getattr(value, attribute, ABSENT)
-            get, label, name = functools.partial(_attribute, owner, attribute), f"{label}.{attribute}", attribute
+            get, label, name = functools.partial(reads.attribute, owner, attribute), f"{label}.{attribute}", attribute
         if value is ABSENT:
             return
         if isinstance(value, types.ModuleType):
@@ -258,7 +260,7 @@ class Observer:
         for function in _functions_of(code):
             cell = function.__closure__[code.co_freevars.index(name)]  # type: ignore[index]
             if cell.cell_contents is value:
-                self.reads.add((id(cell), name), functools.partial(_content, cell), frozen)
+                self.reads.add((id(cell), name), functools.partial(reads.content, cell), frozen)
 
     # --- attributes of modules ---
 
@@ -293,7 +295,7 @@ class Observer:
             if frozen is value:
                 self.reads.attributes.setdefault(path, {})[name] = value
             else:
-                self.reads.add((path, name), functools.partial(_own_attribute, path, name), frozen)
+                self.reads.add((path, name), functools.partial(reads.own_attribute, path, name), frozen)
             return
         for holder in ("_parameters", "_buffers"):
             if name in attributes[holder]:
@@ -307,7 +309,9 @@ class Observer:
             if not own and package_of(function) == "torch" and name not in _METHODS:
                 raise Impure(f"calls {label}")
         elif value is not ABSENT and not isinstance(static, property):
-            self.reads.add((path, name), functools.partial(_class_attribute, path, name), self._freeze(value, label))
+            self.reads.add(
+                (path, name), functools.partial(reads.class_attribute, path, name), self._freeze(value, label)
+            )
 
     def _isinstance(self, value: Any, classes: Any) -> bool:
         """In place of the built-in function, in the code that runs."""
@@ -387,27 +391,3 @@ def _unchanged(value: Any, was: Any) -> bool:
 def _put_back(value: Any, was: Any) -> None:
     value.clear()
     (value.update if isinstance(value, (dict, set)) else value.extend)(was)
-
-
-# --- where things are read again ---
-
-
-def _attribute(owner: Any, name: str, root: nn.Module) -> Any:
-    return getattr(owner, name, ABSENT)
-
-
-def _always(value: Any, root: nn.Module) -> Any:
-    return value
-
-
-def _content(cell: types.CellType, root: nn.Module) -> Any:
-    return cell.cell_contents
-
-
-def _own_attribute(path: Path, name: str, root: nn.Module) -> Any:
-    owner = child_at(root, path)
-    return ABSENT if owner is None else owner.__dict__.get(name, ABSENT)
-
-
-def _class_attribute(path: Path, name: str, root: nn.Module) -> Any:
-    return getattr(type(child_at(root, path)), name, ABSENT)

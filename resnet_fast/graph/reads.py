@@ -205,3 +205,27 @@ def type_at(path: Path, root: nn.Module) -> Optional[type]:
 
 def stock_type(module: nn.Module) -> type:
     return type(module).stock_class if isinstance(module, Accelerated) else type(module)
+
+
+# --- where things are read again ---
+
+
+def attribute(owner: Any, name: str, root: nn.Module) -> Any:
+    return getattr(owner, name, ABSENT)
+
+
+def always(value: Any, root: nn.Module) -> Any:
+    return value
+
+
+def content(cell: types.CellType, root: nn.Module) -> Any:
+    return cell.cell_contents
+
+
+def own_attribute(path: Path, name: str, root: nn.Module) -> Any:
+    owner = child_at(root, path)
+    return ABSENT if owner is None else owner.__dict__.get(name, ABSENT)
+
+
+def class_attribute(path: Path, name: str, root: nn.Module) -> Any:
+    return getattr(type(child_at(root, path)), name, ABSENT)

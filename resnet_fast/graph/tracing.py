@@ -4,6 +4,7 @@ What Python decides in a forward is decided once, so only forwards are traced th
 ``purity.py``.
 """
 
+import dis
 import inspect
 import operator
 import sys
@@ -35,7 +36,9 @@ class _Proxy(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        return type(self) if _asked_by_torch() else _refuse("asks for the class of an input or a result")
+        frame = sys._getframe(1)  # functions in C ask too
+        asked = dis.opname[frame.f_code.co_code[frame.f_lasti]] == "LOAD_ATTR" and not _asked_by_torch()
+        return _refuse("asks for the class of an input or a result") if asked else type(self)
 
     def __hash__(self) -> int:
         return super().__hash__() if _asked_by_torch() else _refuse("looks for an input or a result in a dict or set")
