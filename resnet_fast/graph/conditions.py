@@ -11,6 +11,9 @@ from resnet_fast.graph.sync_batch_norm import CpuSyncBatchNorm
 
 Path = tuple[str, ...]
 
+STATE = "_resnet_fast_state"
+"""The attribute of an accelerated module, out of state_dicts and pickles, in which its ``State`` is kept."""
+
 SYNCHRONISED = (nn.SyncBatchNorm, CpuSyncBatchNorm)
 NORMS = (nn.BatchNorm2d, *SYNCHRONISED, FrozenBatchNorm2d)
 BATCH_STATISTICS = "normalises by batch statistics (training mode)"

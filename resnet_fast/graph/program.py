@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
 from resnet_fast.graph.aliasing import gives_its_input, hidden_write
-from resnet_fast.graph.conditions import BATCH_STATISTICS, REFUSALS, Path, child_at
+from resnet_fast.graph.conditions import BATCH_STATISTICS, REFUSALS, STATE, Path, child_at
 from resnet_fast.graph.obstacles import obstacles, told
 from resnet_fast.graph.opening import Opener
 from resnet_fast.graph.patterns import FusedOp, Match, matches
@@ -113,9 +113,6 @@ class Program:
 
 
 # --- what a module keeps ----------------------------------------------------------------------------------------------
-
-STATE = "_resnet_fast_state"
-"""The attribute of an accelerated module, out of state_dicts and pickles, in which its ``State`` is kept."""
 
 P = TypeVar("P")
 

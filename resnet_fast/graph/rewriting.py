@@ -42,7 +42,7 @@ def rewrite(
     moved: dict[fx.Node, fx.Node] = {}  # others have views of what these were changed to, or may have written to it
     for node in list(graph.nodes):
         _change_arguments(node, moved)
-        if node.op == "output" or reads_layout(module, node) or draws(module, node, training):
+        if node.op == "output" or reads_layout(module, node, training) or draws(module, node, training):
             with graph.inserting_before(node):
                 laid_out = {value: restored(value) for value in node.all_input_nodes}
             _change_arguments(node, laid_out)
