@@ -135,6 +135,8 @@ class Observer:
     def __enter__(self) -> "Observer":
         _lock.acquire()
         self._tensors, self._tracing = _NoTensors(), sys.gettrace()
+        self._collecting = gc.isenabled()
+        gc.disable()  # it calls back, and what it finds has finalisers: code that is not the forward's
         self._tensors.__enter__()
 
         def getattribute(module: nn.Module, name: str) -> Any:
@@ -153,7 +155,10 @@ class Observer:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        lost = sys.gettrace() is None  # something raised under our eyes, be it a finaliser that nobody hears of
         sys.settrace(self._tracing)
+        if self._collecting:
+            gc.enable()
         del nn.Module.__getattribute__
         for names in self._shadowed:
             del names["isinstance"]
@@ -164,7 +169,7 @@ class Observer:
             _put_back(value, was)
         if written and not isinstance(error[1], Impure):
             raise Impure(f"writes to a {type(written[0][0]).__name__} that it did not make")
-        if self._unseen:
+        if self._unseen or (lost and error[1] is None):
             raise Impure("runs where this Python does not show what it does")
 
     def begin(self, defaults: list[Any]) -> None:
