@@ -103,6 +103,7 @@ class Opener(Tracer):
             self._raise_cores(self._since(before))
             core = self._raise_affine(self._since(before), child, name)
         except Exception as error:  # whatever its forward does not like about symbols
+            self.observer.look_on()
             result, core = None, None
             self.shut[name] = f"cannot be followed: {(str(error) or repr(error)).splitlines()[0]}"
         finally:

@@ -25,6 +25,7 @@ from torch.nn.modules import module as nn_module
 
 from resnet_fast.graph.aliasing import gives_its_input, hidden_write
 from resnet_fast.graph.conditions import BATCH_STATISTICS, REFUSALS, STATE, Path, child_at
+from resnet_fast.graph.cores import CORE
 from resnet_fast.graph.obstacles import obstacles, told
 from resnet_fast.graph.opening import Opener
 from resnet_fast.graph.patterns import FusedOp, Match, matches
@@ -181,7 +182,11 @@ def trace_forward(module: nn.Module, training: bool = False) -> Traced:
 def _fresh(module: nn.Module, graph: fx.Graph, reads: Reads) -> list[nn.Module]:
     """The children that the graph calls and that are known to give new tensors. What decided on that is watched."""
     found = []
-    for path, child in {path_of(node): called(module, node) for node in graph.nodes}.items():
+    calls = {path_of(node): (called(module, node), CORE in node.meta) for node in graph.nodes}
+    for path, (child, core) in calls.items():
+        if core and child is not None:
+            found.append(child)
+            continue
         if child is None or type(child).__module__.startswith("torch.nn."):
             continue
         try:

@@ -6,7 +6,6 @@ and nothing may be drawn, counted, printed or kept. ``Observer`` looks at every 
 read (``reads.py``), and raises ``Impure`` at what it does not know to be harmless, so that nothing has happened yet.
 """
 
-import builtins
 import dis
 import functools
 import gc
@@ -15,21 +14,20 @@ import operator
 import sys
 import threading
 import types
+import warnings
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.overrides import get_ignored_functions
+from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fast.graph import reads
 from resnet_fast.graph.conditions import Path
+from resnet_fast.graph.known_code import BUILTINS, PURE_FRAMES, known
 from resnet_fast.graph.reads import (
     ABSENT,
-    CONSTANTS,
     Reads,
     Unseen,
     child_names,
@@ -39,14 +37,6 @@ from resnet_fast.graph.reads import (
     type_at,
 )
 
-_BUILTINS = {
-    *("abs", "all", "any", "bool", "bytes", "callable", "complex", "dict", "divmod", "enumerate", "filter", "float"),
-    *("frozenset", "getattr", "hasattr", "int", "isinstance", "issubclass", "iter", "len", "list", "map", "max"),
-    *("min", "next", "pow", "property", "range", "reversed", "round", "set", "slice", "sorted", "staticmethod", "str"),
-    *("sum", "super", "tuple", "zip"),
-}
-_PURE_MODULES = {"math", "cmath", "operator", "_operator", "itertools", "_functools", "_collections", "collections"}
-_PURE_FRAMES = {"typing", "enum", "abc", "_collections_abc", "collections", "types", "operator", "numbers"}
 _METHODS = {"forward", "_conv_forward", "children", "named_children", "modules", "named_modules", "get_submodule"}
 _METHODS |= {"items", "keys", "values"}
 """Of PyTorch's modules, those that a forward may call."""
@@ -66,16 +56,6 @@ class Impure(Exception):
     """What a forward does, as a predicate: "calls print"."""
 
 
-@functools.cache
-def _recorded() -> frozenset[int]:
-    """Functions of PyTorch that a trace records when they are called with what it follows, by ``id``."""
-    spaces = (torch, torch._C._VariableFunctions, torch._C._nn, torch.functional, F, torch.linalg, torch.fft)
-    functions = [getattr(space, name) for space in (*spaces, torch.special, Tensor) for name in dir(space)]
-    harmless = (torch.jit.is_scripting, torch.jit.is_tracing, torch.jit.annotate)  # of which ``stock_wanted`` asks
-    ignored = set(map(id, get_ignored_functions()))
-    return frozenset({id(f) for f in functions if callable(f)} - ignored | set(map(id, harmless)))
-
-
 @functools.lru_cache(1000)
 def _instructions(code: types.CodeType) -> dict[int, tuple[str, Any, tuple[str, ...]]]:
     """What has to be looked at, by place: an operation, its argument, and which attributes of it are asked for next."""
@@ -83,12 +63,17 @@ def _instructions(code: types.CodeType) -> dict[int, tuple[str, Any, tuple[str, 
     following = [
         one for one in dis.get_instructions(code) if one.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "PRECALL")
     ]
+    loaded: tuple[str, ...] = ()  # the last global variable, with attributes
     for i, one in enumerate(following):
+        if one.opname in ("SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL") and loaded == ("warnings", "catch_warnings"):
+            continue  # as in detectron2
         if one.opname == "LOAD_GLOBAL" or one.opname in (*_FORBIDDEN, *_CLOSURE_READS, *_CLOSURE_WRITES):
             end = i + 1
             while following[end : end + 1] and following[end].opname in ("LOAD_ATTR", "LOAD_METHOD"):
                 end += 1
-            found[one.offset] = one.opname, one.argval, tuple(str(next.argval) for next in following[i + 1 : end])
+            attributes = tuple(str(next.argval) for next in following[i + 1 : end])
+            found[one.offset] = one.opname, one.argval, attributes
+            loaded = (one.argval, *attributes) if one.opname == "LOAD_GLOBAL" else loaded
     return found
 
 
@@ -125,12 +110,13 @@ class Observer:
         self._paths: dict[nn.Module, Path] = {m: tuple(n.split(".")) if n else () for n, m in root.named_modules()}
         self._children = {".".join(path): module for module, path in self._paths.items()}
         self._mutable: dict[int, tuple[Any, Any]] = {}  # by id: what may be written to, and what it was
+        self._importing = 0  # imports under way: PyTorch does some when it first needs them
         self._unseen = 0  # functions that were entered since the last instruction was seen
         self._shadowed: list[dict[str, Any]] = []
         self._within: dict[types.CodeType, set[str]] = {}  # code -> variables of the functions around it that run too
         self._thread = threading.get_ident()
         # One object each: Python 3.11 does not hold the one that a frame had while it is called.
-        self._asks, self._look = self._isinstance, self._instruction
+        self._asks, self._look, self._end = self._isinstance, self._instruction, self._imported
 
     def __enter__(self) -> "Observer":
         _lock.acquire()
@@ -150,8 +136,7 @@ class Observer:
 
         nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign,assignment]
         self._transparent = getattribute.__code__
-        sys._getframe().f_trace_opcodes = True  # in Python 3.12 what comes after follows this frame
-        sys.settrace(self._enter)
+        self.look_on()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -172,6 +157,11 @@ class Observer:
         if self._unseen or (lost and error[1] is None):
             raise Impure("runs where this Python does not show what it does")
 
+    def look_on(self) -> None:
+        """Also after something was raised here and caught: Python then takes away who looks."""
+        sys._getframe().f_trace_opcodes = True  # in Python 3.12 what comes after follows this frame
+        sys.settrace(self._enter)
+
     def begin(self, defaults: list[Any]) -> None:
         """From now on the forward runs, with these optional arguments."""
         self.begun = True
@@ -189,14 +179,20 @@ class Observer:
         name = frame.f_globals.get("__name__", "")
         package = name.partition(".")[0]
         made = name.startswith("namedtuple_")
-        if not self.begun or made or package in ("torch", "resnet_fast") or package in _PURE_FRAMES:
+        if not self.begun or self._importing or made or package in ("torch", "resnet_fast") or package in PURE_FRAMES:
             return None
         code = frame.f_code
+        if isinstance(frame.f_locals.get("self"), warnings.catch_warnings):
+            return None
         if package in sys.stdlib_module_names:
             caller: Any = frame.f_back
             if (caller.f_back if caller.f_code is self._transparent else caller).f_trace is not None:
                 raise Impure(f"calls {name}.{code.co_name}")
-            return None  # called by PyTorch
+            if package != "importlib":
+                return None  # called by PyTorch
+            self._importing += 1
+            frame.f_trace_lines = False
+            return self._end
         if _catches(code):
             raise Impure("catches exceptions")
         around = self._within.get(code, set()) | set(code.co_cellvars)
@@ -211,6 +207,10 @@ class Observer:
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         self._unseen += 1
         return self._look
+
+    def _imported(self, frame: types.FrameType, event: str, arg: Any) -> Any:
+        self._importing -= event == "return"
+        return self._end
 
     def _instruction(self, frame: types.FrameType, event: str, arg: Any) -> Any:
         if event != "opcode":
@@ -234,7 +234,7 @@ class Observer:
         if name not in frame.f_globals:
             value = frame.f_builtins.get(name)
             exception = isinstance(value, type) and issubclass(value, BaseException)
-            if value is not None and name not in _BUILTINS and not exception:
+            if value is not None and name not in BUILTINS and not exception:
                 raise Impure(f"calls {name}")
             return
         value, label = frame.f_globals[name], name
@@ -347,7 +347,7 @@ class Observer:
         if isinstance(value, _CONTAINERS):
             copy: Any = dict if isinstance(value, dict) else set if isinstance(value, set) else list
             self._mutable.setdefault(id(value), (value, copy(value)))
-        elif not _known(value):
+        elif not known(value):
             raise Impure(f"calls {label}")
 
 
@@ -357,34 +357,10 @@ _TENSOR = torch.empty(0, device="cpu")
 _GIVES_A_TENSOR = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, nn.Identity}
 
 
-def _known(value: Any) -> bool:
-    """Whether code is not PyTorch's or Python's own, so that it is looked at when it runs, or is known to be pure."""
-    if isinstance(value, types.ModuleType):
-        return False
-    if isinstance(value, (type, types.MethodDescriptorType, types.WrapperDescriptorType)):
-        cls = value if isinstance(value, type) else value.__objclass__
-        if value is type or isinstance(value, types.WrapperDescriptorType):
-            return False
-        if package_of(cls) == "builtins":
-            return cls.__name__ in _BUILTINS or issubclass(cls, BaseException)
-        package = package_of(cls)
-        return package not in ("numpy", *sys.stdlib_module_names) or package in _PURE_FRAMES | _PURE_MODULES
-    if isinstance(value, types.BuiltinFunctionType):
-        owner = value.__self__
-        if isinstance(owner, types.ModuleType) and owner is not builtins:
-            return owner.__name__ in _PURE_MODULES or id(value) in _recorded()
-        return value.__name__ in _BUILTINS if owner is builtins else id(value) in _recorded() or _plain(owner)
-    return not isinstance(value, types.FunctionType) or package_of(value) != "torch" or id(value) in _recorded()
-
-
 def _functions_of(code: types.CodeType) -> list[types.FunctionType]:
     """Those made of this code."""
     found = (one for one in gc.get_referrers(code) if isinstance(one, types.FunctionType))
     return [function for function in found if function.__code__ is code]
-
-
-def _plain(owner: Any) -> bool:
-    return isinstance(owner, CONSTANTS) and not isinstance(owner, type(None))
 
 
 def _unchanged(value: Any, was: Any) -> bool:
