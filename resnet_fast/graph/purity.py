@@ -177,7 +177,7 @@ class Observer:
 
     def _enter(self, frame: types.FrameType, event: str, arg: Any) -> Any:
         name = frame.f_globals.get("__name__", "")
-        package = name.partition(".")[0]
+        package = _owner(name)
         made = name.startswith("namedtuple_")
         if not self.begun or self._importing or made or package in ("torch", "resnet_fast") or package in PURE_FRAMES:
             return None
@@ -273,7 +273,7 @@ class Observer:
         if not self.begun or threading.get_ident() != self._thread:
             return
         reader = frame.f_globals.get("__name__", "")
-        package = reader.partition(".")[0]
+        package = _owner(reader)
         own = reader.startswith("torch.nn.modules")
         calling = own and (name == "__dict__" or frame.f_code.co_name in ("_wrapped_call_impl", "_call_impl"))
         if package == "resnet_fast" or (package == "torch" and not own) or calling:
@@ -349,6 +349,11 @@ class Observer:
             self._mutable.setdefault(id(value), (value, copy(value)))
         elif not known(value):
             raise Impure(f"calls {label}")
+
+
+def _owner(module: str) -> str:
+    """The package that code is of; our modules that count and keep are looked at as everybody's are."""
+    return "resnet_fast.finetune" if module.startswith("resnet_fast.finetune.") else module.partition(".")[0]
 
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
