@@ -21,7 +21,8 @@ BUILTINS = {
     *("sum", "super", "tuple", "zip"),
 }
 _PURE_MODULES = {"math", "cmath", "operator", "_operator", "itertools", "_functools", "_collections", "collections"}
-PURE_FRAMES = {"typing", "typing_extensions", "enum", "abc", "_collections_abc", "collections", "types", "operator", "numbers"}
+PURE_FRAMES = {"typing", "typing_extensions", "enum", "abc", "_collections_abc", "collections", "types", "operator"}
+PURE_FRAMES |= {"numbers"}
 
 
 @functools.cache
