@@ -36,18 +36,20 @@ class Contents:
         native = library.unavailable() is None
         pieces = [_pieces(tensor) for tensor in tensors if native and tensor.device.type == "cpu" and tensor.numel()]
         self._pieces = (abi.Pieces * len(pieces))(*pieces)
-        self._others = [i for i, tensor in enumerate(tensors) if tensor.numel() and _compared(tensor, native)]
-        self._digest = self._read(tensors)
+        others = [i for i, tensor in enumerate(tensors) if tensor.numel() and _compared(tensor, native)]
+        self._others = {i: _digest(tensors[i]) for i in others}
+        self._digest = self._read()
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """``tensors`` are those that it was made of, or others with the same memory."""
-        return self._read(tensors) == self._digest
+        return self._read() == self._digest and all(
+            _digest(tensors[i]) == held for i, held in self._others.items() if _compared(tensors[i], native=False)
+        )
 
-    def _read(self, tensors: Sequence[Tensor]) -> tuple:
+    def _read(self) -> int:
         count = len(self._pieces)
         threads = torch.get_num_threads() if count > _FEW else 1
-        native = library.digest(self._pieces, threads) if count else 0
-        return native, [_digest(tensors[i]) for i in self._others]
+        return library.digest(self._pieces, threads) if count else 0
 
 
 def on_gpu() -> bool:
