@@ -26,13 +26,14 @@ PURE_FRAMES |= {"numbers"}
 
 
 @functools.cache
-def _recorded() -> frozenset[int]:
-    """Functions of PyTorch that a trace records when they are called with what it follows, by ``id``."""
+def _recorded() -> dict[int, Any]:
+    """Functions of PyTorch that a trace records when they are called with what it follows, by ``id``: kept here, since
+    some are made anew at each look, and their ``id`` would be another's when they are gone."""
     spaces = (torch, torch._C._VariableFunctions, torch._C._nn, torch.functional, F, torch.linalg, torch.fft)
     functions = [getattr(space, name) for space in (*spaces, torch.special, Tensor) for name in dir(space)]
     harmless = (torch.jit.is_scripting, torch.jit.is_tracing, torch.jit.annotate)  # of which ``stock_wanted`` asks
     ignored = set(map(id, get_ignored_functions()))
-    return frozenset({id(f) for f in functions if callable(f)} - ignored | set(map(id, harmless)))
+    return {id(f): f for f in (*functions, *harmless) if callable(f) and (id(f) not in ignored or f in harmless)}
 
 
 def known(value: Any) -> bool:
