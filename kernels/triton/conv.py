@@ -24,8 +24,8 @@ Small images and batches: one tile after the other would leave most of the GPU i
 ``PARTS`` the loop is cut, and each part is made by programs of its own, the third axis of the grid; see split_k.py.
 
 Training's convolutions differ at the two ends. With ``PROLOGUE`` the image is a raw result, which gets its batch norm
-and ReLU as it is loaded (prologue.py). With ``STATISTICS`` the sums are stored as they are, and the statistics for the
-next batch norm are left in ``partials`` (statistics.py).
+and ReLU as it is loaded, and with ``FLIP`` the product is made the other way round (prologue.py). With ``STATISTICS``
+the sums are stored as they are, and the statistics for the next batch norm are left in ``partials`` (statistics.py).
 
 Images with very few channels (a ResNet's first layer) come as ``pack.pixels`` lays them out: padded in space and to 4
 or 8 channels, so that the S taps of one row lie side by side. The kernel then sees R x 1 taps of S * 4 "channels".
@@ -37,7 +37,7 @@ from resnet_fast.kernels.triton import operands, pack
 from resnet_fast.kernels.triton.convolution import Convolution, end_of
 from resnet_fast.kernels.triton.epilogue import finish_tile
 from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
-from resnet_fast.kernels.triton.prologue import activate, load_affine
+from resnet_fast.kernels.triton.prologue import activate, add_product, load_affine
 from resnet_fast.kernels.triton.split_k import store_part
 from resnet_fast.kernels.triton.statistics import store_with_statistics
 
@@ -73,6 +73,7 @@ def conv_kernel(
     PIXEL: tl.constexpr,
     ROW_UNIT: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    FLIP: tl.constexpr,
     STATISTICS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
@@ -141,7 +142,7 @@ def conv_kernel(
 
     x_tile = x_ptr + window[:, None] + channels[None, :]
     w_tile = w_ptr + (columns * (R * S * BLOCKS * BK))[None, :] + channels[:, None]
-    acc = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((BN, BM) if FLIP else (BM, BN), tl.float32)
     r = 0
     s = 0
     first_channel = 0
@@ -177,7 +178,7 @@ def conv_kernel(
             w = tl.load(w_tile + step * BK, mask=(columns < K)[None, :], other=0.0)
         else:
             w = tl.load(w_tile + step * BK)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = add_product(acc, x, w, FLIP, PRECISION)
 
         # To the next block of channels, or the next tap's first, or the next row of taps' first.
         first_channel += BK
@@ -191,6 +192,8 @@ def conv_kernel(
         r = tl.where(next_row, r + 1, r)
         x_step += tl.where(next_row, DILATION_H * row_pitch - S * DILATION_W * PIXEL, 0)
 
+    if FLIP:
+        acc = tl.trans(acc)
     if STATISTICS:
         store_with_statistics(
             acc, y_ptr, partials_ptr, rows * (GROUPS * K), row_mask, first_row, first_column,

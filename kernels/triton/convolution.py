@@ -81,6 +81,7 @@ def end_of(conv: Convolution, steps: int) -> End:
     parts = 1 if conv.training else parts_of(steps, conv.tile.parts)
     constants = {
         "PROLOGUE": conv.prologue is not None,
+        "FLIP": operands.flip(conv.prologue, conv.y.dtype, conv.target),
         "STATISTICS": statistics,
         **conv.constants(parts > 1),
         "PARTS": parts,

@@ -30,7 +30,7 @@ from resnet_fast.kernels.contract import Affine, Gate, Geometry, Gradient, Pair
 from resnet_fast.kernels.triton import device, operands, pack, tiles
 from resnet_fast.kernels.triton.gradient_epilogue import finish_gradient, plan_sum_rows
 from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
-from resnet_fast.kernels.triton.prologue import activate, load_affine
+from resnet_fast.kernels.triton.prologue import activate, add_product, load_affine
 
 _SMALLEST = 2.0**-64  # of the largest numbers of dgrad_expand's matrices, which are made about 1
 
@@ -72,6 +72,7 @@ def dgrad_kernel(
     STEP_W: tl.constexpr,
     EXPAND: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    FLIP: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATE: tl.constexpr,
     AFFINE: tl.constexpr,
@@ -141,11 +142,11 @@ def dgrad_kernel(
                 inside = row_mask & (above >= 0) & (above < P) & (before >= 0) & (before < Q)
                 inside_bits |= inside.to(tl.int32) << (i * TAPS_W + j)
 
-    acc = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((BN, BM) if FLIP else (BM, BN), tl.float32)
     if EXPAND:
         acc = _subtract_input(
             acc, x_ptr, prologue_scale_ptr, prologue_shift_ptr, q_ptr, c_ptr, tl.load(q_factor_ptr), row_offsets,
-            row_mask, columns, taps_h * taps_w, C, PROLOGUE, PRECISION, BM, BN, BK,
+            row_mask, columns, taps_h * taps_w, C, PROLOGUE, FLIP, PRECISION, BM, BN, BK,
         )  # fmt: skip
         w_factor = tl.load(w_factor_ptr)
         acc = acc / w_factor
@@ -175,7 +176,7 @@ def dgrad_kernel(
             w = tl.load(w_tile + w_step, mask=(columns < C)[None, :], other=0.0)
         else:
             w = tl.load(w_tile + w_step)
-        acc = tl.dot(dy, w, acc, input_precision=PRECISION)
+        acc = add_product(acc, dy, w, FLIP, PRECISION)
 
         # To the next block of channels, or the class's next tap, or the first of its next row of taps.
         first_channel += BK
@@ -192,6 +193,8 @@ def dgrad_kernel(
         dy_step += tl.where(next_row, (taps_w * MOVE_W - MOVE_H * Q) * PIXEL, 0)
         w_step += tl.where(next_row, (STEP_H * S - taps_w * STEP_W) * (BLOCKS * BK), 0)
 
+    if FLIP:
+        acc = tl.trans(acc)
     if EXPAND:
         acc = acc * w_factor
     row_tiles = tl.num_programs(0) // COLUMN_TILES
@@ -219,6 +222,7 @@ def _subtract_input(
     taps,
     C: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    FLIP: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -242,9 +246,10 @@ def _subtract_input(
             q = tl.load(q_tile + first, mask=(columns < C)[None, :], other=0.0)
         else:
             q = tl.load(q_tile + first)
-        acc = tl.dot(a, q, acc, input_precision=PRECISION)
+        acc = add_product(acc, a, q, FLIP, PRECISION)
     c = tl.load(c_ptr + columns, mask=columns < C, other=0.0)
-    return -acc * q_factor - tl.where(taps > 0, c, 0.0)[None, :]
+    c = tl.where(taps > 0, c, 0.0)
+    return -acc * q_factor - (c[:, None] if FLIP else c[None, :])
 
 
 def plan_dgrad(
@@ -338,6 +343,7 @@ def _plan(
             "STEP_W": stride[1] // math.gcd(stride[1], dilation[1]),
             "EXPAND": second is not None,
             "PROLOGUE": prologue is not None,
+            "FLIP": operands.flip(prologue, x.dtype, target),
             "HAS_RESIDUAL": residual is not None,
             "GATE": gate is not None,
             "AFFINE": affine is not None,

@@ -7,7 +7,8 @@ Each program makes a tile ``y[BM, BN]``. Pointers to ``x[rows, 0:BK]`` and ``w[c
 along the channels. Programs that share rows of x have neighbouring numbers, so that x comes from L2 after the first of
 them; the weight is small enough to stay there anyway.
 
-``PARTS``, and training's ``PROLOGUE`` and ``STATISTICS``, are as in conv.py; a part is on the second axis of the grid.
+``PARTS``, and training's ``PROLOGUE``, ``FLIP`` and ``STATISTICS``, are as in conv.py; a part is on the second axis of
+the grid.
 """
 
 import triton
@@ -15,7 +16,7 @@ import triton.language as tl
 from resnet_fast.kernels.triton.convolution import Convolution, end_of
 from resnet_fast.kernels.triton.epilogue import finish_tile
 from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
-from resnet_fast.kernels.triton.prologue import activate, load_affine
+from resnet_fast.kernels.triton.prologue import activate, add_product, load_affine
 from resnet_fast.kernels.triton.split_k import store_part
 from resnet_fast.kernels.triton.statistics import store_with_statistics
 
@@ -35,6 +36,7 @@ def gemm_kernel(
     C: tl.constexpr,
     K: tl.constexpr,
     PROLOGUE: tl.constexpr,
+    FLIP: tl.constexpr,
     STATISTICS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
@@ -68,7 +70,7 @@ def gemm_kernel(
 
     x_tile = x_ptr + (rows * C)[:, None] + channels[None, :]
     w_tile = w_ptr + (columns * (BLOCKS * BK))[None, :] + channels[:, None]
-    acc = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((BN, BM) if FLIP else (BM, BN), tl.float32)
     first_block = 0
     last_block = BLOCKS
     if PARTS > 1:
@@ -88,8 +90,10 @@ def gemm_kernel(
             w = tl.load(w_tile + block * BK, mask=(columns < K)[None, :], other=0.0)
         else:
             w = tl.load(w_tile + block * BK)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = add_product(acc, x, w, FLIP, PRECISION)
 
+    if FLIP:
+        acc = tl.trans(acc)
     if STATISTICS:
         store_with_statistics(
             acc, y_ptr, partials_ptr, rows * K, row_mask, first_row, first_column, M, K, K, BM, BN, SPLIT

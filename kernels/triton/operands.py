@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from resnet_fast.kernels.contract import Affine, Pair, nhwc
+from resnet_fast.kernels.triton import device
 
-__all__ = ["allocate", "allocate_bytes", "allocate_floats", "index64", "nhwc", "vector", "vectors", "window"]
+__all__ = ["allocate", "allocate_bytes", "allocate_floats", "flip", "index64", "nhwc", "vector", "vectors", "window"]
 
 _INT32_ELEMENTS = 2**31  # from here on, offsets are computed in 64 bits
 
@@ -43,6 +44,11 @@ def allocate_bytes(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 def index64(x: Tensor, y: Tensor) -> bool:
     """Whether offsets into ``x`` or ``y`` take 64 bits."""
     return max(x.numel(), y.numel()) >= _INT32_ELEMENTS
+
+
+def flip(prologue: Optional[Affine], dtype: torch.dtype, target: str) -> bool:
+    """Whether a product of the activated image is made the other way round, see prologue.py."""
+    return prologue is not None and target == "sm_90" and device.precision_of(dtype, target) != "ieee"
 
 
 def window(stride: Pair, padding: Pair, dilation: Pair) -> dict[str, int]:

@@ -6,6 +6,10 @@ Whoever reads it next computes ``relu(x * scale + shift)`` in registers, so that
 Padding is zero *after* the ReLU, and ``relu(0 * scale + shift)`` is not. So what was not loaded is made zero again, by
 a minimum: with 0 there, and elsewhere with NaN, which this kind of minimum takes for "no number", returning the other
 one. That costs one instruction, two numbers at a time in float16, where a select costs several.
+
+The first operand of a product that was changed in registers stays there. sm_90's product (wgmma) reads registers while
+the program goes on, and assemblers write to them too early (triton issue 9433): where that may be, the product is
+flipped, so that x is the second operand, which always comes from shared memory.
 """
 
 import triton
@@ -37,3 +41,12 @@ def activate(x, scale, shift, inside, CHECK: tl.constexpr):
         limit = tl.where(inside, float("nan"), 0.0).to(z.dtype)
         z = tl.minimum(z, limit[:, None], propagate_nan=tl.PropagateNan.NONE)
     return z.to(x.dtype)
+
+
+@triton.jit
+def add_product(acc, x, w, FLIP: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + x @ w``; with FLIP, acc and the result lie the other way round."""
+    if FLIP:
+        return tl.dot(tl.trans(w), tl.trans(x), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(x, w, acc, input_precision=PRECISION)

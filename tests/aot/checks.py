@@ -120,11 +120,18 @@ def offenders(results: list[Result], wrong: Callable[[Item, Compiled], bool]) ->
 def faults(results: list[Result]) -> list[str]:
     """All that the compiler crashed on, and all that a check finds fault with."""
     crashed = [f"{item.name} on {item.architecture}: the compiler crashed" for item, made in results if made is None]
-    return crashed + [one for check in (spills, too_large, wrong_units, narrow) for one in offenders(results, check)]
+    return crashed + [
+        one for check in (spills, too_large, wrong_units, narrow, races) for one in offenders(results, check)
+    ]
 
 
 def spills(_: Item, made: Compiled) -> bool:
     return made.spilled > 0 or made.local_accesses > 0
+
+
+def races(_: Item, made: Compiled) -> bool:
+    """Registers are written that an asynchronous product may still read."""
+    return bool(made.hazards)
 
 
 def too_large(item: Item, made: Compiled) -> bool:

@@ -32,7 +32,7 @@ from resnet_fast.kernels.triton.cost_model.cost import Code, Problem
 from resnet_fast.kernels.triton.cost_model.gpus import Gpu
 from resnet_fast.kernels.triton.problem import conv_problem
 from resnet_fast.kernels.triton.tiles import Tile
-from tests.aot.checks import Compiler, Result, narrow, spills, too_large, wrong_units
+from tests.aot.checks import Compiler, Result, narrow, races, spills, too_large, wrong_units
 from tests.aot.exceptions import excused
 from tests.aot.head_layers import head_launches
 from tests.aot.layers import Item, distinct, image, items, launches, model_layers
@@ -114,7 +114,8 @@ def make(architecture: str, compiler: Compiler, measure_code: bool) -> dict[str,
 def sound(one: Item, made: Optional[Compiled]) -> bool:
     """Whether the tile may be shipped, as far as this launch tells."""
     return made is not None and not any(
-        wrong(one, made) and not excused(wrong.__name__, one) for wrong in (spills, too_large, wrong_units, narrow)
+        wrong(one, made) and not excused(wrong.__name__, one)
+        for wrong in (spills, too_large, wrong_units, narrow, races)
     )
 
 

@@ -28,6 +28,7 @@ from triton.runtime.driver import driver
 
 from resnet_fast.kernels.triton.plan import OPTIONS, Launch
 from tests.aot.assembly import AMD, NVIDIA, Dialect, Instruction, Loop, amdgcn, is_a, main_loop, sass
+from tests.aot.wgmma import hazards
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -51,6 +52,7 @@ class Compiled(NamedTuple):
     descriptor_loads: int  # by the copy engine, through tensor descriptors
     thread_copies: int  # to shared memory, without it
     loop: Loop
+    hazards: tuple[str, ...]  # of asynchronous products, see wgmma.py
 
 
 def lanes(architecture: str) -> int:
@@ -216,4 +218,5 @@ def _describe(
         descriptor_loads=sum(one.name.startswith("UTMALDG") for one in code),
         thread_copies=len(of(dialect.copy)),
         loop=main_loop(code, dialect, counted),
+        hazards=tuple(hazards(code)),
     )

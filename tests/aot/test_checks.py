@@ -11,7 +11,7 @@ from resnet_fast.kernels.triton import forward, tiles
 from tests.aot import regressions
 from tests.aot.assembly import Loop
 from tests.aot.backward_layers import backward_launches
-from tests.aot.checks import Result, narrow, offenders, resident_programs, spills, too_large, wrong_units
+from tests.aot.checks import Result, narrow, offenders, races, resident_programs, spills, too_large, wrong_units
 from tests.aot.exceptions import EXEMPT
 from tests.aot.layers import EIGHT_BITS, Item, distinct, image, items, launches
 from tests.aot.offline import Compiled
@@ -35,6 +35,7 @@ GOOD = Compiled(
     descriptor_loads=0,
     thread_copies=16,
     loop=Loop(instructions=100, products=4, rolled=True, wide_loads=8, narrow_loads=0),
+    hazards=(),
 )
 
 
@@ -54,6 +55,12 @@ def test_spills():
     assert not spills(one, GOOD)
     assert spills(one, GOOD._replace(spilled=8))
     assert spills(one, GOOD._replace(local_accesses=1))
+
+
+def test_races():
+    one = first("sm_90", "fp16")
+    assert not races(one, GOOD)
+    assert races(one, GOOD._replace(hazards=("MOV R4, R8 after HGMMA",)))
 
 
 def test_too_large():

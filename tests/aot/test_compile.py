@@ -11,7 +11,7 @@ from resnet_fast.kernels.triton import forward, tiles
 from resnet_fast.kernels.triton.cost_model.cost import KINDS
 from resnet_fast.utils import compat
 from tests.aot import regressions
-from tests.aot.checks import narrow, offenders, shared_memory, spills, too_large, wrong_units
+from tests.aot.checks import narrow, offenders, races, shared_memory, spills, too_large, wrong_units
 from tests.aot.exceptions import EXEMPT
 from tests.aot.layers import ARCHITECTURES, launches
 from tests.aot.make_tiles import BATCHES, KERNEL_OF
@@ -72,6 +72,11 @@ def test_tensor_cores(results, target):
 def test_loads_are_16_bytes_wide(results, target):
     """In the main loop, with channels in multiples of 16 bytes."""
     assert not offenders(results(target), narrow)
+
+
+@each_target
+def test_no_product_reads_what_is_written(results, target):
+    assert not offenders(results(target), races)
 
 
 @each_target

@@ -181,6 +181,15 @@ def test_dgrad_expand_shapes(n, c, h, w, k, dtype, tile):
 
 
 @each_dtype
+@pytest.mark.parametrize(("c", "k", "stride"), [(32, 64, (1, 1)), (20, 33, (2, 2)), (17, 5, (1, 1))])
+def test_dgrad_expand_the_other_way_round(c, k, stride, dtype, monkeypatch):
+    """As on sm_90."""
+    monkeypatch.setattr(operands, "flip", lambda *_: True)
+    use_small_tiles(monkeypatch)
+    check_dgrad_expand(2, c, 5, 7, k, stride, dtype, "of a raw one", 1.0)
+
+
+@each_dtype
 def test_dgrad_expand_of_nan_and_of_zero_matrices(dtype):
     check_dgrad_expand(2, 20, 5, 4, 33, (1, 1), dtype, "of a raw one", 0.0)
     check_dgrad_expand(2, 20, 5, 4, 33, (2, 2), dtype, "of a raw one", 1.0, value=torch.nan)

@@ -126,6 +126,18 @@ def test_statistics_of_a_tile_in_halves(name, monkeypatch):
     check_conv_statistics(x, affine(conv.c), weight, conv)
 
 
+@each_dtype
+@pytest.mark.parametrize("name", ["round", "17 channels", "7x7/2", "1x1", "1x1/2", "1x1, odd channels", "2 groups"])
+def test_products_the_other_way_round(name, dtype, monkeypatch):
+    """As on sm_90."""
+    monkeypatch.setattr(operands, "flip", lambda *_: True)
+    monkeypatch.setattr(tiles, "pick", lambda *problem: SMALL)
+    conv = CONVS[name]
+    x, weight, *_ = conv.inputs(dtype)
+    check_conv_statistics(x, affine(conv.c), weight, conv)
+    check_conv_affine(conv, dtype)
+
+
 def test_statistics_of_a_large_mean(small):
     """Deviations 1e4 times smaller than the mean: sums of squares would leave nothing of them."""
     conv = Conv(2, 16, 9, 11, 16, (1, 1), padding=(0, 0))
@@ -138,7 +150,10 @@ def test_statistics_of_a_large_mean(small):
 @pytest.mark.parametrize("name", ["17 channels", "1x1", "1x1/2", "2 groups"])
 def test_conv_affine(name, dtype, small):
     """With a prologue; without it is ``conv_bn_act``."""
-    conv = CONVS[name]
+    check_conv_affine(CONVS[name], dtype)
+
+
+def check_conv_affine(conv: Conv, dtype: torch.dtype) -> None:
     x, weight, scale, shift, residual = conv.inputs(dtype)
     prologue, geometry = affine(conv.c), Geometry(*conv.geometry()[:-1])
     rest = (weight, Affine(scale, shift), residual, geometry, conv.relu)
