@@ -18,6 +18,7 @@ _SCHEDULERS = 4  # of a multiprocessor; each has a quarter of the registers
 _RESERVED = 1024  # bytes of shared memory that CUDA takes for itself in every program
 _TENSOR_MEMORY = 512  # columns of a multiprocessor's tensor memory (PTX ISA, tcgen05)
 _THREADS = 1024  # of a program
+_WGMMA_ROWS = 64  # of one product (PTX ISA, wgmma.mma_async)
 _GRID = (2**31 - 1, 65535, 65535)
 
 # The instruction that the products of a precision become, by the beginning of the architecture's name. "sm_" is
@@ -185,6 +186,8 @@ def expected_unit(item: Item) -> Optional[str]:
     if not multiplies(item.launch):
         return None
     family = next(name for name in _UNITS if item.architecture.startswith(name))
+    if family == "sm_90" and item.launch.constants.get("FLIP") and item.launch.constants["BN"] < _WGMMA_ROWS:
+        family = "sm_"  # the other way round its columns are the rows
     assert precision == "ieee" or precision in _UNITS[family], f"no {precision} on {item.architecture}"
     return _UNITS[family].get(precision)
 
