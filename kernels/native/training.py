@@ -137,7 +137,7 @@ def _upsampling(dy: torch.Size, weight: torch.Size, geometry: Geometry, x: torch
     (n, k, p, q), (_, c, h, w) = dy, x
     sizes = (n, p, q, k, h, w, c, *weight[2:], -2, -2, 0, 0, *geometry.dilation)
     shape = Shape(abi.FLOAT32, *sizes, geometry.groups, 0, 0)
-    return shape if library.supports(shape, "winograd4") else None
+    return shape if planner.supports(shape, "winograd4") else None
 
 
 def _seconds(shape: Shape) -> float:

@@ -15,14 +15,14 @@ pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="needs
 SEEDS = range(4)
 
 
-def _layer(seed: int) -> nn.Module:
+def _layer(seed: int, stride: int = 1) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(128, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(128, 128, 3, stride, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU())
 
 
-def _errors(training: bool, seed: int) -> tuple[float, float]:
+def _errors(training: bool, seed: int, stride: int = 1) -> tuple[float, float]:
     """(PyTorch's, ours), of outputs and gradients of one layer, against float64."""
-    stock = _layer(seed).train(training)
+    stock = _layer(seed, stride).train(training)
     fast = resnet_fast.accelerate(stock, inplace=False)
     x = torch.randn(2, 128, 28, 28).to(memory_format=torch.channels_last)
     results = []
@@ -47,6 +47,13 @@ def test_as_exact_as_pytorch(training):
         exact = [_errors(training, seed) for seed in SEEDS]
     assert sum(ours for _, ours in exact) <= 2 * sum(stock for stock, _ in exact)
     assert sum(ours for _, ours in usual) > 2 * sum(stock for stock, _ in usual)
+
+
+def test_back_through_a_stride():
+    """There Winograd's algorithm serves only the gradient of the input."""
+    with resnet_fast.exact():
+        exact = [_errors(True, seed, stride=2) for seed in SEEDS]
+    assert sum(ours for _, ours in exact) <= 2 * sum(stock for stock, _ in exact)
 
 
 def test_it_holds_until_it_is_taken_back():
