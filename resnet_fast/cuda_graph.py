@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from resnet_fast.graph.conditions import STATE
 from resnet_fast.graph.guard import Guard
 from resnet_fast.kernels import packing
 from resnet_fast.kernels.triton.tuning import planner
@@ -137,7 +138,12 @@ class Graphed:
 
     def _valid(self) -> bool:
         """Whether the graph is still what the model would do."""
-        return self._guard is not None and self._settings == self._cuda.settings() and self._guard.holds(self._guarded)
+        return (
+            self._guard is not None
+            and self._settings == self._cuda.settings()
+            and self._guard.holds(self._guarded)
+            and all(reads.others_hold(module) for module, reads in self._reads)
+        )
 
     def _capture(self) -> None:
         model = self.model
@@ -158,6 +164,8 @@ class Graphed:
         # A stale graph may still be started once, and reads the parameters that it was captured with.
         self._memory = [t.untyped_storage() for t in chain(model.parameters(), model.buffers())]
         self._leaves, self._structure = tree_flatten(result)
+        states = [(module, module.__dict__.get(STATE)) for module in model.modules()]
+        self._reads = [(module, state.eval.reads) for module, state in states if state is not None]
         self._settings, self._guard = self._cuda.settings(), Guard(self._guarded)
 
     def _ordered(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -185,7 +193,8 @@ def graphed(model: nn.Module, example: Union[Tensor, tuple[Tensor, ...]], *, cop
     goes into Python between them; that is what counts with few images. The graph runs on the stream that is current in
     the call. When parameters, buffers, hooks or other attributes of the model have changed (by version and address:
     what docs/limits.md says it cannot see goes unnoticed here as well), or settings such as autocast, the next
-    call captures again, which waits for the GPU.
+    call captures again, which waits for the GPU. So it does when anything else has changed that the forward of an
+    accelerated model read; of a stock model that goes unnoticed.
 
     Args:
         model: on a GPU, in eval mode; best accelerated. It is not changed, and stays usable by itself.

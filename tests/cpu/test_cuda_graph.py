@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+import types
 
 import pytest
 import torch
@@ -301,6 +302,26 @@ def test_an_accelerated_model(cuda):
     with torch.inference_mode():
         torch.testing.assert_close(run(x + 1), model(x + 1))
     assert cuda.captures == 1
+
+
+class Switched(Net):
+    config = types.SimpleNamespace(gain=1.0)
+
+    def forward(self, x):
+        return super().forward(x * self.config.gain)
+
+
+def test_what_an_accelerated_forward_read_counts(cuda):
+    torch.manual_seed(0)
+    model = resnet_fast.accelerate(Switched().eval())
+    run = cuda_graph._graphed(model, images(), True, cuda)
+    with torch.no_grad():
+        run(images())
+        Switched.config.gain = 2.0
+        torch.testing.assert_close(run(images()), model(images()))
+        assert cuda.captures == 2
+        run(images())
+    assert cuda.captures == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
