@@ -31,6 +31,7 @@ from resnet_fast.graph.reads import (
     Reads,
     Unseen,
     child_names,
+    found_in_class,
     freeze,
     package_of,
     stock_type,
@@ -197,7 +198,7 @@ class Observer:
             raise Impure("catches exceptions")
         around = self._within.get(code, set()) | set(code.co_cellvars)
         self._within.update((part, around) for part in code.co_consts if isinstance(part, types.CodeType))
-        if any(isinstance(value, _CONTAINERS) for value in frame.f_locals.values()):
+        if _may_have_defaults(frame):
             for function in _functions_of(code):
                 self._defaults((*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))
         if "isinstance" not in frame.f_globals:
@@ -281,12 +282,13 @@ class Observer:
         path = self._paths.get(module)
         if path is None:
             raise Impure(f"reads {name!r} of a module that is none of its children")
-        self.reads.children[path] = child_names(module)
+        if path not in self.reads.children:
+            self.reads.children[path] = child_names(module)
         if name in ("__dict__", "_parameters", "_buffers"):
             raise Impure(f"looks through its {name}")
         if name == "training" and path and not self.both_modes:
             raise Impure(f"asks for the mode of {'.'.join(path)}")
-        static = inspect.getattr_static(type(module), name, ABSENT)
+        static = found_in_class(type(module), name)
         if name == "__class__" or isinstance(static, classmethod):
             self.reads.add(
                 (path, "__class__"), functools.partial(type_at, path), self._freeze(stock_type(module), name)
@@ -351,6 +353,7 @@ class Observer:
             raise Impure(f"calls {label}")
 
 
+@functools.cache
 def _owner(module: str) -> str:
     """The package that code is of; our modules that count and keep are looked at as everybody's are."""
     return "resnet_fast.finetune" if module.startswith("resnet_fast.finetune.") else module.partition(".")[0]
@@ -362,8 +365,25 @@ _TENSOR = torch.empty(0, device="cpu")
 _GIVES_A_TENSOR = {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, nn.Identity}
 
 
+def _may_have_defaults(frame: types.FrameType) -> bool:
+    """Whether what is entered may have been given containers by its defaults: a module's code has none, and they are
+    older than any result, and than the dict of the other keyword arguments."""
+    code, given = frame.f_code, dict(frame.f_locals)
+    if not code.co_flags & inspect.CO_OPTIMIZED:
+        return False
+    if code.co_flags & inspect.CO_VARKEYWORDS:
+        named = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+        given.pop(code.co_varnames[named], None)
+    containers = (value for value in given.values() if isinstance(value, _CONTAINERS))
+    return any(not any(isinstance(item, fx.Proxy) for item in _items(value)) for value in containers)
+
+
+def _items(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
 def _functions_of(code: types.CodeType) -> list[types.FunctionType]:
-    """Those made of this code."""
+    """Those made of this code, for which all objects are looked through: tens of milliseconds."""
     found = (one for one in gc.get_referrers(code) if isinstance(one, types.FunctionType))
     return [function for function in found if function.__code__ is code]
 

@@ -207,6 +207,11 @@ def stock_type(module: nn.Module) -> type:
     return type(module).stock_class if isinstance(module, Accelerated) else type(module)
 
 
+def found_in_class(cls: type, name: str) -> Any:
+    """What instances find in their class, as it is there: functions as functions, properties as properties."""
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), ABSENT)
+
+
 # --- where things are read again ---
 
 

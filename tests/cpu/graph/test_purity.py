@@ -7,6 +7,7 @@ and the states of the generators must be those of the stock model; and ``acceler
 import argparse
 import copy
 import functools
+import gc
 import logging
 import os
 import pickle
@@ -281,6 +282,35 @@ def test_what_a_graph_cannot_do(forward, because, attributes, caplog, capsys):
         assert torch.equal(fast(X), stock(X))
         assert _attributes(fast) == _attributes(stock)
     MEMO.clear()
+
+
+def _joined(results, **settings):
+    return torch.cat(results, settings["dim"])
+
+
+def _joining(self, x):
+    return _joined([_body(self, x), x], dim=1)
+
+
+class _Frozen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Buffer(torch.rand(8)), nn.Buffer(torch.rand(8))
+
+    def forward(self, x):
+        return x * self.scale[:, None, None] + self.shift[:, None, None]
+
+
+def _with_an_affine_norm(self, x):
+    return F.relu(self.norm(self.conv1(x)))
+
+
+@pytest.mark.parametrize("forward", [_joining, _with_an_affine_norm])
+def test_defaults_are_not_looked_for_where_there_can_be_none(forward, monkeypatch):
+    """Whose function runs is only found among all objects of the process, which takes longer than the trace."""
+    model = made(forward, norm=_Frozen())
+    monkeypatch.setattr(gc, "get_referrers", lambda *objects: pytest.fail("looks through all objects"))
+    assert relative_error(accelerated(model)(X), model(X)) < 1e-5
 
 
 def test_a_buffer_that_counts_the_calls():
