@@ -26,13 +26,13 @@ REFUSED = {
     "grid": "a grid of 1 x 65536 x 1",
     "no such stream": "stream 0x3039 does not exist",
     "another device's stream": "the stream is of device 1, current is device 0",
-    "no such function": "no such function",
+    "no such function": "function 0x3039 does not exist",
     "another device's function": "loaded on device 0, current is 1",
     "a pointer to nothing": "parameter 0: nothing lies at 0x10",
     "a tensor of nowhere": "cannot be accessed from Triton",
     "another architecture": "a binary for sm_90, device 1 is an sm_80",
     "no binary": "no ELF file",
-    "unaligned tensor map": "lies at 0x8, which 16 does not divide",
+    "unaligned tensor map": "16 does not divide the address 0x8",
     "stride of a tensor map": "a stride of 120 bytes",
     "box of a tensor map": "a box of 512",
 }
@@ -77,6 +77,12 @@ def test_the_stub_refuses(name, found):
 def test_another_stream_waits_for_the_first_calls_event(found):
     """Once, and before it launches."""
     assert found["streams"][""] == ["A launches", "A launches", "B waits for A", "B launches", "B launches"]
+
+
+def test_the_machine_that_choices_are_filed_under(found):
+    """With the driver's version, which is asked of the driver: PyTorch has no function that tells it."""
+    (name,) = found["machine"][""]
+    assert "sm_90, 132 multiprocessors, CUDA driver 13000" in name
 
 
 def test_no_large_image_is_described_as_a_small_one(found):

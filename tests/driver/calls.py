@@ -89,16 +89,9 @@ class chosen:
         window = (stride, padding, dilation, groups)
         self._shape = conv_problem(x.shape, weight.shape, *window, precision, case.residual)
         self._problem = planner.Problem(
-            self._architecture,
-            case.dtype,
-            precision,
-            *x.shape,
-            case.k,
-            (case.kernel,) * 2,
-            *window,
-            case.residual,
+            self._architecture, case.dtype, precision, *x.shape, case.k, (case.kernel,) * 2, *window, case.residual,
             relu,
-        )
+        )  # fmt: skip
 
     def __enter__(self) -> None:
         if self._case.tile is not None:
@@ -328,6 +321,7 @@ def main() -> None:
             "cases": {name: said(lambda: complaints(one)) for name, one in CASES.items() if not one.refused()},  # noqa: B023
             "noticed": {"swapped": said(swapped), "unaligned": said(unaligned)},
             "refusals": {name: said(lambda: refused(start)) for name, start in refusals()},  # noqa: B023
+            "machine": {"": said(lambda: [planner.machine(SM90)])},
             "streams": {"": said(streams)},
             "large": {"": said(large) if compat.has_descriptors() else []},
         }

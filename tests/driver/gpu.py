@@ -82,7 +82,7 @@ class Gpus:
 
     def __init__(self, stub: Stub) -> None:
         self.stub, self.stream = stub, 0
-        self.current = 0
+        self.current = -1
         self._empty = torch.empty
         self._select(0)
 
@@ -154,8 +154,9 @@ class Gpus:
 
     def _select(self, index: int) -> None:
         """As the CUDA runtime does it: the primary context of that device becomes the thread's."""
-        self.stub("cuCtxSetCurrent", ctypes.c_void_p(self.stub.make("cuDevicePrimaryCtxRetain", index)))
-        self.current = index
+        if index != self.current:
+            self.stub("cuCtxSetCurrent", ctypes.c_void_p(self.stub.make("cuDevicePrimaryCtxRetain", index)))
+            self.current = index
 
     def _allocate(self, *arguments: Any, device: Any = None, **options: Any) -> torch.Tensor:
         """``torch.empty``, which on a GPU takes the stub's memory."""

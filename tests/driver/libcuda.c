@@ -25,20 +25,17 @@ typedef struct { // what a binary states of a parameter
   bool there, pointer;
 } Parameter;
 
-typedef struct CUmod_st Module;
-typedef struct CUfunc_st {
+typedef struct Handle { // what every object of the driver's begins with
+  struct Handle *next;
+  int kind, device;
+} Handle;
+typedef struct { // a module, which has one kernel, and the kernel: the same handle
+  Handle handle;
   char name[256];
-  Module *module;
   Parameter parameters[PARAMETERS];
   int count, base, bytes, stated, registers, stack, required, shared, dynamic;
 } Function;
-struct CUmod_st {
-  int device;
-  Function function;
-};
 typedef struct CUctx_st { int device; } Context;
-typedef struct CUstream_st { int device; } Stream;
-typedef struct CUevent_st { int device; } Event;
 
 typedef struct { // as tests/driver/stub.py reads it
   uint32_t kind, device, grid[3], threads, shared, bytes, count;
@@ -55,8 +52,7 @@ static const struct { int major, minor, multiprocessors, shared; } GPUS[DEVICES]
 static Context contexts[DEVICES] = {{0}, {1}, {2}};
 static Context *current; // one thread's is enough here
 static Entry log_[KEPT];
-static size_t recorded;
-static int quiet;
+static int recorded, quiet;
 static char reason[512];
 static CUresult refused;
 
@@ -88,36 +84,24 @@ static bool mapped(uint64_t address) { // whether anything lies there
   return msync((void *)(address & ~4095ull), 1, MS_ASYNC) == 0;
 }
 
-// --- handles: those that were made, by kind --------------------------------------------------------------------------
+// --- handles: those that were made -----------------------------------------------------------------------------------
 
-enum { MODULES, STREAMS, EVENTS, KINDS };
-static void *handles[KINDS][1024];
+enum { GONE, MODULES, STREAMS, EVENTS };
+static Handle *handles;
 
 static void *make(int kind, size_t size) {
-  void **place = handles[kind];
-  while (*place) place++;
-  return *place = calloc(1, size);
+  Handle *one = calloc(1, size);
+  one->next = handles, one->kind = kind, one->device = current->device;
+  return handles = one;
 }
-static void **find(int kind, const void *handle) {
-  for (void **place = handles[kind]; *place; place++)
-    if (*place == handle) return place;
+static Handle *find(int kind, const void *handle) {
+  for (Handle *one = handles; one; one = one->next)
+    if (one == handle && one->kind == kind) return one;
   return NULL;
 }
-static bool exists(int kind, const void *handle) { return handle && find(kind, handle); }
-static bool drop(int kind, void *handle) {
-  void **place = handle ? find(kind, handle) : NULL;
-  if (!place) return false;
-  void **last = place;
-  while (last[1]) last++;
-  *place = *last, *last = NULL;
-  free(handle);
-  return true;
-}
-static bool a_function(const Function *function) {
-  for (void **place = handles[MODULES]; *place; place++)
-    if (function == &((Module *)*place)->function) return true;
-  return false;
-}
+#define NEEDS(kind, handle, what)                                                                                      \
+  if (!find(kind, handle))                                                                                             \
+  return refuse(CUDA_ERROR_INVALID_HANDLE, "%s: %s %p does not exist", __func__, what, (void *)handle)
 
 // --- errors, devices, contexts ---------------------------------------------------------------------------------------
 
@@ -125,10 +109,7 @@ CUresult cuGetErrorString(CUresult code, const char **text) {
   *text = code == CUDA_SUCCESS ? "no error" : code == refused ? reason : "an error that nobody explained";
   return CUDA_SUCCESS;
 }
-CUresult cuInit(unsigned flags) {
-  if (flags) INVALID("cuInit: flags %u", flags);
-  return CUDA_SUCCESS;
-}
+CUresult cuInit(unsigned flags) { return flags ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int *version) { return *version = DRIVER, CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int *count) { return *count = DEVICES, CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) {
@@ -178,30 +159,18 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
 
 // --- streams and events ----------------------------------------------------------------------------------------------
 
-static CUresult good_stream(const char *what, Stream *stream) { // up to 2: the default streams
-  NEEDS_CONTEXT;
-  if ((uintptr_t)stream > 2 && !exists(STREAMS, stream))
-    return refuse(CUDA_ERROR_INVALID_HANDLE, "%s: stream %p does not exist", what, (void *)stream);
-  if ((uintptr_t)stream > 2 && stream->device != current->device)
-    return refuse(CUDA_ERROR_INVALID_HANDLE, "%s: the stream is of device %d, current is device %d", what,
-                  stream->device, current->device);
-  return CUDA_SUCCESS;
-}
-#define NEEDS_STREAM(stream)                                                                                           \
-  do {                                                                                                                 \
-    CUresult found = good_stream(__func__, stream);                                                                    \
-    if (found) return found;                                                                                           \
-  } while (0)
-#define NEEDS_EVENT(event)                                                                                             \
-  if (!exists(EVENTS, event)) return refuse(CUDA_ERROR_INVALID_HANDLE, "%s: event %p does not exist", __func__, (void *)event)
+#define NEEDS_STREAM(stream) /* up to 2: the default streams */                                                        \
+  NEEDS_CONTEXT;                                                                                                       \
+  if ((uintptr_t)(stream) > 2) {                                                                                       \
+    NEEDS(STREAMS, stream, "stream");                                                                                  \
+    if (((Handle *)(stream))->device != current->device)                                                               \
+      return refuse(CUDA_ERROR_INVALID_HANDLE, "%s: the stream is of device %d, current is device %d", __func__,       \
+                    ((Handle *)(stream))->device, current->device);                                                    \
+  }
 
 CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
   NEEDS_CONTEXT;
-  *stream = make(STREAMS, sizeof(Stream)), (*stream)->device = current->device;
-  return CUDA_SUCCESS;
-}
-CUresult cuStreamDestroy(CUstream stream) {
-  return drop(STREAMS, stream) ? CUDA_SUCCESS : refuse(CUDA_ERROR_INVALID_HANDLE, "no such stream");
+  return *stream = make(STREAMS, sizeof(Handle)), CUDA_SUCCESS;
 }
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
   NEEDS_STREAM(stream);
@@ -209,29 +178,26 @@ CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
 }
 CUresult cuEventCreate(CUevent *event, unsigned flags) {
   NEEDS_CONTEXT;
-  *event = make(EVENTS, sizeof(Event)), (*event)->device = current->device;
-  return CUDA_SUCCESS;
-}
-CUresult cuEventDestroy(CUevent event) {
-  return drop(EVENTS, event) ? CUDA_SUCCESS : refuse(CUDA_ERROR_INVALID_HANDLE, "no such event");
+  return *event = make(EVENTS, sizeof(Handle)), CUDA_SUCCESS;
 }
 CUresult cuEventRecord(CUevent event, CUstream stream) {
   NEEDS_STREAM(stream);
-  NEEDS_EVENT(event);
+  NEEDS(EVENTS, event, "event");
   entry(RECORD, stream, event);
   return CUDA_SUCCESS;
 }
 CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags) {
   NEEDS_STREAM(stream);
-  NEEDS_EVENT(event);
+  NEEDS(EVENTS, event, "event");
   entry(WAIT, stream, event);
   return CUDA_SUCCESS;
 }
 
-// --- modules: what an ELF file of NVIDIA's says of its kernel ----------------------------------------------------------
+// --- modules: what an ELF file of NVIDIA's says of its kernel --------------------------------------------------------
 
 // Entries of .nv.info: a byte for the format (4: as many bytes follow as the 16 bits say), one for the attribute.
-enum { SIZED = 4, BANK = 0x0a, REQUIRED_THREADS = 0x10, FRAME_SIZE = 0x11, PARAMETER = 0x17, REGISTER_COUNT = 0x2f, GLOBAL = 4 };
+enum { SIZED = 4, BANK = 10, REQUIRED_THREADS = 16, FRAME_SIZE = 17, PARAMETER = 23, REGISTER_COUNT = 47 };
+enum { GLOBAL = 4 }; // the space that a pointer is for
 
 static void read_info(Function *function, const uint8_t *at, size_t size, uint32_t symbol) {
   for (const uint8_t *end = at + size; at + 4 <= end;) {
@@ -268,10 +234,10 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   int made_for = file[EI_ABIVERSION] >= 8 ? head->e_flags >> 8 & 255 : head->e_flags & 255;
   int device = current->device, capability = GPUS[device].major * 10 + GPUS[device].minor;
   if (made_for != capability)
-    return refuse(CUDA_ERROR_NO_BINARY_FOR_GPU, "a binary for sm_%d, device %d is an sm_%d", made_for, device, capability);
-  Module *made = make(MODULES, sizeof(Module));
-  Function *function = &made->function;
-  made->device = device, function->module = made, function->dynamic = 49152;
+    return refuse(CUDA_ERROR_NO_BINARY_FOR_GPU, "a binary for sm_%d, device %d is an sm_%d", made_for, device,
+                  capability);
+  Function *function = make(MODULES, sizeof(Function));
+  function->dynamic = 49152;
   const Elf64_Shdr *sections = (const void *)(file + head->e_shoff);
   const char *names = (const char *)file + sections[head->e_shstrndx].sh_offset;
   uint32_t symbol = 0;
@@ -294,23 +260,23 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
       function->shared = sections[i].sh_size;
   }
   if (function->bytes != function->stated)
-    return refuse(CUDA_ERROR_INVALID_IMAGE, "%s: %d bytes of parameters, stated are %d", function->name, function->bytes,
-                  function->stated);
-  return *module = made, CUDA_SUCCESS;
+    return refuse(CUDA_ERROR_INVALID_IMAGE, "%s: %d bytes of parameters, stated are %d", function->name,
+                  function->bytes, function->stated);
+  return *module = (CUmodule)function, CUDA_SUCCESS;
 }
 CUresult cuModuleUnload(CUmodule module) {
-  return drop(MODULES, module) ? CUDA_SUCCESS : refuse(CUDA_ERROR_INVALID_HANDLE, "no such module");
+  NEEDS(MODULES, module, "module");
+  return ((Handle *)module)->kind = GONE, CUDA_SUCCESS;
 }
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-  if (!exists(MODULES, module)) return refuse(CUDA_ERROR_INVALID_HANDLE, "no such module");
-  if (strcmp(module->function.name, name)) return refuse(CUDA_ERROR_NOT_FOUND, "the module has no function %s", name);
-  return *function = &module->function, CUDA_SUCCESS;
+  NEEDS(MODULES, module, "module");
+  if (strcmp(((Function *)module)->name, name)) return refuse(CUDA_ERROR_NOT_FOUND, "there is no function %s", name);
+  return *function = (CUfunction)module, CUDA_SUCCESS;
 }
 
-#define NEEDS_FUNCTION(function)                                                                                       \
-  if (!a_function(function)) return refuse(CUDA_ERROR_INVALID_HANDLE, "%s: no such function", __func__)
-CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
-  NEEDS_FUNCTION(function);
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction handle) {
+  NEEDS(MODULES, handle, "function");
+  const Function *function = (void *)handle;
   switch (attribute) {
   case CU_FUNC_ATTRIBUTE_NUM_REGS: *value = function->registers; break;
   case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES: *value = function->stack; break;
@@ -320,19 +286,20 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
   }
   return CUDA_SUCCESS;
 }
-CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
-  NEEDS_FUNCTION(function);
+CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute attribute, int value) {
+  NEEDS(MODULES, handle, "function");
+  Function *function = (void *)handle;
   if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) INVALID("function attribute %d", attribute);
-  int most = GPUS[function->module->device].shared - function->shared;
+  int most = GPUS[function->handle.device].shared - function->shared;
   if (value < 0 || value > most) INVALID("%s: %d bytes of shared memory, at most %d", function->name, value, most);
   return function->dynamic = value, CUDA_SUCCESS;
 }
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) {
-  NEEDS_FUNCTION(function);
+  NEEDS(MODULES, function, "function");
   return CUDA_SUCCESS;
 }
 
-// --- tensor maps: 128 bytes that only the driver reads, so these are of our own ----------------------------------------
+// --- tensor maps: 128 bytes that only the driver reads, so these are of our own --------------------------------------
 
 static const uint64_t ENCODED = 0x70616d726f736e74; // "tnsormap"
 static const uint64_t BIG = 1ull << 21;             // a bit of the second word, which Triton clears for small tensors
@@ -345,18 +312,9 @@ typedef struct {
 } Map;
 _Static_assert(sizeof(Map) <= sizeof(CUtensorMap), "fits");
 
-static int element_bytes(CUtensorMapDataType type) {
-  switch (type) {
-  case CU_TENSOR_MAP_DATA_TYPE_UINT8: return 1;
-  case CU_TENSOR_MAP_DATA_TYPE_UINT16:
-  case CU_TENSOR_MAP_DATA_TYPE_FLOAT16:
-  case CU_TENSOR_MAP_DATA_TYPE_BFLOAT16: return 2;
-  case CU_TENSOR_MAP_DATA_TYPE_INT64:
-  case CU_TENSOR_MAP_DATA_TYPE_UINT64:
-  case CU_TENSOR_MAP_DATA_TYPE_FLOAT64: return 8;
-  default: return (unsigned)type <= CU_TENSOR_MAP_DATA_TYPE_TFLOAT32_FTZ ? 4 : 0;
-  }
-}
+// Of an element, by CUtensorMapDataType: UINT8, 16, 32, INT32, UINT64, INT64, FLOAT16, 32, 64, BFLOAT16, FLOAT32_FTZ,
+// TFLOAT32, TFLOAT32_FTZ.
+static const uint8_t BYTES[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
 
 // The conditions are those of the driver's documentation, for maps without interleaving.
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
@@ -365,11 +323,11 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
   Map made = {ENCODED, BIG, (uintptr_t)address, .type = type, .rank = rank, .swizzle = swizzle, .promotion = promotion,
               .fill = fill};
-  int bytes = element_bytes(type);
-  if ((uintptr_t)map % 64) INVALID("tensor map: it lies at %p, which 64 does not divide", (void *)map);
+  int bytes = (unsigned)type < sizeof BYTES ? BYTES[type] : 0;
+  if ((uintptr_t)map % 64) INVALID("tensor map: 64 does not divide its own address %p", (void *)map);
   if (!bytes) INVALID("tensor map: type %d", type);
   if (rank < 1 || rank > 5) INVALID("tensor map: rank %u", rank);
-  if (!address || (uintptr_t)address % 16) INVALID("tensor map: the image lies at %p, which 16 does not divide", address);
+  if (!address || (uintptr_t)address % 16) INVALID("tensor map: 16 does not divide the address %p", address);
   if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) INVALID("tensor map: interleaved");
   if ((unsigned)swizzle > CU_TENSOR_MAP_SWIZZLE_128B) INVALID("tensor map: swizzle %d", swizzle);
   if ((unsigned)fill > 1 || (fill && type < CU_TENSOR_MAP_DATA_TYPE_FLOAT16)) INVALID("tensor map: fill %d", fill);
@@ -395,16 +353,17 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
 
 static uint8_t taken[BLOCK]; // the parameters of the last launch that nobody looked at
 
-CUresult cuLaunchKernelEx(const CUlaunchConfig *launch, CUfunction function, void **parameters, void **extra) {
+CUresult cuLaunchKernelEx(const CUlaunchConfig *launch, CUfunction handle, void **parameters, void **extra) {
+  const Function *function = (void *)handle;
   if (quiet) {
     for (int i = 0; i < function->count; i++)
       memcpy(taken + function->parameters[i].offset, parameters[i], function->parameters[i].size);
     return CUDA_SUCCESS;
   }
   NEEDS_STREAM(launch->hStream);
-  NEEDS_FUNCTION(function);
+  NEEDS(MODULES, handle, "function");
   const char *name = function->name;
-  int device = function->module->device;
+  int device = function->handle.device;
   if (device != current->device)
     return refuse(CUDA_ERROR_INVALID_CONTEXT, "%s: loaded on device %d, current is %d", name, device, current->device);
   const unsigned grid[3] = {launch->gridDimX, launch->gridDimY, launch->gridDimZ};
@@ -414,7 +373,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *launch, CUfunction function, voi
   if (!threads || threads > THREADS || (function->required && threads != (unsigned)function->required))
     INVALID("%s: %u threads, it is compiled for %d", name, threads, function->required);
   if ((function->registers + 7) / 8 * 8 * threads > REGISTERS)
-    return refuse(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, "%s: %d registers of %u threads", name, function->registers, threads);
+    return refuse(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, "%s: %d registers of %u threads", name, function->registers,
+                  threads);
   if (shared > (unsigned)function->dynamic)
     INVALID("%s: %u bytes of shared memory, allowed are %d", name, shared, function->dynamic);
   if (launch->numAttrs || extra) INVALID("%s: %u attributes of the launch", name, launch->numAttrs);
