@@ -8,6 +8,7 @@ what the binary's own description says of its parameters.
 Prints JSON: by group, and in it by name, a list of texts; of the cases they are complaints.
 """
 
+import contextlib
 import ctypes
 import json
 import sys
@@ -79,31 +80,29 @@ def complaints(case: Case) -> Iterator[str]:
         yield from faults(mine)
 
 
-class chosen:
-    """The tile that the case is for, or the candidate, as if it had been measured."""
-
-    def __init__(self, case: Case, arguments: tuple) -> None:
-        x, weight, *_, stride, padding, dilation, groups, relu = arguments
-        self._case, self._architecture = case, device.architecture(x.device)
-        precision = "tf32" if case.tf32 else "ieee" if case.dtype == torch.float32 else "half"
-        window = (stride, padding, dilation, groups)
-        self._shape = conv_problem(x.shape, weight.shape, *window, precision, case.residual)
-        self._problem = planner.Problem(
-            self._architecture, case.dtype, precision, *x.shape, case.k, (case.kernel,) * 2, *window, case.residual,
-            relu,
-        )  # fmt: skip
-
-    def __enter__(self) -> None:
-        if self._case.tile is not None:
-            tiles.override(self._architecture, {self._shape: self._case.tile})
-        if self._case.choice is not None:
-            _, *others = planner.candidates(self._problem).values()  # without the table's
-            fitting = [one.name for one in others if one.tile is None or one.tile[-2:] == ("pointers", 1)]
-            name = next(one for one in fitting if one.startswith(self._case.choice))
-            planner.keep(self._case.device, {self._problem.key(): name})
-
-    def __exit__(self, *exception: object) -> None:
-        tiles.override(self._architecture, {})
+@contextlib.contextmanager
+def chosen(case: Case, arguments: tuple) -> Iterator[None]:
+    """With the tile that the case is for, or with the candidate, as if it had been measured."""
+    x, weight, *_, stride, padding, dilation, groups, relu = arguments
+    architecture = device.architecture(x.device)
+    precision = device.precision_of(case.dtype, architecture)
+    window = (stride, padding, dilation, groups)
+    if case.tile is not None:
+        shape = conv_problem(x.shape, weight.shape, *window, precision, case.residual)
+        tiles.override(architecture, {shape: case.tile})
+    if case.choice is not None:
+        kernel = weight.shape[2:]
+        problem = planner.Problem(
+            architecture, case.dtype, precision, *x.shape, case.k, kernel, *window, case.residual, relu
+        )
+        _, *others = planner.candidates(problem).values()  # without the table's
+        fitting = [one.name for one in others if one.tile is None or one.tile[-2:] == ("pointers", 1)]
+        name = next(one for one in fitting if one.startswith(case.choice))
+        planner.keep(case.device, {problem.key(): name})
+    try:
+        yield
+    finally:
+        tiles.override(architecture, {})
 
 
 def launches() -> list[Launch]:
