@@ -1,31 +1,44 @@
-"""Microseconds of Python that a convolution on a GPU costs the host: ``python -m benchmarks.launch_overhead``.
+"""Microseconds that a convolution on a GPU costs the host: ``python -m benchmarks.launch_overhead``.
 
-Needs no GPU. The kernels are compiled for sm_90, and every launch goes through Triton's code down to its C launcher,
-which is replaced by a C function that does nothing (``tests/fake_gpu.py``). So what is timed is all that happens on the
-host, but for what the CUDA driver and its allocator take. Per layer and path:
+Needs no GPU, and says nothing of one. The kernels are compiled for sm_90, and every launch goes through Triton's driver
+and its launcher, down to a stub of NVIDIA's driver that takes the parameters and starts nothing (``tests/driver``). So
+what is timed is all that happens on the host, but for what the CUDA driver and PyTorch's allocator take. Per layer:
 
+    launch    what Triton's own path takes, ``kernel[grid](...)``, of a launch that is planned
     decided   what every call took without prepared calls: check, plan, Triton's own path
     prepared  the op from its second call on, entered from Python
     op        the same through ``torch.ops.resnet_fast.conv_bn_act``: PyTorch's dispatcher comes on top
 
-The least of many short batches counts, so that a busy machine shows as little as possible; how busy it was is printed.
+Of many short batches of calls the median counts, and the least, in brackets, shows how busy the machine was.
 """
 
 import argparse
 import json
 import os
 import platform
+import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from tests.driver import gpu
+from tests.driver.stub import Stub
+
+if __name__ == "__main__":
+    _folder = tempfile.TemporaryDirectory()
+    stub = Stub(Path(_folder.name))
+    gpu.install(stub)  # before resnet_fast is imported
 
 import torch
 
 from resnet_fast import ops
 from resnet_fast.bench.machine import describe, load
-from resnet_fast.kernels.triton import prepared
-from resnet_fast.kernels.triton.tuning import planner
-from tests import fake_gpu
+from resnet_fast.kernels.triton import forward, operands, prepared, tiles
+from resnet_fast.kernels.triton.problem import conv_problem
+from resnet_fast.utils import compat
 from tests.fake_gpu import on_gpu
 
 _CALLS = 50  # a batch is shorter than a slice of the scheduler's time
@@ -33,34 +46,51 @@ _DECIDED_CALLS = 10
 _BATCHES = 400
 
 LAYERS = {
-    "1x1 64->256 +residual +relu": (64, 256, 1, True),
-    "1x1 256->64 +relu": (256, 64, 1, False),
-    "3x3 64->64 +relu": (64, 64, 3, False),
+    "1x1 64->256 +residual +relu": (64, 256, 1, True, "pointers"),
+    "1x1 256->64 +relu": (256, 64, 1, False, "pointers"),
+    "3x3 64->64 +relu": (64, 64, 3, False, "pointers"),
+    "1x1 256->64 +relu, descriptors": (256, 64, 1, False, "descriptors"),
 }
+
+
+class Time(NamedTuple):
+    """Microseconds of a call."""
+
+    median: float
+    least: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="also write the result to FILE")
     options = parser.parse_args()
-    planner.machine = lambda index: "a fake GPU"  # type: ignore[assignment]
     before = load()
+    operands.allocate = _allocate
     results = {}
-    with fake_gpu.installed() as gpu, torch.no_grad():
-        gpu.utils.launch = "".format  # takes anything, does nothing, and is written in C
+    stub.quiet(True)
+    with torch.no_grad():
         for name, layer in LAYERS.items():
-            results[name] = measure(*layer)
-    print(f"{'layer':30} {'decided':>8} {'prepared':>8} {'op':>8}   microseconds a call")
+            if layer[-1] == "pointers" or compat.has_descriptors():
+                results[name] = measure(*layer)
+    paths = ("launch", "decided", "prepared", "op")
+    print(f"{'microseconds a call':30}" + "".join(f"{path:>17}" for path in paths))
     for name, times in results.items():
-        print(f"{name:30} " + " ".join(f"{times[path]:8.2f}" for path in ("decided", "prepared", "op")))
+        each = (f"{times[path].median:.1f} ({times[path].least:.1f})" for path in paths)
+        print(f"{name:30}" + "".join(f"{one:>17}" for one in each))
     busy = {"load_before": before, "load_after": load(), "load_average": os.getloadavg()[0]}
     print(f"{describe().get('cpu', platform.processor())}; {busy}")
     if options.json:
+        found = {name: {path: time._asdict() for path, time in times.items()} for name, times in results.items()}
         with open(options.json, "w") as file:
-            json.dump({"machine": describe(), **busy, "microseconds": results}, file, indent=1)
+            json.dump({"machine": describe(), **busy, "microseconds": found}, file, indent=1)
 
 
-def measure(c: int, k: int, kernel: int, residual: bool) -> dict[str, float]:
+def _allocate(x: torch.Tensor, shape: tuple[int, ...], dtype: Any = None) -> torch.Tensor:
+    """An output as the caching allocator would give it: what PyTorch's of the CPU does takes about as long."""
+    return torch.empty(shape, dtype=dtype or x.dtype, memory_format=torch.channels_last)
+
+
+def measure(c: int, k: int, kernel: int, residual: bool, kind: str) -> dict[str, Time]:
     """One image of 56x56 in float16."""
 
     def image(channels: int) -> torch.Tensor:
@@ -75,31 +105,32 @@ def measure(c: int, k: int, kernel: int, residual: bool) -> dict[str, float]:
         on_gpu(torch.zeros(k)),
         image(k) if residual else None,
     )
-    padding = [kernel // 2, kernel // 2]
-    arguments: Any = (*tensors, [1, 1], padding, [1, 1], 1, True)
-    # Without the look at prepared calls this is what the op did; OnGpu is seen through by is_cuda alone.
-    decided = ops.inference._conv_bn_act
-    run, prepared.run = prepared.run, lambda *arguments: None
-    keep, prepared.keep = prepared.keep, lambda *arguments: None
-    launches_of, prepared.launches_of = prepared.launches_of, lambda *arguments: None
-    try:
-        times = {"decided": microseconds(lambda: decided(*arguments), _DECIDED_CALLS)}
-    finally:
-        prepared.run, prepared.keep, prepared.launches_of = run, keep, launches_of
+    window = ((1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
+    shape = conv_problem(tensors[0].shape, tensors[1].shape, *window, "half", residual)
+    tiles.override("sm_90", {shape: tiles.pick("sm_90", *shape[:7])._replace(parts=1, kernel=kind)})
+    arguments: Any = (*tensors, *map(list, window[:3]), 1, True)
+    plan = forward.plan_conv_bn_act(*tensors, *window, True, "sm_90")
+    times = {"launch": microseconds(plan.start, _DECIDED_CALLS)}
+    with (
+        mock.patch.dict(ops.dispatch.PREPARED, clear=True),
+        mock.patch.multiple(prepared, keep=lambda *arguments: None, launches_of=lambda *arguments: None),
+    ):
+        times["decided"] = microseconds(lambda: ops.inference._conv_bn_act(*arguments), _DECIDED_CALLS)
     ops.inference._conv_bn_act(*arguments)
+    assert prepared.run(*arguments) is not None
     times["prepared"] = microseconds(lambda: ops.inference._conv_bn_act(*arguments), _CALLS)
     times["op"] = microseconds(lambda: torch.ops.resnet_fast.conv_bn_act(*arguments), _CALLS)
     return times
 
 
-def microseconds(work: Callable[[], Any], calls: int) -> float:
-    best = float("inf")
+def microseconds(work: Callable[[], Any], calls: int) -> Time:
+    found = []
     for _ in range(_BATCHES):
         start = time.perf_counter()
         for _ in range(calls):
             work()
-        best = min(best, time.perf_counter() - start)
-    return best / calls * 1e6
+        found.append((time.perf_counter() - start) / calls * 1e6)
+    return Time(statistics.median(found), min(found))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 _CAPABILITIES = {"descriptors": range(90, 1000), "specialised": range(100, 120)}
 
 _ALIGNMENT = 16  # bytes, of a descriptor's address and strides
-_COORDINATES = 2**31  # they are int32
+_BYTES = 2**31  # of a tensor: from there on Triton's launcher, which counts them in an int, has it for a small one
 
 
 def refusal(
@@ -59,8 +59,11 @@ def refusal(
     if groups != 1:
         return f"{groups} groups"
     n, c, h, w = x.shape
-    if not 0 < n * h * w < _COORDINATES:
-        return f"{n * h * w} pixels"
+    if n * h * w == 0:
+        return "no pixels"
+    size = max(x.numel(), packed.numel()) * x.element_size()
+    if size >= _BYTES:
+        return f"a tensor of {size} bytes"
     if c * x.element_size() % _ALIGNMENT:
         return f"{c} channels of {x.element_size()} bytes, {_ALIGNMENT} bytes do not divide a pixel"
     if (x.data_ptr() | packed.data_ptr()) % _ALIGNMENT:

@@ -302,6 +302,11 @@ def _launches(
     def call(
         x: torch.Tensor, residual: Optional[torch.Tensor], scale: torch.Tensor, shift: torch.Tensor
     ) -> Optional[torch.Tensor]:
+        driver = drivers.active
+        if driver.get_current_device() != device:
+            # Triton launches on the current device, which need not be the tensors'.
+            with torch.cuda.device(device):
+                return call(x, residual, scale, shift)
         image = image_of(x)
         y = x.new_empty_strided(shape, strides)
         addresses: list[Any] = [image.data_ptr(), y.data_ptr(), 0, scale.data_ptr(), shift.data_ptr()]
@@ -318,11 +323,6 @@ def _launches(
             or (leave is not None and getattr(leave, "calls", True))
         ):
             return None
-        driver = drivers.active
-        if driver.get_current_device() != device:
-            # Triton launches on the current device, which need not be the tensors'.
-            with torch.cuda.device(device):
-                return call(x, residual, scale, shift)
         stream = driver.get_current_stream(device)
         if described is not None:
             addresses[0] = _Described(image, described)

@@ -98,3 +98,14 @@ def test_a_refused_tile_serves_the_pointer_kernels(compiler):
     found = compiler.results(refused)
     assert not offenders(found, spills)
     assert not offenders(found, too_large)
+
+
+@pytest.mark.skipif(not compat.has_descriptors(), reason="this Triton has no tensor descriptors that serve")
+@pytest.mark.parametrize("layer", [EXPAND, CONV], ids=["1x1", "3x3"])
+def test_an_image_of_2_gib_serves_the_pointer_kernels(layer):
+    """Whose tensor map Triton would encode as a small one's, see tests/driver."""
+    layer = layer._replace(h=64, w=64)
+    image = layer.c * layer.h * layer.w * 2  # bytes
+    for batch, described in ((2**31 // image - 1, True), (2**31 // image, False)):
+        item = planned("sm_90", "descriptors", "fp16", SQUARE, layer, batch)
+        assert ("descriptor" in item.launch.kernel.__name__) == described, batch
