@@ -106,5 +106,6 @@ def _affine(
         _, mean, variance = convolve(*image, layer.weight, layer.geometry)
     norm, moved = normalise(block, layer, mean, variance, n * p * q)
     statistics.append(moved)
-    saved += [*norm_tensors(block, norm), input_mean, covariance, cancels]
+    # Mean and covariance may lie in one storage, and an op may return only one view of that.
+    saved += [*norm_tensors(block, norm), input_mean.clone(), covariance, cancels]
     return norm.affine
