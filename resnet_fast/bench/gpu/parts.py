@@ -54,9 +54,10 @@ def repeats(device: str, quick: bool) -> Results:
 
 def layers(device: str, quick: bool) -> Results:
     """Every convolution of a model, with each of the planner's candidates; what is fastest is kept for later calls."""
-    from resnet_fast import accelerate, tune
+    from resnet_fast import accelerate
     from resnet_fast.bench.norms import randomise_batch_norm
     from resnet_fast.models.named import build
+    from resnet_fast.tuning import tuned
 
     layout: Any = {"memory_format": torch.channels_last}
     half = ("float16", "bfloat16") if device == "cuda" else ("float32",)
@@ -69,8 +70,7 @@ def layers(device: str, quick: bool) -> Results:
                 randomise_batch_norm(stock, 0)
                 model = accelerate(stock.eval()).to(device, getattr(torch, dtype), **layout)
                 images = torch.randn(batch, 3, size, size, device=device, dtype=getattr(torch, dtype))
-                found = tune(model, images.contiguous(memory_format=torch.channels_last))
-                for choice in found.choices:
+                for choice in tuned(model, images.contiguous(**layout)):
                     yield {"model": model_name, "batch": batch, "dtype": dtype, **choice.__dict__}
 
 
