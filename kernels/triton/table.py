@@ -46,7 +46,8 @@ def _chain_tile(case: Case) -> Optional[tiles.ChainTile]:
 
 
 def _target(case: Case) -> str:
-    return device.architecture(torch.device(case.device))
+    index = () if case.index is None else (case.index,)
+    return device.architecture(torch.device(case.device, *index))
 
 
 def _stem(case: Case) -> Optional[str]:
@@ -108,7 +109,7 @@ def supports(case: Case) -> Optional[str]:
     row = OPS.get(case.op)
     if row is None:
         return f"no kernel for {case.op}"
-    if reason := device.refusal(case.device):
+    if reason := device.refusal(case.device, case.index):
         return reason
     return row.refusal(case) if case.dtype in row.dtypes else f"no {case.dtype}"
 

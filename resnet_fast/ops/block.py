@@ -66,7 +66,8 @@ class Primitives:
         return getattr(self._pick(conv_case(name, x, weight, geometry)), name)
 
     def pass_(self, name: str, x: Tensor) -> Callable[..., Any]:
-        return getattr(self._pick(Case(name, x.device.type, x.dtype, x.shape[1], x.shape[1])), name)
+        case = Case(name, x.device.type, x.dtype, x.shape[1], x.shape[1], index=x.device.index)
+        return getattr(self._pick(case), name)
 
 
 def output_shape(shape: Any, layer: Layer) -> list[Any]:
