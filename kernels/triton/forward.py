@@ -49,7 +49,12 @@ def conv_bn_act(
         target, x.dtype, device.precision_of(x.dtype, target), *x.shape, weight.shape[0], kernel, stride, padding,
         dilation, groups, residual is not None, relu,
     )  # fmt: skip
-    outcome = carry_out(planner.choose(problem, x.device.index), *arguments)
+    choice = planner.choose(problem, x.device.index)
+    if choice is not None and choice.name == cudnn.FUSED and prepared.bound(x, weight, residual, *arguments[5:]):
+        # Scale and shift are others than in the call before, as in compiled models, where they are new in every call:
+        # folding them into the weight each time takes longer than a pass after it, and in float16 waits for the GPU.
+        choice = planner.Candidate(cudnn.POINTWISE, None)
+    outcome = carry_out(choice, *arguments)
     planner.note(weight, problem, outcome.choice)
     prepared.keep(outcome.call, *arguments)
     return outcome.y
