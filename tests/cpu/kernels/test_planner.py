@@ -1,7 +1,9 @@
 """The planner on a GPU that is not there: what it may choose, what is kept, and what is measured, by a fake clock."""
 
 import contextlib
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,12 +197,15 @@ class Clock(measuring.Timer):
 
     def __init__(self, milliseconds: dict[str, float], otherwise: float = 1.0) -> None:
         self.milliseconds_of, self.otherwise, self.running, self.calls = milliseconds, otherwise, "", 0
+        self.order: list[str] = []
 
     def milliseconds(self, work, runs):
         work()
         self.calls += runs
         taken = self.milliseconds_of.get(self.running, self.otherwise)
-        return [taken] * (runs - 1) + [100 * taken]  # a median does not see the last
+        self.order.append(self.running)
+        first = 100 if self.order.count(self.running) == 1 else 1  # which a median does not see
+        return [first * taken] + [taken] * (runs - 1)
 
 
 def definition(p: Problem, o: measuring.Operands) -> torch.Tensor:
@@ -240,6 +245,7 @@ def test_the_fastest_wins(changes):
         assert found.milliseconds == {name: 0.25 if name == winner else 1.0 for name in names}
         assert not found.rejected
         assert clock.calls == 5 * len(names)
+        assert clock.order == names * 4, "all are checked before, and take turns"
 
 
 WRONG = {
@@ -284,6 +290,19 @@ def test_what_fails_does_not_win_and_leaves_its_reason():
     assert found.rejected == {cudnn.FUSED: "RuntimeError: CUDNN_STATUS_NOT_SUPPORTED"}
 
 
+def test_what_fails_while_it_is_timed_does_not_win():
+    clock = Clock({cudnn.FUSED: 0.1, cudnn.POINTWISE: 0.5})
+
+    def fail(name, y, operands):
+        if name == cudnn.FUSED and clock.order.count(name) == 2:
+            raise RuntimeError("out of memory")
+        return y
+
+    found = measuring.measure(problem(), CPU, clock, 5, runner(clock, fail))
+    assert found.chosen == cudnn.POINTWISE
+    assert found.rejected == {cudnn.FUSED: "RuntimeError: out of memory"}
+
+
 def test_where_nothing_is_right_the_table_decides():
     clock = Clock({})
     found = measuring.measure(problem(), CPU, clock, 3, runner(clock, lambda name, y, o: -y))
@@ -302,8 +321,8 @@ def test_events_flush_warm_up_and_wait_for_nothing_else(monkeypatch):
     log = []
 
     class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
+        def __init__(self, enable_timing=False):
+            self.timed = enable_timing
 
         def record(self):
             log.append("event")
@@ -312,6 +331,8 @@ def test_events_flush_warm_up_and_wait_for_nothing_else(monkeypatch):
             log.append("wait")
 
         def elapsed_time(self, end):
+            assert self.timed
+            assert end.timed
             return 2.0
 
     class Properties:
@@ -332,5 +353,12 @@ def test_events_flush_warm_up_and_wait_for_nothing_else(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(torch, "empty", empty)
         timer = measuring.Events(torch.device("cuda", 0))
-    assert timer.milliseconds(lambda: log.append("work"), 2) == [2.0, 2.0]
-    assert log == ["work"] * measuring._WARM_UP_RUNS + ["flush", "event", "work", "event"] * 2 + ["wait"]
+    seconds = itertools.count(0, 0.04)
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    timed = ["work"] * measuring._WARM_UP_RUNS + ["flush", "event", "work", "event"] * 2 + ["wait"]
+    for idle in (True, False):
+        assert timer.milliseconds(lambda: log.append("work"), 2) == [2.0, 2.0]
+        awake = ["flush", "event", "wait"] * 2 if idle else []  # until 0.1 seconds are over
+        assert log == awake + timed
+        log.clear()
+        seconds = itertools.repeat(timer._ended)
