@@ -82,9 +82,9 @@ class Row(NamedTuple):
 
 
 OPS = {
-    "conv_bn_act": Row(inference, ".forward"),
+    "conv_bn_act": Row(inference, ".measured"),
     "conv_chain": Row(inference, ".chain", refusal=_chain),
-    "stem": Row(inference, ".forward", refusal=_stem),
+    "stem": Row(inference, ".measured", refusal=_stem),
     "global_avg_pool": Row(inference, ".pool"),
     "head": Row(inference, ".classifier"),
     "conv_statistics": Row(training, ".forward"),

@@ -114,9 +114,14 @@ def runner(candidate: Candidate, problem: Problem, operands: Operands) -> Callab
 
 
 def measure(
-    problem: Problem, device: torch.device, timer: Timer, runs: int = RUNS, make: Runner = runner
+    problem: Problem,
+    device: torch.device,
+    timer: Timer,
+    runs: int = RUNS,
+    make: Runner = runner,
+    candidates: Optional[dict[str, Candidate]] = None,
 ) -> Measurement:
-    """Time all candidates for ``problem`` on ``device`` that give the right result.
+    """Time all ``candidates`` for ``problem`` on ``device`` that give the right result; by default the planner's.
 
     Runs on the current stream. A candidate that fails, for whatever reason, is rejected. All are compiled and checked
     before the first is timed.
@@ -124,7 +129,7 @@ def measure(
     works: dict[str, Callable[[], torch.Tensor]] = {}
     times: dict[str, list[float]] = {}
     rejected: dict[str, str] = {}
-    candidates = planner.candidates(problem)
+    candidates = planner.candidates(problem) if candidates is None else candidates
     with torch.inference_mode(False), torch.no_grad():
         operands = _operands(problem, device)
         check = _Check(problem, operands)

@@ -3,18 +3,21 @@
 import contextlib
 import itertools
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from resnet_fast.kernels import streams
 from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import device, forward, tiles
-from resnet_fast.kernels.triton.tuning import cudnn, measuring, planner
+from resnet_fast.kernels.triton.tuning import cudnn, first_call, measuring, planner
 from resnet_fast.kernels.triton.tuning.planner import Problem
 from resnet_fast.utils import compat
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +190,76 @@ def test_what_a_measurement_depends_on_beside_the_problem(monkeypatch):
     planner.machine.cache_clear()
     for part in ("Imaginary 100", "sm_90", "114 multi", "driver 13000", torch.__version__, "triton 3", "resnet-fast"):
         assert part in text
+
+
+# --- the first call of a shape ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def first(monkeypatch, tmp_path):
+    """Measures on the CPU, by a clock that is returned; ``first.asked`` has what was measured."""
+    clock, measure = Clock({}), measuring.measure
+    clock.asked = []
+
+    def on_cpu(problem, device, timer, runs, candidates):
+        clock.asked.append(list(candidates))
+        return measure(problem, CPU, clock, runs, runner(clock), candidates)
+
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
+    planner.choices.forget()
+    monkeypatch.setattr(measuring, "measure", on_cpu)
+    monkeypatch.setattr(measuring, "Events", lambda device: None)
+    monkeypatch.setattr(streams, "capturing", lambda index: False)
+    yield clock
+    planner.choices.forget()
+
+
+def test_the_first_call_never_chooses_a_loser(first):
+    for i in range(4):
+        k = 64 + i
+        *ours, fused, pointwise = planner.candidates(problem(k=k))
+        winner = [*ours[:2], fused, pointwise][i]
+        first.milliseconds_of = {winner: 0.25}
+        for _ in range(2):
+            assert first_call.choose(problem(k=k), GPU).name == winner
+        planner.choices.forget()  # another process
+        assert planner.choose(problem(k=k), 0).name == winner
+    assert [len(asked) for asked in first.asked] == [4] * 4, "once each, two tiles and PyTorch's"
+
+
+@pytest.mark.parametrize("kind", ["switched off", "in a capture", "while tune looks", "deterministic"])
+def test_where_the_first_call_measures_nothing(kind, first, monkeypatch):
+    context = contextlib.nullcontext()
+    if kind == "switched off":
+        monkeypatch.setenv("RESNET_FAST_MEASURE", "0")
+    elif kind == "in a capture":
+        monkeypatch.setattr(streams, "capturing", lambda index: True)
+    elif kind == "while tune looks":
+        context = planner.recorded()
+    else:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with context:
+        assert first_call.choose(problem(), GPU) is None
+    assert not first.asked
+
+
+def test_where_nothing_fits_beside_the_users_images_the_table_serves(first, monkeypatch):
+    def full(device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measuring, "Events", full)
+    assert first_call.choose(problem(), GPU) is None
+
+
+def test_what_the_first_call_measured_holds_where_the_file_cannot_be_written(first, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "file"))
+    first.milliseconds_of = {cudnn.FUSED: 0.25}
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert first_call.choose(problem(), GPU).name == cudnn.FUSED
+    assert len(first.asked) == 1
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
