@@ -270,9 +270,7 @@ def _explain_pairs(module: nn.Module, bottlenecks: Bottlenecks) -> list[str]:
     """The pairs of convolutions, of neighbouring blocks, for which there is one kernel."""
     weight = next(module.parameters())
     index = weight.device.index
-    cases = [
-        Case("conv_chain", weight.device.type, weight.dtype, *widths, index=index) for widths in bottlenecks.widths
-    ]
+    cases = [Case("conv_chain", weight.device.type, weight.dtype, *widths, gpu=index) for widths in bottlenecks.widths]
     return [
         f"{'.'.join(last)} and {'.'.join(first)} in one kernel, for images that fill the device: triton"
         for (last, first), case in zip(bottlenecks.pairs, cases)
@@ -307,7 +305,7 @@ def _served_by(module: nn.Module, op: FusedOp) -> str:
         return f"one by one, for {reason}"
     if op.conv is None:
         weight = next(module.parameters())
-        return ops.implementation_for(Case(op.op, weight.device.type, weight.dtype, 1, 1, index=weight.device.index))
+        return ops.implementation_for(Case(op.op, weight.device.type, weight.dtype, 1, 1, gpu=weight.device.index))
     conv = child_at(module, op.conv)
     assert isinstance(conv, nn.Conv2d)
     # A block is named by what its first convolution gets: in training mode the widths differ, the coverage does not.

@@ -46,7 +46,7 @@ def _chain_tile(case: Case) -> Optional[tiles.ChainTile]:
 
 
 def _target(case: Case) -> str:
-    index = () if case.index is None else (case.index,)
+    index = () if case.gpu is None else (case.gpu,)
     return device.architecture(torch.device(case.device, *index))
 
 
@@ -109,7 +109,7 @@ def supports(case: Case) -> Optional[str]:
     row = OPS.get(case.op)
     if row is None:
         return f"no kernel for {case.op}"
-    if reason := device.refusal(case.device, case.index):
+    if reason := device.refusal(case.device, case.gpu):
         return reason
     return row.refusal(case) if case.dtype in row.dtypes else f"no {case.dtype}"
 

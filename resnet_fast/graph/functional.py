@@ -105,7 +105,7 @@ def chained(x: Tensor, in_channels: int, out_channels: int) -> bool:
     Those that are too small to gain from it do without all the same.
     """
     channels = in_channels, out_channels
-    return ops.chained(Case("conv_chain", x.device.type, _dtype_of_result(x), *channels, index=x.device.index))
+    return ops.chained(Case("conv_chain", x.device.type, _dtype_of_result(x), *channels, gpu=x.device.index))
 
 
 def pointwise(conv: nn.Conv2d) -> bool:

@@ -66,7 +66,7 @@ class Primitives:
         return getattr(self._pick(conv_case(name, x, weight, geometry)), name)
 
     def pass_(self, name: str, x: Tensor) -> Callable[..., Any]:
-        case = Case(name, x.device.type, x.dtype, x.shape[1], x.shape[1], index=x.device.index)
+        case = Case(name, x.device.type, x.dtype, x.shape[1], x.shape[1], gpu=x.device.index)
         return getattr(self._pick(case), name)
 
 

@@ -28,11 +28,11 @@ def gpus(monkeypatch):
 def test_the_tensors_gpu_counts(gpus):
     case = Case("conv_bn_act", "cuda", torch.float16, 64, 64)
     reason = "needs compute capability 8.0, this GPU has 7.0"
-    assert table.supports(case) == table.supports(case._replace(index=0)) == reason
-    assert table.supports(case._replace(index=1)) is None
-    quantised = Case("quantise", "cuda", torch.float8_e4m3fn, 64, 64, index=1)
+    assert table.supports(case) == table.supports(case._replace(gpu=0)) == reason
+    assert table.supports(case._replace(gpu=1)) is None
+    quantised = Case("quantise", "cuda", torch.float8_e4m3fn, 64, 64, gpu=1)
     assert table.supports(quantised) is None
-    assert table.supports(quantised._replace(index=2)) == "sm_80 does not multiply float8_e4m3fn"
+    assert table.supports(quantised._replace(gpu=2)) == "sm_80 does not multiply float8_e4m3fn"
 
 
 class Second(OnGpu):
@@ -66,5 +66,5 @@ def test_ops_say_which_gpu_it_is(monkeypatch):
     for call in calls:
         with pytest.raises(Stop):
             call()
-    assert [(case.device, case.index) for case in seen] == [("cuda", 1)] * len(calls)
-    assert dispatch.conv_case("wgrad", image, weight, inference._POINTWISE).index == 1
+    assert [(case.device, case.gpu) for case in seen] == [("cuda", 1)] * len(calls)
+    assert dispatch.conv_case("wgrad", image, weight, inference._POINTWISE).gpu == 1
