@@ -142,9 +142,10 @@ bench-layers: install
 	mkdir -p benchmarks/results
 	$(BIN)/python -m benchmarks.layers --json $(RESULTS)-layers.json --markdown $(RESULTS)-layers.md --svg $(RESULTS)-layers.svg
 
-# On a machine with a GPU: numerics, repeatability, layers and whole models, in ten minutes; writes runs/gpu/gpu.html.
-gpu: install
-	$(BIN)/resnet-fast gpu
+# On a machine with a GPU: numerics, repeatability, whole models and layers, in ten minutes; writes runs/gpu/gpu.html.
+# Without .venv, by whatever python3 has: it needs no network, and nothing that is compiled beforehand.
+gpu:
+	$(firstword $(wildcard $(BIN)/python) python3) -m resnet_fast.cli gpu
 
 # Peers that must not share an environment with PyTorch's: resnet_fast/bench/peer_environment.py says why. pnnx asks for
 # PyTorch, but only its Python module uses that, and its program is all that is needed.

@@ -22,6 +22,7 @@ class Case(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    gpu: Optional[int] = None  # torch.device.index: a machine may have different GPUs
 
 
 class Geometry(NamedTuple):

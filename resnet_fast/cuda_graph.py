@@ -40,7 +40,8 @@ class Cuda:
                 for _ in range(_WARM_UP_CALLS):
                     work()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=side):
+            # By default, what other threads do meanwhile, as a loader that allocates, would break the capture.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 result = work()
             current.wait_stream(side)
         return graph.replay, result

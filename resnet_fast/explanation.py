@@ -269,7 +269,8 @@ def _explain_fused(path: str, module: nn.Module, state: State, algorithms: dict[
 def _explain_pairs(module: nn.Module, bottlenecks: Bottlenecks) -> list[str]:
     """The pairs of convolutions, of neighbouring blocks, for which there is one kernel."""
     weight = next(module.parameters())
-    cases = [Case("conv_chain", weight.device.type, weight.dtype, *widths) for widths in bottlenecks.widths]
+    index = weight.device.index
+    cases = [Case("conv_chain", weight.device.type, weight.dtype, *widths, gpu=index) for widths in bottlenecks.widths]
     return [
         f"{'.'.join(last)} and {'.'.join(first)} in one kernel, for images that fill the device: triton"
         for (last, first), case in zip(bottlenecks.pairs, cases)
@@ -304,14 +305,14 @@ def _served_by(module: nn.Module, op: FusedOp) -> str:
         return f"one by one, for {reason}"
     if op.conv is None:
         weight = next(module.parameters())
-        return ops.implementation_for(Case(op.op, weight.device.type, weight.dtype, 1, 1))
+        return ops.implementation_for(Case(op.op, weight.device.type, weight.dtype, 1, 1, gpu=weight.device.index))
     conv = child_at(module, op.conv)
     assert isinstance(conv, nn.Conv2d)
     # A block is named by what its first convolution gets: in training mode the widths differ, the coverage does not.
     block = op.op == "residual_block"
     sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, *geometry_of(conv))
     name = "conv_statistics" if block else op.op
-    case = Case(name, conv.weight.device.type, conv.weight.dtype, *sizes)  # type: ignore[arg-type]
+    case = Case(name, conv.weight.device.type, conv.weight.dtype, *sizes, conv.weight.device.index)  # type: ignore[arg-type]
     implementation = ops.implementation_for(case, ops.TRAINING if block else ops.IMPLEMENTATIONS)
     planned = planner.served(conv.weight) if implementation == "triton" and not block else None
     return planned or implementation

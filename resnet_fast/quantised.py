@@ -227,7 +227,7 @@ def _conv_quantised_fake(*operands: Any) -> Tensor:
 
 def _quantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     _check_quantise(x, scale, dtype)
-    case = Case("quantise", x.device.type, dtype, x.shape[1], x.shape[1])
+    case = Case("quantise", x.device.type, dtype, x.shape[1], x.shape[1], gpu=x.device.index)
     return nhwc(implementation(case, x, QUANTISED).quantise(x, scale, dtype))
 
 
@@ -246,7 +246,7 @@ def _check_quantise(x: Tensor, scale: float, dtype: torch.dtype) -> None:
 
 def _dequantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     _check_dequantise(x, scale, dtype)
-    case = Case("dequantise", x.device.type, x.dtype, x.shape[1], x.shape[1])
+    case = Case("dequantise", x.device.type, x.dtype, x.shape[1], x.shape[1], gpu=x.device.index)
     return nhwc(implementation(case, x, QUANTISED).dequantise(x, scale, dtype))
 
 

@@ -1,6 +1,7 @@
 """``tune(model, example_input)``: measure which algorithm is fastest for each convolution of a model, on CPU or GPU."""
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -67,11 +68,17 @@ def tune(model: nn.Module, example_input: Tensor, calls: int = 7) -> Tuning:
         RuntimeError: on the CPU, the native kernels are not there.
         OSError: the file cannot be written.
     """
+    return Tuning(list(tuned(model, example_input, calls)))
+
+
+def tuned(model: nn.Module, example_input: Tensor, calls: int = 7) -> Iterator[Choice]:
+    """The choices of ``tune``, on a GPU each as soon as it is measured and kept: what ends it costs only the rest."""
     _check(model, calls)
-    return _tune_gpu(model, example_input, calls) if example_input.is_cuda else _tune_cpu(model, example_input, calls)
+    tune_here = _tune_gpu if example_input.is_cuda else _tune_cpu
+    return tune_here(model, example_input, calls)
 
 
-def _tune_gpu(model: nn.Module, example_input: Tensor, calls: int) -> Tuning:
+def _tune_gpu(model: nn.Module, example_input: Tensor, calls: int) -> Iterator[Choice]:
     with torch.inference_mode(), gpu_planner.recorded() as problems:
         model(example_input)
     if not problems:
@@ -80,15 +87,13 @@ def _tune_gpu(model: nn.Module, example_input: Tensor, calls: int) -> Tuning:
 
     device = example_input.device
     timer = measuring.Events(device)
-    result = []
     for key, problem in {problem.key(): problem for problem in problems}.items():
         found = measuring.measure(problem, device, timer, calls)
-        result.append(Choice(key, found.chosen, found.milliseconds, found.rejected))
-    gpu_planner.keep(device.index, {choice.shape: choice.algorithm for choice in result})
-    return Tuning(result)
+        gpu_planner.keep(device.index, {key: found.chosen})
+        yield Choice(key, found.chosen, found.milliseconds, found.rejected)
 
 
-def _tune_cpu(model: nn.Module, example_input: Tensor, calls: int) -> Tuning:
+def _tune_cpu(model: nn.Module, example_input: Tensor, calls: int) -> Iterator[Choice]:
     reason = library.unavailable()
     if reason is not None:
         raise RuntimeError(reason)
@@ -111,11 +116,10 @@ def _tune_cpu(model: nn.Module, example_input: Tensor, calls: int) -> Tuning:
                     shapes.setdefault(key, {}).setdefault(timing.algorithm, []).append(timing.seconds)
     if not shapes:
         raise ValueError("model ran no convolution in the native kernels: see explain(model)")
-    result = Tuning([_choice(shape, times) for shape, times in shapes.items()])
+    found = [_choice(shape, times) for shape, times in shapes.items()]
     planner.changed()
-    kept = {key: name for choice in result.choices for key, name in _kept(choice).items()}
-    planner.choices.add(planner.machine(), kept)
-    return result
+    planner.choices.add(planner.machine(), {key: name for choice in found for key, name in _kept(choice).items()})
+    yield from found
 
 
 def _check(model: nn.Module, calls: int) -> None:

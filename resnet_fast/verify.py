@@ -69,8 +69,8 @@ def check_layers(stock: nn.Module, images: Tensor) -> Iterator[Check]:
     """Every different convolution with its batch norm, as one op, on the input that it gets in ``stock``."""
     seen = set()
     for path, conv, bn, x in _layers(stock, images):
-        geometry: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        case = Case("conv_bn_act", x.device.type, x.dtype, conv.in_channels, conv.out_channels, *geometry)
+        rest: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, x.device.index)
+        case = Case("conv_bn_act", x.device.type, x.dtype, conv.in_channels, conv.out_channels, *rest)
         if (case, x.shape) in seen:
             continue
         seen.add((case, x.shape))

@@ -6,6 +6,7 @@ wait for is noted.
 """
 
 import contextlib
+import os
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
@@ -172,6 +173,7 @@ def installed() -> Iterator[Driver]:
     fake.started = None
     before = dict(vars(driver))
     with (
+        mock.patch.dict(os.environ, {"RESNET_FAST_MEASURE": "0"}),
         mock.patch.object(device, "architecture", _architecture),
         mock.patch.object(operands, "allocate", _allocate),
         _launchers(fake),

@@ -37,7 +37,7 @@ def supports(case: Case) -> Optional[str]:
         return f"runs on cpu, not on {case.device}"
     if case.dtype not in _DTYPES:
         return f"no {case.dtype}"
-    _, _, _, c, k, kernel, stride, padding, dilation, _ = case
+    _, _, _, c, k, kernel, stride, padding, dilation, *_ = case
     if max(c, k, *kernel, *stride, *padding, *dilation) > LARGEST:
         return f"no channels or geometry beyond {LARGEST}"
     return library.unavailable() or (_bfloat16_refusal() if case.dtype == torch.bfloat16 else None)

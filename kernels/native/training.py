@@ -49,7 +49,7 @@ def supports(case: Case) -> Optional[str]:
         return f"runs on cpu, not on {case.device}"
     if case.dtype != torch.float32:
         return f"no {case.dtype}"
-    _, _, _, c, k, kernel, stride, padding, dilation, _ = case
+    _, _, _, c, k, kernel, stride, padding, dilation, *_ = case
     if max(c, k, *kernel, *stride, *padding, *dilation) > LARGEST:
         return f"no channels or geometry beyond {LARGEST}"
     if case.op in _BACKWARD and any(step > 1 and spread > 1 for step, spread in zip(stride, dilation)):

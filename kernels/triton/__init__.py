@@ -9,6 +9,7 @@
     cost_model/     the static model that these were made with
     tuning/         what was measured: our tiles against PyTorch's convolutions
 
+    measured.py     convolutions of inference: what was measured decides, PyTorch's own included
     forward.py      convolutions: which of the following kernels serves one; problem.py, convolution.py: one of them
     gemm.py, conv.py, gemm_descriptor.py, conv_descriptor.py (descriptor.py), split_k.py, epilogue.py
     pool.py, classifier.py, chain.py        what else there is in a network

@@ -33,13 +33,18 @@ def _architecture(index: int) -> str:
     return f"sm_{major}{minor}"
 
 
-def refusal(device: str) -> Optional[str]:
-    """None if Triton runs on devices of this type, else the reason why not. Asks a driver only about ``"cuda"``."""
+def refusal(device: str, index: Optional[int] = None) -> Optional[str]:
+    """None if Triton runs on the device, else the reason why not. Asks a driver only about ``"cuda"``.
+
+    device, index: of a ``torch.device``; without an index, the current one of its type.
+    """
     if not _installed():
         return "Triton is not installed"
     if device != "cuda" and not (device == "cpu" and interpreted()):
         return f"Triton runs on a GPU, not on {device}"
-    return _too_old() if device == "cuda" else None
+    if device != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return None
+    return _too_old(torch.cuda.current_device() if index is None else index)
 
 
 @functools.cache
@@ -48,11 +53,9 @@ def _installed() -> bool:
 
 
 @functools.cache
-def _too_old() -> Optional[str]:
+def _too_old(index: int) -> Optional[str]:
     """The reason why not, on an NVIDIA GPU older than the kernels' tiles were compiled for."""
-    if torch.version.hip or not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(index)
     return None if major >= 8 else f"needs compute capability 8.0, this GPU has {major}.{minor}"
 
 

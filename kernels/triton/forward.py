@@ -2,7 +2,7 @@
 
 A 1x1 convolution of stride 1 is a plain matrix product (gemm.py), every other gathers what it multiplies (conv.py). For
 both there is a kernel that reads through tensor descriptors (gemm_descriptor.py, conv_descriptor.py), which a tile asks
-for by its name. In inference on a GPU, what was measured there decides (tuning/), PyTorch's own convolutions included.
+for by its name. Which serves in inference on a GPU is decided in measured.py.
 """
 
 import functools
@@ -18,41 +18,12 @@ from resnet_fast.kernels.triton.convolution import Convolution
 from resnet_fast.kernels.triton.gemm import plan_gemm
 from resnet_fast.kernels.triton.gemm_descriptor import plan_gemm_descriptor
 from resnet_fast.kernels.triton.plan import Plan
-from resnet_fast.kernels.triton.pool import plan_tail_pool
 from resnet_fast.kernels.triton.problem import conv_problem
 from resnet_fast.kernels.triton.statistics import plan_combine
 from resnet_fast.kernels.triton.tail import plan_tail
 from resnet_fast.kernels.triton.tuning import cudnn, planner
 
 # --- inference --------------------------------------------------------------------------------------------------------
-
-
-def conv_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Optional[Tensor],
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    relu: bool,
-    target: str,
-) -> Tensor:
-    """See ``reference.conv_bn_act``; by what was measured to be the fastest, and prepared for the next call."""
-    arguments = (x, weight, scale, shift, residual, stride, padding, dilation, groups, relu)
-    if not x.is_cuda:  # the interpreter
-        return carry_out(None, *arguments).y
-    kernel = (weight.shape[2], weight.shape[3])
-    problem = planner.Problem(
-        target, x.dtype, device.precision_of(x.dtype, target), *x.shape, weight.shape[0], kernel, stride, padding,
-        dilation, groups, residual is not None, relu,
-    )  # fmt: skip
-    outcome = carry_out(planner.choose(problem, x.device.index), *arguments)
-    planner.note(weight, problem, outcome.choice)
-    prepared.keep(outcome.call, *arguments)
-    return outcome.y
 
 
 class Outcome(NamedTuple):
@@ -106,18 +77,6 @@ def _pointwise(relu: bool) -> cudnn.Call:
         return plan.result
 
     return call
-
-
-def stem(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, target: str) -> Tensor:
-    """See ``reference.stem``.
-
-    The convolution and the max-pool are two kernels. In one, every pooled pixel would recompute its window's
-    convolutions, 2.25 times the products (tiles of pooled pixels share no accumulators in Triton); by the byte and
-    instruction counts that costs about what writing and reading the convolution's output does, so the simpler way won.
-    """
-    convolution = (x, weight, scale, shift, None, (2, 2), (3, 3), (1, 1), 1, True)
-    y = prepared.run(*convolution) if x.is_cuda else None
-    return plan_tail_pool(conv_bn_act(*convolution, target) if y is None else y, None, target).run()
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

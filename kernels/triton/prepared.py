@@ -128,6 +128,15 @@ def run(
     return kept.call(x, residual, scale, shift)
 
 
+def bound(x: torch.Tensor, weight: torch.Tensor, residual: Optional[torch.Tensor], *rest: Any) -> bool:
+    """Whether what is kept for these arguments is a call that is bound to a scale and a shift."""
+    weights = _kept.get(weight.data_ptr())
+    if weights is None or weights.state != _state(weight):
+        return False
+    kept = weights.calls.get(_key(x, residual, *rest))
+    return kept is not None and kept.call.bound  # type: ignore[attr-defined]
+
+
 def keep(
     call: Optional[Call],
     x: torch.Tensor,

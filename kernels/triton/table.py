@@ -46,7 +46,8 @@ def _chain_tile(case: Case) -> Optional[tiles.ChainTile]:
 
 
 def _target(case: Case) -> str:
-    return device.architecture(torch.device(case.device))
+    index = () if case.gpu is None else (case.gpu,)
+    return device.architecture(torch.device(case.device, *index))
 
 
 def _stem(case: Case) -> Optional[str]:
@@ -81,9 +82,9 @@ class Row(NamedTuple):
 
 
 OPS = {
-    "conv_bn_act": Row(inference, ".forward"),
+    "conv_bn_act": Row(inference, ".measured"),
     "conv_chain": Row(inference, ".chain", refusal=_chain),
-    "stem": Row(inference, ".forward", refusal=_stem),
+    "stem": Row(inference, ".measured", refusal=_stem),
     "global_avg_pool": Row(inference, ".pool"),
     "head": Row(inference, ".classifier"),
     "conv_statistics": Row(training, ".forward"),
@@ -108,7 +109,7 @@ def supports(case: Case) -> Optional[str]:
     row = OPS.get(case.op)
     if row is None:
         return f"no kernel for {case.op}"
-    if reason := device.refusal(case.device):
+    if reason := device.refusal(case.device, case.gpu):
         return reason
     return row.refusal(case) if case.dtype in row.dtypes else f"no {case.dtype}"
 

@@ -21,17 +21,19 @@ def gpu(
     part: Annotated[
         Optional[list[str]],
         typer.Option(
-            "--part", metavar="NAME", help="Only numerics, repeats, layers, inference, training or peers; repeatable."
+            "--part",
+            metavar="NAME",
+            help="Only numerics, repeats, inference, training, layers, tuned or peers; repeatable.",
         ),
     ] = None,
     json: options.Json = None,
 ) -> None:
-    """Check and measure the kernels on a GPU, for the first time or again: numerics, repeatability, layers, models.
+    """Check and measure the kernels on a GPU, for the first time or again: numerics, repeatability, models, layers.
 
-    Every op in every dtype against float64; every op again and again, to the bit; every convolution of ResNet-50 and
-    ResNet-18 with our kernels and cuDNN's; whole models beside eager PyTorch, torch.compile and, where installed,
-    TensorRT, in inference and training; single layers beside eager PyTorch, cuDNN and torch.compile. Writes
-    OUT/gpu.html and OUT/gpu.json, and exits with 3 if a check fails.
+    Every op in every dtype against float64; every op again and again, to the bit; whole models beside eager PyTorch,
+    torch.compile and, where installed, TensorRT, in inference and training; every convolution of ResNet-50 and
+    ResNet-18 with our kernels and cuDNN's, and the models again as tuned by that; single layers beside eager PyTorch,
+    cuDNN and torch.compile. Writes OUT/gpu.html and OUT/gpu.json as it goes on, and exits with 3 if a check fails.
     """
     from resnet_fast.utils.optional import require
 
@@ -45,7 +47,7 @@ def gpu(
     terminal = console()
     with terminal.status("starting") as status:
         try:
-            suite = run(device, minutes, quick, part, progress=status.update)
+            suite = run(device, minutes, quick, part, status.update, save=lambda suite: write_report(suite, out))
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--part") from None
     content = write_report(suite, out)

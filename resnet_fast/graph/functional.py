@@ -104,7 +104,8 @@ def chained(x: Tensor, in_channels: int, out_channels: int) -> bool:
 
     Those that are too small to gain from it do without all the same.
     """
-    return ops.chained(Case("conv_chain", x.device.type, _dtype_of_result(x), in_channels, out_channels))
+    channels = in_channels, out_channels
+    return ops.chained(Case("conv_chain", x.device.type, _dtype_of_result(x), *channels, gpu=x.device.index))
 
 
 def pointwise(conv: nn.Conv2d) -> bool:

@@ -10,7 +10,7 @@ backward pass are those raw results and vectors of channels. Two kinds of layer 
 - **expand**: a 1x1 convolution to at least twice the channels, last in its block or on the shortcut. Its statistics
   come from the mean and covariance of its *input* (``gram``), so that convolution, batch norm, shortcut and ReLU are
   one kernel, and its raw result, the widest tensor of the block, is neither written nor kept. Where the statistics
-  lose too many digits that way, they are taken from the result, which backward then makes again.
+  lose too many digits that way, they are taken from the result, which backward then makes again (``cancellation.py``).
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +66,8 @@ class Primitives:
         return getattr(self._pick(conv_case(name, x, weight, geometry)), name)
 
     def pass_(self, name: str, x: Tensor) -> Callable[..., Any]:
-        return getattr(self._pick(Case(name, x.device.type, x.dtype, x.shape[1], x.shape[1])), name)
+        case = Case(name, x.device.type, x.dtype, x.shape[1], x.shape[1], gpu=x.device.index)
+        return getattr(self._pick(case), name)
 
 
 def output_shape(shape: Any, layer: Layer) -> list[Any]:
@@ -107,7 +108,7 @@ class Norm(NamedTuple):
 
 
 def saved_shapes(block: Block, x: Any, residual: Any) -> list[Optional[Sequence[Any]]]:
-    """Of ``Result.saved``, for inputs of these shapes: of images four numbers, of vectors fewer; None: a flag."""
+    """Of ``Result.saved``, for inputs of these shapes: of images four numbers, of vectors fewer; None: a CPU flag."""
     shapes: list[Optional[Sequence[Any]]] = []
     shape = x
     for i, layer in enumerate(block.main):

@@ -106,7 +106,8 @@ def backward(
     if projection is not None:
         from_x = residual is None
         needed = wanted.x if from_x else wanted.residual
-        back = pass_.layer(len(states) - 1, projection, Gradient(g, gradient.total, product), needed, None, keep=True)
+        total = None if gradient.total is None else gradient.total.clone()  # both layers' gradient of shift
+        back = pass_.layer(len(states) - 1, projection, Gradient(g, total, product), needed, None, keep=True)
         shortcut = None if back is None else back.g
     else:
         from_x = block.identity

@@ -2,11 +2,13 @@
 
 from typing import NamedTuple, Optional
 
+import torch
 from torch import Tensor
 
 from resnet_fast.kernels.contract import Affine
 from resnet_fast.ops.block import Block, Image, Layer, Norm, Pick, Primitives, expands, norm_tensors, output_shape
 from resnet_fast.ops.block_norm import from_gram, normalise
+from resnet_fast.ops.cancellation import cancelled
 
 
 class Result(NamedTuple):
@@ -101,10 +103,12 @@ def _affine(
     n, _, p, q = output_shape(image.x.shape, layer)
     input_mean, covariance = run.pass_("gram", image.x)(*image, layer.geometry.stride)
     mean, variance, cancels = from_gram(layer, image.x, input_mean, covariance)
-    if cancels:
+    by_result = cancelled(cancels, layer.weight)
+    if by_result:
         convolve = run.conv("conv_statistics", image.x, layer.weight, layer.geometry)
         _, mean, variance = convolve(*image, layer.weight, layer.geometry)
     norm, moved = normalise(block, layer, mean, variance, n * p * q)
     statistics.append(moved)
-    saved += [*norm_tensors(block, norm), input_mean, covariance, cancels]
+    # Mean and covariance may lie in one storage, and an op may return only one view of that.
+    saved += [*norm_tensors(block, norm), input_mean.clone(), covariance, torch.tensor(by_result)]
     return norm.affine

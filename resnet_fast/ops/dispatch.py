@@ -79,4 +79,5 @@ def conv_case(op: str, x: Any, weight: Any, geometry: Geometry) -> Case:
     """A convolution's case: ``x`` and ``weight`` may be anything with shape, dtype and device."""
     kernel = weight.shape[2], weight.shape[3]
     stride, padding, dilation, groups = geometry
-    return Case(op, x.device.type, x.dtype, x.shape[1], weight.shape[0], kernel, stride, padding, dilation, groups)
+    channels = x.shape[1], weight.shape[0]
+    return Case(op, x.device.type, x.dtype, *channels, kernel, stride, padding, dilation, groups, x.device.index)

@@ -90,7 +90,7 @@ _POINTWISE = Geometry()
 def _conv_chain(*operands: Tensor) -> tuple[Tensor, Tensor]:
     x, weight, scale, shift, residual, next_weight, next_scale, next_shift = operands
     n, _, p, q = _conv_chain_output(*operands)
-    case = Case("conv_chain", x.device.type, x.dtype, weight.shape[1], next_weight.shape[0])
+    case = Case("conv_chain", x.device.type, x.dtype, weight.shape[1], next_weight.shape[0], gpu=x.device.index)
     serving = implementation(case, x, BACK_TO_BACK)
     if serving is not BACK_TO_BACK["reference"] and serving.chain_pays(case, n * p * q):
         return serving.conv_chain(*operands)
@@ -188,7 +188,7 @@ def _stem_backward(ctx: Any, grad: Tensor) -> tuple:
 
 def _global_avg_pool(x: Tensor) -> Tensor:
     check_images(x.shape)
-    case = Case("global_avg_pool", x.device.type, x.dtype, x.shape[1], x.shape[1])
+    case = Case("global_avg_pool", x.device.type, x.dtype, x.shape[1], x.shape[1], gpu=x.device.index)
     return implementation(case, x).global_avg_pool(x)
 
 
@@ -219,7 +219,8 @@ def _spread(grad: Tensor, shape: Any) -> Tensor:
 
 def _head(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     _, k = _head_output(x, weight, bias)
-    return implementation(Case("head", x.device.type, x.dtype, x.shape[1], k), x).head(x, weight, bias)
+    case = Case("head", x.device.type, x.dtype, x.shape[1], k, gpu=x.device.index)
+    return implementation(case, x).head(x, weight, bias)
 
 
 def _head_output(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> list[Any]:

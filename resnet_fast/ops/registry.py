@@ -1,5 +1,7 @@
 """How an op becomes ``torch.ops.resnet_fast.NAME``: schema, kernel, fake kernel, gradients and autocast in one call."""
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -7,6 +9,7 @@ import torch
 
 _library = torch.library.Library("resnet_fast", "DEF")
 _AUTOCAST = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+_AUTOCAST_KEYS = functools.reduce(operator.or_, map(torch._C.DispatchKeySet, _AUTOCAST.values()))
 _IMAGES = ("x", "residual")
 _PARAMETERS = ("weight", "next_weight", "weights", "bias")
 
@@ -35,22 +38,27 @@ def register(
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resnet_fast::{name}", fake, lib=_library)
     if backward is not None:
+        backward = _without_autocast(backward)
         torch.library.register_autograd(f"resnet_fast::{name}", backward, setup_context=setup, lib=_library)
-    if autocast:
-        op = getattr(torch.ops.resnet_fast, name).default
-        for device, key in _AUTOCAST.items():
-            _library.impl(name, _casting(op, device, key), key.name)
+    op = getattr(torch.ops.resnet_fast, name).default
+    without = _without_autocast(op)
+    for device, key in _AUTOCAST.items():
+        _library.impl(name, _casting(op, without, device) if autocast else without, key.name)
 
 
-def _casting(op: Any, device: str, key: torch._C.DispatchKey) -> Callable:
+def _without_autocast(function: Callable) -> Callable:
+    """The function as it is outside: what an op computes in float32 inside, and in backward passes, stays float32."""
+
+    def run(*operands: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return function(*operands)
+
+    return run
+
+
+def _casting(op: Any, without: Callable, device: str) -> Callable:
     names = [argument.name for argument in op._schema.arguments]
-
-    def kernel(*operands: Any) -> Any:
-        cast = [_cast(name, operand, device) for name, operand in zip(names, operands)]
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(*cast)
-
-    return kernel
+    return lambda *operands: without(*(_cast(name, operand, device) for name, operand in zip(names, operands)))
 
 
 def _cast(name: str, operand: Any, device: str) -> Any:

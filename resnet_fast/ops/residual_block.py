@@ -121,7 +121,7 @@ def _vector(x: Tensor, *shape: Any) -> Tensor:
 
 def _saved_like(x: Tensor, shape: Optional[Sequence[Any]]) -> Tensor:
     if shape is None:
-        return x.new_empty((), dtype=torch.bool)
+        return torch.empty((), dtype=torch.bool)  # on the CPU, which decides by it
     return empty_channels_last(x, list(shape)) if len(shape) == 4 else _vector(x, *shape)
 
 

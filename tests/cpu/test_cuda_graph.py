@@ -1,8 +1,9 @@
 """``graphed``, with a CUDA graph that is played on the CPU: its replay writes into the results of the capture."""
 
+import contextlib
 import inspect
 import threading
-import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -305,7 +306,7 @@ def test_an_accelerated_model(cuda):
 
 
 class Switched(Net):
-    config = types.SimpleNamespace(gain=1.0)
+    config = SimpleNamespace(gain=1.0)
 
     def forward(self, x):
         return super().forward(x * self.config.gain)
@@ -361,3 +362,24 @@ def test_turns_wait_for_each_other_across_streams(monkeypatch):
         *["a works", "a records", "a works", "a records"],
         *["b waits", "b works", "host waits for b", "b records"],
     ]
+
+
+def test_what_other_threads_do_breaks_no_capture(monkeypatch):
+    captures = []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    def capture(graph, **options):
+        captures.append(options)
+        return contextlib.nullcontext()
+
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda given: contextlib.nullcontext())
+    for name in ("current_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    assert cuda_graph.Cuda().capture(lambda: "result", torch.device("cuda", 0)) == ("replay", "result")
+    assert [options["capture_error_mode"] for options in captures] == ["thread_local"]

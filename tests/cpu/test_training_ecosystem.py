@@ -417,6 +417,25 @@ def _distance(result, expected):
 WINOGRAD = 5e-5  # what its transforms may lose of the largest result
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("block", [lambda: resnet.Bottleneck(64, 16), lambda: resnet.BasicBlock(64, 64)])
+def test_backward_may_be_inside_autocast(block, training):
+    """Its sums and products are in float32 all the same, as PyTorch's backward pass of a convolution is."""
+    gradients = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        fast = resnet_fast.accelerate(block().train(training))
+        x = images(4, 64, 14, 14).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = fast(x).float().square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        gradients.append([x.grad, *(p.grad for p in fast.parameters())])
+    assert all(map(torch.equal, *gradients))
+
+
 @pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_is_no_less_precise(autocast, block):

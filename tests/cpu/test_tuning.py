@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import resnet_fast
-from resnet_fast import network, tune
+from resnet_fast import network, tune, tuning
 from resnet_fast.kernels.choices import Choices
 from resnet_fast.kernels.native import abi, library, planner
 from resnet_fast.kernels.triton.tuning import measuring
@@ -218,6 +218,30 @@ def test_on_a_gpu_each_problem_is_measured_once_and_kept(model, monkeypatch):
     monkeypatch.setattr(gpu_planner, "recorded", lambda: contextlib.nullcontext([]))
     with pytest.raises(ValueError, match="no convolution in the Triton kernels"):
         tune(model, on_gpu(torch.randn(IMAGES)))
+
+
+def test_what_ends_tuning_on_a_gpu_costs_only_the_rest(model, monkeypatch):
+    half = (torch.float16, "half", 2, 32, 9, 8, 48, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    first = gpu_planner.Problem("sm_90", *half, residual=False, relu=True)
+
+    def measure(problem, device, timer, runs):
+        if problem != first:
+            raise KeyboardInterrupt
+        return measuring.Measurement(problem, "cudnn fused", {"cudnn fused": 0.5})
+
+    monkeypatch.setattr(gpu_planner, "recorded", lambda: contextlib.nullcontext([first, first._replace(n=64)]))
+    monkeypatch.setattr(gpu_planner, "machine", lambda index: f"GPU {index}")
+    monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setattr(measuring, "Events", lambda device: "a clock")
+    model.forward = lambda x: x
+    choices, before = tuning.tuned(model, on_gpu(torch.randn(IMAGES))), gpu_planner.version
+    assert next(choices).algorithm == "cudnn fused"
+    assert gpu_planner.choices.measured("GPU 0", first.key()) == "cudnn fused"
+    assert gpu_planner.version > before
+    with pytest.raises(KeyboardInterrupt):
+        next(choices)
+    gpu_planner.choices.forget()
+    assert gpu_planner.choices.measured("GPU 0", first.key()) == "cudnn fused"
 
 
 def test_errors(model):

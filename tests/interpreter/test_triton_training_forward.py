@@ -10,6 +10,7 @@ from resnet_fast.kernels.contract import Affine, Case, Geometry
 from resnet_fast.kernels.reference import training as reference
 from resnet_fast.kernels.triton import operands, tiles
 from resnet_fast.kernels.triton import table as kernels
+from tests.cpu.ops.residual_blocks import SHAPES, OwnMemory, results
 from tests.interpreter.cases import CONVS, SMALL, TILES, Conv, each_dtype, nhwc
 from tests.interpreter.checking import (
     assert_as_good_as_pytorch,
@@ -359,3 +360,10 @@ def test_empty_images_get_the_definition():
     assert kernels.gram(x, None, (1, 1))[1].shape == (4, 4)
     assert kernels.tail(y, ours, None, None, True).shape == y.shape
     assert kernels.tail_pool(torch.empty(0, 8, 4, 4), ours).shape == (0, 8, 2, 2)
+
+
+@pytest.mark.parametrize("name", ["bottleneck, expand twice", "raw main, expand shortcut"])
+def test_results_of_the_op_have_memory_of_their_own(name, monkeypatch):
+    monkeypatch.setenv("RESNET_FAST_IMPLEMENTATION", "triton")
+    with OwnMemory():
+        results(SHAPES[name].block(), SHAPES[name].images(), True)

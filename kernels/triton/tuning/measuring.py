@@ -6,6 +6,7 @@ win, its results are compared with the definition in float64, and NaN must stay 
 
 import functools
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Protocol
@@ -20,7 +21,10 @@ from resnet_fast.kernels.triton.tuning.planner import Candidate, Problem
 RUNS = 20  # timed ones of each candidate
 
 _WARM_UP_RUNS = 3
-_FLUSHED = 64 << 20  # bytes written between runs, at least
+_ROUNDS = 4  # in which all candidates take turns: what drifts meanwhile, clocks above all, is the same for all
+_AWAKE = 0.1  # seconds of work after which a GPU that idled, as while candidates are compiled, runs at its usual clocks
+_IDLE = 0.01  # seconds without work from which on it may have slowed down
+_FLUSHED = (512 if torch.version.hip else 64) << 20  # bytes written between runs, at least: MI300 caches 256 MiB
 _ROUNDINGS = 4  # of the largest result, that are allowed in any case
 
 
@@ -42,9 +46,12 @@ class Events:
     def __init__(self, device: torch.device, flushed: int = _FLUSHED) -> None:
         size = max(flushed, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
         self._device, self._flush = device, torch.empty(size, dtype=torch.int8, device=device)
+        self._ended = -_IDLE  # when it last had work
 
     def milliseconds(self, work: Callable[[], Any], runs: int) -> list[float]:
         with torch.cuda.device(self._device):
+            if time.perf_counter() - self._ended >= _IDLE:
+                self._wake()
             for _ in range(_WARM_UP_RUNS):
                 work()
             events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
@@ -54,7 +61,16 @@ class Events:
                 work()
                 end.record()
             events[-1][1].synchronize()
+            self._ended = time.perf_counter()
         return [start.elapsed_time(end) for start, end in events]
+
+    def _wake(self) -> None:
+        began = time.perf_counter()
+        while time.perf_counter() - began < _AWAKE:
+            self._flush.zero_()
+            done = torch.cuda.Event()
+            done.record()
+            done.synchronize()
 
 
 @dataclass(frozen=True)
@@ -98,14 +114,22 @@ def runner(candidate: Candidate, problem: Problem, operands: Operands) -> Callab
 
 
 def measure(
-    problem: Problem, device: torch.device, timer: Timer, runs: int = RUNS, make: Runner = runner
+    problem: Problem,
+    device: torch.device,
+    timer: Timer,
+    runs: int = RUNS,
+    make: Runner = runner,
+    candidates: Optional[dict[str, Candidate]] = None,
 ) -> Measurement:
-    """Time all candidates for ``problem`` on ``device`` that give the right result.
+    """Time all ``candidates`` for ``problem`` on ``device`` that give the right result; by default the planner's.
 
-    Runs on the current stream. A candidate that fails, for whatever reason, is rejected.
+    Runs on the current stream. A candidate that fails, for whatever reason, is rejected. All are compiled and checked
+    before the first is timed.
     """
-    milliseconds, rejected = {}, {}
-    candidates = planner.candidates(problem)
+    works: dict[str, Callable[[], torch.Tensor]] = {}
+    times: dict[str, list[float]] = {}
+    rejected: dict[str, str] = {}
+    candidates = planner.candidates(problem) if candidates is None else candidates
     with torch.inference_mode(False), torch.no_grad():
         operands = _operands(problem, device)
         check = _Check(problem, operands)
@@ -116,11 +140,24 @@ def measure(
                 if reason:
                     rejected[name] = reason
                 else:
-                    milliseconds[name] = statistics.median(timer.milliseconds(functools.partial(run, operands), runs))
+                    works[name] = functools.partial(run, operands)
             except Exception as error:  # a compiler's, a library's, out of memory: it cannot serve here
-                rejected[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                rejected[name] = _said(error)
+        for i in range(_ROUNDS):
+            for name, work in list(works.items()):
+                share = runs // _ROUNDS + (i < runs % _ROUNDS)
+                try:
+                    times.setdefault(name, []).extend(timer.milliseconds(work, share) if share else [])
+                except Exception as error:
+                    rejected[name] = _said(error)
+                    del works[name]
+    milliseconds = {name: statistics.median(times[name]) for name in works}
     chosen = min(milliseconds, key=lambda name: milliseconds[name], default=next(iter(candidates)))
     return Measurement(problem, chosen, milliseconds, rejected)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _operands(problem: Problem, device: torch.device) -> Operands:

@@ -1,8 +1,8 @@
 """Which implementation serves a convolution on a GPU: what was measured there for it, else the table of tiles.
 
 Candidates are our kernels with several tiles, and PyTorch's own convolutions (cudnn.py). ``resnet_fast.tune`` measures
-them (measuring.py); nothing is measured unasked. The choices are kept in a file of the user's, ``gpu-choices.json``, by
-GPU and versions (``kernels/choices.py``).
+them (measuring.py), and the first call of a shape some of them (first_call.py). The choices are kept in a file of the
+user's, ``gpu-choices.json``, by GPU and versions (``kernels/choices.py``).
 
 Importing this module does not import Triton, and nothing here asks a driver but ``machine``.
 """
@@ -131,6 +131,11 @@ def changed() -> None:
     """Tell everybody that ``choose`` may answer differently."""
     global version
     version += 1
+
+
+def recording() -> bool:
+    """Whether somebody is within ``recorded``."""
+    return _recorder is not None
 
 
 @contextlib.contextmanager

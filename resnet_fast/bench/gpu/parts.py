@@ -1,4 +1,6 @@
-"""The parts of the suite that run in a process each: ``python -m resnet_fast.bench.gpu.parts PART DEVICE QUICK``.
+"""The parts of the suite that run in processes: ``python -m resnet_fast.bench.gpu.parts PART DEVICE QUICK I N``.
+
+That is the I-th of N processes that share the numerics; every other part has one.
 
 A part prints a line of JSON for every result as soon as it has it. So an error that ruins the process, as a bad address
 does every later call on a GPU, or a time limit, costs only what was still to come. A part may begin with a line
@@ -10,6 +12,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -35,14 +39,15 @@ SHORT_SUMS = 2.0**-12
 _EPS = {"float32": 2.0**-23, "tf32": 2.0**-10, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
-def numerics(device: str, quick: bool) -> Results:
-    """Every case in every dtype against float64, beside PyTorch's own error."""
-    for case in cases(quick):
-        for name in _dtypes(device):
-            yield _guarded(_compared, case, name, device)
-    for name, dtype in EIGHT_BITS.items():
-        for residual in (False, True):
-            yield _eight_bits(name, dtype, residual, device)
+def numerics(device: str, quick: bool, share: tuple[int, int] = (0, 1)) -> Results:
+    """Every case in every dtype against float64, beside PyTorch's own error. share: the first check, and the step."""
+    first, step = share
+    checks = chain(
+        (partial(_guarded, _compared, case, name, device) for case in cases(quick) for name in _dtypes(device)),
+        (partial(_eight_bits, *named, residual, device) for named in EIGHT_BITS.items() for residual in (False, True)),
+    )
+    for check in islice(checks, first, None, step):
+        yield check()
 
 
 def repeats(device: str, quick: bool) -> Results:
@@ -54,9 +59,10 @@ def repeats(device: str, quick: bool) -> Results:
 
 def layers(device: str, quick: bool) -> Results:
     """Every convolution of a model, with each of the planner's candidates; what is fastest is kept for later calls."""
-    from resnet_fast import accelerate, tune
+    from resnet_fast import accelerate
     from resnet_fast.bench.norms import randomise_batch_norm
     from resnet_fast.models.named import build
+    from resnet_fast.tuning import tuned
 
     layout: Any = {"memory_format": torch.channels_last}
     half = ("float16", "bfloat16") if device == "cuda" else ("float32",)
@@ -69,8 +75,7 @@ def layers(device: str, quick: bool) -> Results:
                 randomise_batch_norm(stock, 0)
                 model = accelerate(stock.eval()).to(device, getattr(torch, dtype), **layout)
                 images = torch.randn(batch, 3, size, size, device=device, dtype=getattr(torch, dtype))
-                found = tune(model, images.contiguous(memory_format=torch.channels_last))
-                for choice in found.choices:
+                for choice in tuned(model, images.contiguous(**layout)):
                     yield {"model": model_name, "batch": batch, "dtype": dtype, **choice.__dict__}
 
 
@@ -180,10 +185,12 @@ def _torch_dtype(name: str) -> torch.dtype:
     return torch.float32 if name == "tf32" else getattr(torch, name)
 
 
-def main(part: str, device: str, quick: str) -> None:
+def main(part: str, device: str, quick: str, i: str = "0", n: str = "1") -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
-    for result in PARTS[part](device, quick == "quick"):
+    torch.backends.cudnn.benchmark = device == "cuda"  # or eager PyTorch would be slower than it can be
+    make = partial(numerics, share=(int(i), int(n))) if part == "numerics" else PARTS[part]
+    for result in make(device, quick == "quick"):
         answers.write(json.dumps(result) + "\n")
         answers.flush()
 

@@ -1,14 +1,16 @@
 """All parts one after the other, within a time limit: what there is no time for is left out, and said to be."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import IO, Any, NamedTuple, Optional
 
 import torch
 
@@ -41,8 +43,20 @@ STEPS = (
     Workload("resnet18", 64, "float16", training=True),
     Workload("resnet50", 64, "float16", training=True),
 )
-_SHARES = {"numerics": 0.2, "repeats": 0.08, "layers": 0.2, "inference": 0.26, "training": 0.16, "peers": 0.1}
-"""Of the time; what a part leaves goes to those after it."""
+OURS = ("ours", "graphed")
+TUNED = (INFERENCE[0], INFERENCE[1], INFERENCE[5])
+"""Those that are timed again when ``layers`` has measured their convolutions."""
+_SHARES = {
+    "numerics": 0.16,
+    "repeats": 0.08,
+    "inference": 0.24,
+    "training": 0.16,
+    "layers": 0.18,
+    "tuned": 0.08,
+    "peers": 0.1,
+}
+"""Of the time, what is worth most first; what a part leaves goes to those after it."""
+_COMPILERS = 14  # processes, at most: on a GPU nearly all the time of numerics goes into compiling
 _LAST = 15.0  # seconds below which nothing is begun any more
 _RULES: dict[str, Any] = {"rounds": 3, "seconds": 0.3}
 
@@ -93,6 +107,7 @@ def run(
     quick: bool = False,
     only: Optional[Sequence[str]] = None,
     progress: Callable[[str], None] = lambda text: None,
+    save: Callable[[Suite], Any] = lambda suite: None,
 ) -> Suite:
     """Run the suite.
 
@@ -100,7 +115,8 @@ def run(
         device: "cuda", or "cpu" to try the suite itself.
         minutes: for all of it. Each part has a share; the checks come first.
         quick: small cases and models.
-        only: some of ``numerics``, ``repeats``, ``layers``, ``inference``, ``training``, ``peers``.
+        only: some of ``numerics``, ``repeats``, ``inference``, ``training``, ``layers``, ``tuned``, ``peers``.
+        save: is given what was found so far, after each part and each model.
 
     Raises:
         ValueError: ``only`` names no part.
@@ -111,40 +127,37 @@ def run(
             raise ValueError(f"only has {name!r}, expected some of {', '.join(_SHARES)}")
     start = time.perf_counter()
     end = start + 60 * minutes
-    parts = []
+    suite = Suite(device, minutes, quick, [], 0.0)
     for i, name in enumerate(names):
         weight = _SHARES[name] / sum(_SHARES[later] for later in names[i:])
-        limit = time.perf_counter() + weight * (end - time.perf_counter())
-        progress(name)
         began = time.perf_counter()
-        part = (
-            _in_process(name, device, quick, limit) if name in PARTS else _models(name, device, quick, limit, progress)
+        limit = began + weight * (end - began)
+        progress(name)
+        part = Part(name)
+        suite.parts.append(part)
+        fill = (
+            _in_process(part, device, quick, limit) if name in PARTS else _models(part, device, quick, limit, progress)
         )
-        part.seconds = round(time.perf_counter() - began, 1)
-        parts.append(part)
-    return Suite(device, minutes, quick, parts, round(time.perf_counter() - start, 1))
+        for _ in fill:
+            now = time.perf_counter()
+            part.seconds, suite.seconds = round(now - began, 1), round(now - start, 1)
+            save(suite)
+    return suite
 
 
-def _in_process(name: str, device: str, quick: bool, limit: float) -> Part:
+def _in_process(part: Part, device: str, quick: bool, limit: float) -> Iterator[None]:
     """A part of ``parts.py``; its results up to the moment that it ended, or was ended."""
-    command = [sys.executable, "-m", "resnet_fast.bench.gpu.parts", name, device, "quick" if quick else "full"]
-    part = Part(name)
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
-        try:
-            code = subprocess.run(
-                command, stdout=out, stderr=log, timeout=max(1.0, limit - time.perf_counter())
-            ).returncode
-        except subprocess.TimeoutExpired:
-            part.status = "out of time"
-        else:
-            if code:
-                log.seek(0)
-                lines = [line.strip() for line in log if line.strip()]
-                part.status, part.reason = "crashed", lines[-1] if lines else f"ended with code {code}"
-        out.seek(0)
-        for line in out:
-            if line.endswith("\n"):  # the last one may have been cut off
-                part.results.append(json.loads(line))
+    many = device == "cuda" and part.name == "numerics"
+    count = max(1, min(_COMPILERS, (os.cpu_count() or 1) - 2)) if many else 1
+    command = [sys.executable, "-m", "resnet_fast.bench.gpu.parts", part.name, device, "quick" if quick else "full"]
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(_Process.started([*command, str(i), str(count)])) for i in range(count)]
+        for one in running:
+            status, reason = one.ended(limit)
+            if part.status != "crashed" and status != "ok":
+                part.status, part.reason = status, reason
+        for one in running:
+            part.results += one.results()
     if part.results and "planned" in part.results[0]:
         planned = part.results.pop(0)["planned"]
         made = {result["layer"] for result in part.results}
@@ -152,18 +165,54 @@ def _in_process(name: str, device: str, quick: bool, limit: float) -> Part:
     failed = [result for result in part.results if not result.get("passed", True)]
     if failed and part.status != "crashed":
         part.status, part.reason = "failed", f"{len(failed)} of {len(part.results)} checks failed"
-    return part
+    yield
 
 
-def _models(name: str, device: str, quick: bool, limit: float, progress: Callable[[str], None]) -> Part:
+class _Process(NamedTuple):
+    """One that prints a line of JSON for every result."""
+
+    process: "subprocess.Popen[bytes]"
+    out: IO[str]
+    log: IO[str]
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls, command: list[str]) -> "Iterator[_Process]":
+        """It ends with the context at the latest."""
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
+            process = subprocess.Popen(command, stdout=out, stderr=log)
+            try:
+                yield cls(process, out, log)
+            finally:
+                process.kill()
+                process.wait()
+
+    def ended(self, limit: float) -> tuple[str, str]:
+        """Status and reason of its end, which comes at ``limit`` at the latest."""
+        try:
+            code = self.process.wait(timeout=max(1.0, limit - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return "out of time", ""
+        if not code:
+            return "ok", ""
+        self.log.seek(0)
+        lines = [line.strip() for line in self.log if line.strip()]
+        return "crashed", lines[-1] if lines else f"ended with code {code}"
+
+    def results(self) -> list[dict[str, Any]]:
+        self.out.seek(0)
+        return [json.loads(line) for line in self.out if line.endswith("\n")]  # the last one may have been cut off
+
+
+def _models(part: Part, device: str, quick: bool, limit: float, progress: Callable[[str], None]) -> Iterator[None]:
     """Whole models side by side with their peers, each provider in a process of its own."""
-    training = name == "training"
-    workloads = STEPS if training else INFERENCE
-    providers: tuple[str, ...] = TRAINING if training else GPU_NAMES
+    training = part.name == "training"
+    workloads = {"inference": INFERENCE, "training": STEPS, "tuned": TUNED}[part.name]
+    providers: tuple[str, ...] = {"inference": GPU_NAMES, "training": TRAINING, "tuned": OURS}[part.name]
     if quick:
         workloads = (Workload("resnet18", 2, "float32", 64, training),)
         providers = tuple(name for name in providers if name != "compile")
-    part = Part(name)
     slowest = 0.0  # seconds that a workload took so far
     with Bench(providers, threads=torch.get_num_threads(), device=device) as bench:
         for workload in workloads:
@@ -171,10 +220,11 @@ def _models(name: str, device: str, quick: bool, limit: float, progress: Callabl
             if began + max(slowest, _LAST) > limit and part.results:
                 part.left_out.append(_title(workload))
                 continue
-            progress(f"{name}: {_title(workload)}")
+            progress(f"{part.name}: {_title(workload)}")
             found = _measured(bench, workload, device, limit, progress)
             slowest = max(slowest, time.perf_counter() - began)
             part.results.append({**workload._asdict(), "providers": found})
+            yield
     wrong = [
         f"{entry['title']}: {entry['reason']}"
         for result in part.results
@@ -183,7 +233,7 @@ def _models(name: str, device: str, quick: bool, limit: float, progress: Callabl
     ]
     if wrong:
         part.status, part.reason = "failed", wrong[0]
-    return part
+    yield
 
 
 def _measured(

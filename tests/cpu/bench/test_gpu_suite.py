@@ -79,12 +79,12 @@ def test_a_case_that_raises_does_not_stop_the_others(monkeypatch):
 
 def _process(monkeypatch, program: str) -> None:
     """Parts run this program instead of their own."""
-    real = suite.subprocess.run
+    real = suite.subprocess.Popen
 
-    def run(command, **kwargs):
-        return real([command[0], "-c", program], **kwargs)
+    def start(command, **kwargs):
+        return real([command[0], "-c", program, *command[-2:]], **kwargs)
 
-    monkeypatch.setattr(suite.subprocess, "run", run)
+    monkeypatch.setattr(suite.subprocess, "Popen", start)
 
 
 def test_a_process_that_dies_leaves_what_it_had_found(monkeypatch):
@@ -118,6 +118,52 @@ def test_a_process_that_takes_too_long_is_ended(monkeypatch):
 def test_no_checks_is_no_pass(monkeypatch):
     _process(monkeypatch, "")
     assert not suite.run("cpu", 1, only=["numerics"]).passed
+
+
+def test_numerics_are_compiled_by_many_processes_on_a_gpu(monkeypatch):
+    """One of them dies: what it had found counts, and the others' results."""
+    monkeypatch.setattr(suite.os, "cpu_count", lambda: 5)
+    _process(
+        monkeypatch,
+        "import json, os, sys\n"
+        "print(json.dumps({'case': sys.argv[1:], 'passed': True}), flush=True)\n"
+        "if sys.argv[1] == '1': os.abort()\n",
+    )
+    (part,) = suite.run("cuda", 1, only=["numerics"]).parts
+    assert [result["case"] for result in part.results] == [[str(i), "3"] for i in range(3)]
+    assert part.status == "crashed"
+    monkeypatch.setattr(suite.os, "cpu_count", lambda: 100)
+    assert len(suite.run("cuda", 1, only=["numerics"]).parts[0].results) == suite._COMPILERS
+    assert len(suite.run("cuda", 1, only=["repeats"]).parts[0].results) == 1, "which are to run alone"
+
+
+def test_shares_of_the_numerics_are_all_of_them(monkeypatch):
+    monkeypatch.setattr(parts, "_compared", lambda case, name, device: {})
+    monkeypatch.setattr(parts, "_eight_bits", lambda *arguments: {"case": "eight bits", "dtype": arguments})
+
+    def found(*share):
+        return [(result["case"], result["dtype"]) for result in parts.numerics("cuda", True, *share)]
+
+    assert sorted(map(str, found())) == sorted(map(str, [one for i in range(5) for one in found((i, 5))]))
+    assert len({len(found((i, 5))) for i in range(5)}) <= 2
+
+
+def test_what_is_worth_most_comes_first_and_is_saved_as_soon_as_it_is_found(monkeypatch):
+    seen = []
+
+    def save(found):
+        seen.append([(part.name, len(part.results)) for part in found.parts])
+
+    monkeypatch.setattr(suite, "Bench", Bench)
+    for name in ("prepare", "prepare_training"):
+        monkeypatch.setattr(suite, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(suite, "INFERENCE", [suite.Workload("resnet18", n, "float32", 32) for n in (1, 2)])
+    _process(monkeypatch, 'print(\'{"case": "a", "layer": "b", "passed": true}\')')
+    found = suite.run("cpu", 10, only=["numerics", "inference", "layers"], save=save)
+    assert seen[:3] == [[("numerics", 1)], [("numerics", 1), ("inference", 1)], [("numerics", 1), ("inference", 2)]]
+    assert seen[-1] == [("numerics", 1), ("inference", 2), ("layers", 1)]
+    assert found.seconds > 0
+    assert list(suite._SHARES) == ["numerics", "repeats", "inference", "training", "layers", "tuned", "peers"]
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------

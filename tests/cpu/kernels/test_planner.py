@@ -1,18 +1,23 @@
 """The planner on a GPU that is not there: what it may choose, what is kept, and what is measured, by a fake clock."""
 
 import contextlib
+import itertools
 import json
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from resnet_fast.kernels import streams
 from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.triton import device, forward, tiles
-from resnet_fast.kernels.triton.tuning import cudnn, measuring, planner
+from resnet_fast.kernels.triton.tuning import cudnn, first_call, measuring, planner
 from resnet_fast.kernels.triton.tuning.planner import Problem
 from resnet_fast.utils import compat
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +192,76 @@ def test_what_a_measurement_depends_on_beside_the_problem(monkeypatch):
         assert part in text
 
 
+# --- the first call of a shape ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def first(monkeypatch, tmp_path):
+    """Measures on the CPU, by a clock that is returned; ``first.asked`` has what was measured."""
+    clock, measure = Clock({}), measuring.measure
+    clock.asked = []
+
+    def on_cpu(problem, device, timer, runs, candidates):
+        clock.asked.append(list(candidates))
+        return measure(problem, CPU, clock, runs, runner(clock), candidates)
+
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
+    planner.choices.forget()
+    monkeypatch.setattr(measuring, "measure", on_cpu)
+    monkeypatch.setattr(measuring, "Events", lambda device: None)
+    monkeypatch.setattr(streams, "capturing", lambda index: False)
+    yield clock
+    planner.choices.forget()
+
+
+def test_the_first_call_never_chooses_a_loser(first):
+    for i in range(4):
+        k = 64 + i
+        *ours, fused, pointwise = planner.candidates(problem(k=k))
+        winner = [*ours[:2], fused, pointwise][i]
+        first.milliseconds_of = {winner: 0.25}
+        for _ in range(2):
+            assert first_call.choose(problem(k=k), GPU).name == winner
+        planner.choices.forget()  # another process
+        assert planner.choose(problem(k=k), 0).name == winner
+    assert [len(asked) for asked in first.asked] == [4] * 4, "once each, two tiles and PyTorch's"
+
+
+@pytest.mark.parametrize("kind", ["switched off", "in a capture", "while tune looks", "deterministic"])
+def test_where_the_first_call_measures_nothing(kind, first, monkeypatch):
+    context = contextlib.nullcontext()
+    if kind == "switched off":
+        monkeypatch.setenv("RESNET_FAST_MEASURE", "0")
+    elif kind == "in a capture":
+        monkeypatch.setattr(streams, "capturing", lambda index: True)
+    elif kind == "while tune looks":
+        context = planner.recorded()
+    else:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with context:
+        assert first_call.choose(problem(), GPU) is None
+    assert not first.asked
+
+
+def test_where_nothing_fits_beside_the_users_images_the_table_serves(first, monkeypatch):
+    def full(device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measuring, "Events", full)
+    assert first_call.choose(problem(), GPU) is None
+
+
+def test_what_the_first_call_measured_holds_where_the_file_cannot_be_written(first, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path / "file"))
+    first.milliseconds_of = {cudnn.FUSED: 0.25}
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert first_call.choose(problem(), GPU).name == cudnn.FUSED
+    assert len(first.asked) == 1
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -195,12 +270,15 @@ class Clock(measuring.Timer):
 
     def __init__(self, milliseconds: dict[str, float], otherwise: float = 1.0) -> None:
         self.milliseconds_of, self.otherwise, self.running, self.calls = milliseconds, otherwise, "", 0
+        self.order: list[str] = []
 
     def milliseconds(self, work, runs):
         work()
         self.calls += runs
         taken = self.milliseconds_of.get(self.running, self.otherwise)
-        return [taken] * (runs - 1) + [100 * taken]  # a median does not see the last
+        self.order.append(self.running)
+        first = 100 if self.order.count(self.running) == 1 else 1  # which a median does not see
+        return [first * taken] + [taken] * (runs - 1)
 
 
 def definition(p: Problem, o: measuring.Operands) -> torch.Tensor:
@@ -240,6 +318,7 @@ def test_the_fastest_wins(changes):
         assert found.milliseconds == {name: 0.25 if name == winner else 1.0 for name in names}
         assert not found.rejected
         assert clock.calls == 5 * len(names)
+        assert clock.order == names * 4, "all are checked before, and take turns"
 
 
 WRONG = {
@@ -284,6 +363,19 @@ def test_what_fails_does_not_win_and_leaves_its_reason():
     assert found.rejected == {cudnn.FUSED: "RuntimeError: CUDNN_STATUS_NOT_SUPPORTED"}
 
 
+def test_what_fails_while_it_is_timed_does_not_win():
+    clock = Clock({cudnn.FUSED: 0.1, cudnn.POINTWISE: 0.5})
+
+    def fail(name, y, operands):
+        if name == cudnn.FUSED and clock.order.count(name) == 2:
+            raise RuntimeError("out of memory")
+        return y
+
+    found = measuring.measure(problem(), CPU, clock, 5, runner(clock, fail))
+    assert found.chosen == cudnn.POINTWISE
+    assert found.rejected == {cudnn.FUSED: "RuntimeError: out of memory"}
+
+
 def test_where_nothing_is_right_the_table_decides():
     clock = Clock({})
     found = measuring.measure(problem(), CPU, clock, 3, runner(clock, lambda name, y, o: -y))
@@ -302,8 +394,8 @@ def test_events_flush_warm_up_and_wait_for_nothing_else(monkeypatch):
     log = []
 
     class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
+        def __init__(self, enable_timing=False):
+            self.timed = enable_timing
 
         def record(self):
             log.append("event")
@@ -312,6 +404,8 @@ def test_events_flush_warm_up_and_wait_for_nothing_else(monkeypatch):
             log.append("wait")
 
         def elapsed_time(self, end):
+            assert self.timed
+            assert end.timed
             return 2.0
 
     class Properties:
@@ -332,5 +426,12 @@ def test_events_flush_warm_up_and_wait_for_nothing_else(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(torch, "empty", empty)
         timer = measuring.Events(torch.device("cuda", 0))
-    assert timer.milliseconds(lambda: log.append("work"), 2) == [2.0, 2.0]
-    assert log == ["work"] * measuring._WARM_UP_RUNS + ["flush", "event", "work", "event"] * 2 + ["wait"]
+    seconds = itertools.count(0, 0.04)
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    timed = ["work"] * measuring._WARM_UP_RUNS + ["flush", "event", "work", "event"] * 2 + ["wait"]
+    for idle in (True, False):
+        assert timer.milliseconds(lambda: log.append("work"), 2) == [2.0, 2.0]
+        awake = ["flush", "event", "wait"] * 2 if idle else []  # until 0.1 seconds are over
+        assert log == awake + timed
+        log.clear()
+        seconds = itertools.repeat(timer._ended)

@@ -9,6 +9,8 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from resnet_fast.graph import functional
 from tests.cpu.ops.cases import nhwc
@@ -243,6 +245,21 @@ def assert_as_precise(actual: dict, stock: dict, exact: dict, floor: float, meas
         mine, theirs = (measure(found[name].double() - right) for found in (actual, stock))
         size = max(measure(right), 1.0)
         assert mine <= 2 * theirs + floor * size, f"{name} is off by {mine:.3g}, stock by {theirs:.3g}, of {size:.3g}"
+
+
+class OwnMemory(TorchDispatchMode):
+    """Asserts that results of our ops have memory of their own: of no operand, and of no other result."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        results = op(*args, **kwargs or {})
+        if op.namespace == "resnet_fast":
+            given, made = (
+                [t.untyped_storage().data_ptr() for t in tree_leaves(tree) if isinstance(t, Tensor) and t.numel()]
+                for tree in (args, results)
+            )
+            assert len(set(made)) == len(made), f"two results of {op} share memory"
+            assert not set(made) & set(given), f"a result of {op} is an operand's memory"
+        return results
 
 
 def saved(run: Callable[[], object]) -> int:

@@ -786,6 +786,19 @@ def test_autocast(dtype, implementation):
         assert conv_bn_act(*data.args(True, True)).dtype == torch.float32
 
 
+def test_backward_of_float32_is_float32_inside_autocast():
+    gradients = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        x, weight, w = torch.randn(2, 16, 8, 8), torch.randn(8, 16, 3, 3), torch.randn(5, 8)
+        given = [t.requires_grad_() for t in (x, weight, torch.rand(8), torch.randn(8), w)]
+        y = torch.ops.resnet_fast.conv_bn_act(*given[:4], None, (1, 1), (1, 1), (1, 1), 1, True)
+        loss = torch.ops.resnet_fast.head(y, w, None).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            gradients.append(torch.autograd.grad(loss, given))
+    assert all(map(torch.equal, *gradients))
+
+
 def test_autocast_packs_once():
     """A float32 model evaluated under autocast lays out each weight once, not at every call."""
     args = make(WEIRD["17 channels"], torch.float32).args(False, True)

@@ -19,6 +19,7 @@ from tests.cpu.ops.residual_blocks import (
     WINOGRAD,
     Block,
     Layer,
+    OwnMemory,
     Shape,
     assert_as_precise,
     assert_close,
@@ -367,6 +368,15 @@ def test_every_gradient_alone(name, frozen):
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
         (found,) = torch.autograd.grad(out, [source], grad)
         torch.testing.assert_close(found, exact[f"d {key}"], rtol=1e-10, atol=1e-12, msg=key)
+
+
+@modes
+@shapes
+def test_results_have_memory_of_their_own(name, frozen):
+    """As custom operators must: PyTorch warns of others, and will refuse them."""
+    block, images = freeze(SHAPES[name].block(), frozen), SHAPES[name].images()
+    with OwnMemory():
+        results(block, images, True)
 
 
 def test_no_gradient_wanted():
