@@ -57,9 +57,9 @@ def _check_divisor(b: np.ndarray) -> None:
 
 
 def _high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """mul.hi of 32 bits."""
+    """mul.hi of 16 and of 32 bits."""
     wide = np.int64 if a.dtype.kind == "i" else np.uint64
-    return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
+    return ((a.astype(wide) * b.astype(wide)) >> wide(8 * a.dtype.itemsize)).astype(a.dtype)
 
 
 def _wide_product(result: str) -> Callable[..., np.ndarray]:
@@ -85,7 +85,7 @@ for _t in _INTEGERS:
 for _t, _w in _WIDER.items():
     PURE[f"mul.wide.{_t}"] = Pure((_t, _t), _w, _wide_product(_w))
     PURE[f"mad.wide.{_t}"] = Pure((_t, _t, _w), _w, _wide_product(_w))
-for _t in ("s32", "u32"):
+for _t in ("s16", "u16", "s32", "u32"):
     PURE[f"mul.hi.{_t}"] = Pure((_t, _t), _t, _high)
 
 
