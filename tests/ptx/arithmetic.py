@@ -134,7 +134,7 @@ for _t in ("16", "32", "64"):
 
 
 def _permute(a: np.ndarray, b: np.ndarray, selection: np.ndarray) -> np.ndarray:
-    """Data Movement: prmt, its generic mode: a nibble chooses a byte of {b, a}, and with its top bit that byte's sign."""
+    """Data Movement: prmt, in its generic mode: a nibble chooses a byte of {b, a}, with its top bit that one's sign."""
     both = (b.astype(np.uint64) << np.uint64(32)) | a
     made = np.zeros((1, 1), np.uint32)
     for i in range(4):
@@ -151,6 +151,20 @@ PURE["prmt.b32"] = Pure(("b32", "b32", "b32"), "b32", _permute)
 # --- Floating Point Instructions: add, sub, mul, fma, div, neg, abs, min, max, sqrt -----------------------------------
 
 
+def canonical(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """Whatever NaN NumPy makes becomes the only one that hardware makes."""
+
+    def made(*operands: np.ndarray) -> np.ndarray:
+        value = function(*operands)
+        return np.where(np.isnan(value), NAN[value.dtype.itemsize].view(value.dtype), value)
+
+    return made
+
+
+NAN = {2: np.full((1, 1), 0x7FFF, np.uint16), 4: np.full((1, 1), 0x7FFFFFFF, np.uint32)}
+NAN[8] = np.full((1, 1), 0x7FF8000000000000, np.uint64)
+
+
 def _smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """min: the other one of a NaN; -0 is less than +0."""
     return np.where(a == b, (_bits(a) | _bits(b)).view(a.dtype), np.fmin(a, b))
@@ -163,7 +177,7 @@ def _larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _spreading(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     """min.NaN and max.NaN: NaN of a NaN."""
-    return lambda a, b: _nan(function(a, b), np.isnan(a) | np.isnan(b))
+    return canonical(lambda a, b: _nan(function(a, b), np.isnan(a) | np.isnan(b)))
 
 
 def _flip_sign(a: np.ndarray) -> np.ndarray:
@@ -203,19 +217,19 @@ def _fused_64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 for _t in ("f32", "f64"):
     for _rounding in ("", "rn."):
-        PURE[f"add.{_rounding}{_t}"] = Pure((_t, _t), _t, np.add)
-        PURE[f"sub.{_rounding}{_t}"] = Pure((_t, _t), _t, np.subtract)
-        PURE[f"mul.{_rounding}{_t}"] = Pure((_t, _t), _t, np.multiply)
-    PURE[f"div.rn.{_t}"] = Pure((_t, _t), _t, np.divide)
-    PURE[f"sqrt.rn.{_t}"] = Pure((_t,), _t, np.sqrt)
+        PURE[f"add.{_rounding}{_t}"] = Pure((_t, _t), _t, canonical(np.add))
+        PURE[f"sub.{_rounding}{_t}"] = Pure((_t, _t), _t, canonical(np.subtract))
+        PURE[f"mul.{_rounding}{_t}"] = Pure((_t, _t), _t, canonical(np.multiply))
+    PURE[f"div.rn.{_t}"] = Pure((_t, _t), _t, canonical(np.divide))
+    PURE[f"sqrt.rn.{_t}"] = Pure((_t,), _t, canonical(np.sqrt))
     PURE[f"neg.{_t}"] = Pure((_t,), _t, _flip_sign)
     PURE[f"abs.{_t}"] = Pure((_t,), _t, np.abs)
-PURE["fma.rn.f32"] = Pure(("f32",) * 3, "f32", _fused_32)
-PURE["fma.rn.f64"] = Pure(("f64",) * 3, "f64", _fused_64)
-PURE["div.full.f32"] = Pure(("f32", "f32"), "f32", np.divide)
+PURE["fma.rn.f32"] = Pure(("f32",) * 3, "f32", canonical(_fused_32))
+PURE["fma.rn.f64"] = Pure(("f64",) * 3, "f64", canonical(_fused_64))
+PURE["div.full.f32"] = Pure(("f32", "f32"), "f32", canonical(np.divide))
 for _t in ("f16", "f32", "f64"):
-    PURE[f"min.{_t}"] = Pure((_t, _t), _t, _smaller)
-    PURE[f"max.{_t}"] = Pure((_t, _t), _t, _larger)
+    PURE[f"min.{_t}"] = Pure((_t, _t), _t, canonical(_smaller))
+    PURE[f"max.{_t}"] = Pure((_t, _t), _t, canonical(_larger))
 for _t in ("f16", "f32"):
     PURE[f"min.NaN.{_t}"] = Pure((_t, _t), _t, _spreading(_smaller))
     PURE[f"max.NaN.{_t}"] = Pure((_t, _t), _t, _spreading(_larger))

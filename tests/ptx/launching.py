@@ -33,9 +33,7 @@ def code(text: str) -> Code:
     return Code(text)
 
 
-def execute(
-    made: Code, grid: tuple[int, ...], arguments: list[Any], shared: int, tensors: list[torch.Tensor]
-) -> None:
+def execute(made: Code, grid: tuple[int, ...], arguments: list[Any], shared: int, tensors: list[torch.Tensor]) -> None:
     """All programs of the grid. arguments: tensors and numbers, as the kernel's parameters have them."""
     kernel = made.kernel
     if len(arguments) != len(kernel.parameters):
@@ -63,9 +61,7 @@ def execute_launch(launch: Launch, change=lambda text: text) -> None:
     if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
         raise PtxError(f"{compiled.metadata.name} asks for scratch memory")
     tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
-    execute(
-        code(change(compiled.asm["ptx"])), launch.grid, [*arguments, 0, 0], compiled.metadata.shared, tensors
-    )
+    execute(code(change(compiled.asm["ptx"])), launch.grid, [*arguments, 0, 0], compiled.metadata.shared, tensors)
 
 
 def _start(plan: Plan) -> list[Any]:
@@ -91,7 +87,7 @@ def executed(architecture: str) -> Iterator[None]:
     driver.set_active(offline._Driver(architecture))
     try:
         with (
-            mock.patch.object(device, "architecture", lambda _: architecture),
+            mock.patch.object(device, "architecture", return_value=architecture),
             mock.patch.object(Plan, "start", _start),
             mock.patch.object(operands, "allocate", _poisoned(operands.allocate)),
             mock.patch.object(operands, "allocate_floats", _poisoned(operands.allocate_floats)),

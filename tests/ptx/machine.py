@@ -1,8 +1,8 @@
 """Programs of a grid in lockstep, instruction by instruction.
 
-All threads of a program must take the same branches, or else the machine stops. Programs need not: where they part, they
-go on as two machines. Warps do not run ahead of each other, as they would on a GPU; that nothing depends on it is what
-shared.py looks at.
+All threads of a program must take the same branches, or else the machine stops. Programs need not: where they part,
+they go on as two machines. Warps do not run ahead of each other, as they would on a GPU; that nothing depends on it is
+what shared.py looks at.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import numpy as np
 from tests.ptx import conversions, matrices, transfer
 from tests.ptx.arithmetic import PURE
 from tests.ptx.parse import Immediate, Instruction, Kernel, Label, PtxError, Register, Special, Symbol, Vector
-from tests.ptx.registers import TYPES, masker, reader, register_type, width, writer
+from tests.ptx.registers import TYPES, masker, reader, width, writer
 from tests.ptx.shared import START, Shared
 from tests.ptx.tensors import Tensors
 
@@ -109,12 +109,14 @@ class Machine:
         return self._symbols[name]
 
     def fragment(self, side: str, kind: Any, registers: list[np.ndarray], make: Shuffle) -> np.ndarray:
-        """The matrix that registers of a warp hold together; kept until the next barrier, since many products share it."""
-        key = (side, id(kind), *map(id, (one.base if one.base is not None else one for one in registers)), *(
-            one.__array_interface__["data"][0] for one in registers
-        ))  # fmt: skip
+        """The matrix that registers of a warp hold together; kept until the next barrier: many products share it."""
+        places = (one.__array_interface__ for one in registers)
+        key = (side, id(kind), *((one["data"][0], one["strides"]) for one in places))
         if key not in self._fragments:
-            self._fragments[key] = (make(self, kind, registers), registers)  # the registers, so that ids stay theirs
+            self._fragments[key] = (
+                make(self, kind, registers),
+                registers,
+            )  # these too, so that their memory stays theirs
         return self._fragments[key][0]
 
     def barrier(self) -> None:
@@ -286,5 +288,3 @@ _BUILDERS: dict[str, Callable[[Instruction], Step]] = {
     **transfer.BUILDERS,
     **matrices.BUILDERS,
 }
-
-assert register_type

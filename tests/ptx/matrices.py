@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
+from tests.ptx.arithmetic import canonical
 from tests.ptx.conversions import widen_bf16
 from tests.ptx.parse import Instruction, PtxError, Vector
 from tests.ptx.registers import reader, writer
@@ -67,6 +68,7 @@ _KINDS = {
     "m16n8k8.row.col.f32.tf32.tf32.f32": Kind(8, 1, _truncate, "f32"),
     "m16n8k32.row.col.satfinite.s32.s8.s8.s32": Kind(32, 4, lambda bits: bits.view(np.int8), "s32"),
 }
+_NARROW = canonical(lambda total: total.astype(np.float32))
 _INT32 = np.iinfo(np.int32)
 
 
@@ -93,7 +95,7 @@ def _mma(instruction: Instruction) -> Step:
         if kind.result == "s32":
             total = np.clip(total, _INT32.min, _INT32.max).astype(np.int32)
         else:
-            total = total.astype(np.float32)
+            total = _NARROW(total)
         after = total.reshape(p, w, 2, 8, 4, 2).transpose(0, 1, 3, 4, 2, 5).reshape(p, w * 32, 4)
         for i, write in enumerate(writers):
             write(machine, after[:, :, i], None)

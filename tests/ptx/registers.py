@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.ptx.parse import Immediate, Instruction, Operand, PtxError, Register, Special
 
-# The types of instructions (Fundamental Types). bf16 has no type in NumPy: its bits; conversions.py knows what they say.
+# The types of instructions (Fundamental Types). NumPy has no bf16: its bits, which conversions.py knows how to read.
 TYPES: dict[str, Any] = {
     "pred": np.bool_, "b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64,
     "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64,
