@@ -14,8 +14,11 @@ from resnet_fast.kernels.triton import device, operands
 from resnet_fast.kernels.triton.plan import OPTIONS, Launch, Plan
 from tests.aot import offline
 from tests.ptx import machine
-from tests.ptx.parse import Kernel, PtxError, parse
+from tests.ptx.parse import Instruction, Kernel, PtxError, parse
 from tests.ptx.tensors import Tensors
+
+disagreements: list[Instruction] = []
+"""Stores whose result was chance, in its last places (see shared.py)."""
 
 _LANES = 16384  # threads that are executed together: more of them cost memory, fewer time
 
@@ -49,7 +52,9 @@ def execute(made: Code, grid: tuple[int, ...], arguments: list[Any], shared: int
     memory, together = Tensors(tensors), max(_LANES // kernel.threads, 1)
     for first in range(0, len(programs), together):
         some = programs[first : first + together]
-        machine.Machine(kernel, some, grid, bits, memory, shared).run(made.steps, kernel.instructions)
+        running = machine.Machine(kernel, some, grid, bits, memory, shared)
+        running.run(made.steps, kernel.instructions)
+        disagreements.extend(running.shared.disagreements)
 
 
 def execute_launch(launch: Launch, change=lambda text: text) -> None:

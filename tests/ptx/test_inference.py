@@ -1,6 +1,9 @@
 """Kernels of inference, executed: the interpreter's tests on what Triton compiled."""
 
-from tests.interpreter.test_triton_chain import test_chain
+import pytest
+import torch
+
+from tests.interpreter import test_triton_chain as chain
 from tests.interpreter.test_triton_ops import (
     test_accumulates_in_float32,
     test_any_strides,
@@ -17,7 +20,6 @@ __all__ = [
     "head_launches",
     "test_accumulates_in_float32",
     "test_any_strides",
-    "test_chain",
     "test_conv",
     "test_global_avg_pool_sums_beyond_float16_and_keeps_nan",
     "test_head",
@@ -27,3 +29,10 @@ __all__ = [
     "test_offsets_of_64_bits",
     "test_stem",
 ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("name", chain.CHAINS)
+def test_chain(name, dtype):
+    """Of float32 there are tiles for TF32 alone: test_tf32.py."""
+    chain.check(chain.CHAINS[name].inputs(dtype))

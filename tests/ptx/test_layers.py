@@ -9,11 +9,20 @@ from tests.aot import backward_layers, layers
 from tests.interpreter import checking
 from tests.interpreter import test_triton_training_backward as backward
 from tests.interpreter import test_triton_training_forward as forward
-from tests.ptx import reduced
-from tests.ptx.test_tf32 import Conv, _rounded_factors, tf32
+from tests.ptx import launching, reduced
+from tests.ptx.test_tf32 import Conv, rounded_factors, tf32
 
 PRECISIONS = ("fp16", "bf16", "tf32")
-__all__ = ["_rounded_factors"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_to_chance():
+    launching.disagreements.clear()
+    yield
+    assert not launching.disagreements
+
+
+__all__ = ["rounded_factors"]
 
 
 def _forward_tile(layer: layers.Layer, batch: int, precision: str, architecture: str) -> tiles.Tile:
@@ -57,7 +66,7 @@ def test_statistics(chosen, request):
     conv, dtype = chosen.conv(), layers.DTYPES[chosen.precision]
     x, weight, *_ = conv.inputs(dtype)
     if chosen.precision == "tf32":
-        request.getfixturevalue("_rounded_factors")
+        request.getfixturevalue("rounded_factors")
     prologue = forward.affine(conv.c) if conv.c > 3 else None
     with reduced.forced(chosen.tile), compat.float32_in_tf32(chosen.precision == "tf32"):
         forward.check_conv_statistics(x, prologue, weight, conv)
@@ -94,7 +103,7 @@ def test_dgrad(chosen):
 def test_wgrad(chosen, request):
     prologue = chosen.layer.c > 3
     if chosen.precision == "tf32" and prologue:
-        request.getfixturevalue("_rounded_factors")
+        request.getfixturevalue("rounded_factors")
     with reduced.forced(chosen.tile), compat.float32_in_tf32(chosen.precision == "tf32"):
         backward.check_wgrad(_gradient_conv(chosen), layers.DTYPES[chosen.precision], prologue)
 

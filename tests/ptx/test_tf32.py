@@ -24,7 +24,7 @@ def _in_tf32(_executed):
 
 
 @pytest.fixture
-def _rounded_factors(monkeypatch):
+def rounded_factors(monkeypatch):
     """Both factors of each product may have lost 2^-10 of themselves."""
     exactly = checking.sum_tolerance
 
@@ -72,29 +72,34 @@ def test_wgrad(name):
     backward.check_wgrad(Conv(*backward.CONVS[name]), torch.float32, prologue=False)
 
 
+@pytest.mark.usefixtures("rounded_factors")
 @pytest.mark.parametrize("name", backward.CONVS)
-def test_wgrad_with_prologue(name, _rounded_factors):
+def test_wgrad_with_prologue(name):
     backward.check_wgrad(Conv(*backward.CONVS[name]), torch.float32, prologue=True)
 
 
+@pytest.mark.usefixtures("rounded_factors")
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 3)])
-def test_dgrad_expand(stride, _rounded_factors):
+def test_dgrad_expand(stride):
     backward.check_dgrad_expand(2, 20, 7, 9, 33, stride, torch.float32, "of a raw one", 1.0)
 
 
+@pytest.mark.usefixtures("rounded_factors")
 @pytest.mark.parametrize("with_prologue", [False, True], ids=["raw", "prologue"])
 @pytest.mark.parametrize("name", forward.CONV_NAMES)
-def test_conv_statistics(name, with_prologue, _rounded_factors):
+def test_conv_statistics(name, with_prologue):
     conv = CONVS[name]
     x, weight, *_ = conv.inputs(torch.float32)
     forward.check_conv_statistics(x, forward.affine(conv.c) if with_prologue else None, weight, conv)
 
 
+@pytest.mark.usefixtures("rounded_factors")
 @pytest.mark.parametrize("name", ["17 channels", "1x1", "1x1/2", "2 groups"])
-def test_conv_affine(name, _rounded_factors):
+def test_conv_affine(name):
     forward.test_conv_affine(name, torch.float32, None)
 
 
+@pytest.mark.usefixtures("rounded_factors")
 @pytest.mark.parametrize("name", chain.CHAINS)
-def test_chain(name, _rounded_factors):
+def test_chain(name):
     chain.check([tf32(one) if one.dim() > 1 else one for one in chain.CHAINS[name].inputs(torch.float32)])

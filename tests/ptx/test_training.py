@@ -1,5 +1,8 @@
 """Kernels of training, executed: the interpreter's tests on what Triton compiled."""
 
+import torch
+
+from tests.interpreter.cases import CONVS
 from tests.interpreter.test_triton_training_backward import (
     test_bn_backward,
     test_dgrad,
@@ -14,6 +17,8 @@ from tests.interpreter.test_triton_training_backward import (
     test_wgrad_prologue,
 )
 from tests.interpreter.test_triton_training_forward import (
+    affine,
+    check_conv_statistics,
     test_conv_affine,
     test_conv_statistics,
     test_gram,
@@ -24,6 +29,7 @@ from tests.interpreter.test_triton_training_forward import (
     test_tail,
     test_tail_pool,
 )
+from tests.ptx import launching
 
 __all__ = [
     "test_bn_backward",
@@ -47,3 +53,12 @@ __all__ = [
     "test_wgrad",
     "test_wgrad_prologue",
 ]
+
+
+def test_lanes_that_round_the_same_sum_differently():
+    """Known, and in the last places only: a product was fused with the first addition of a sum over lanes."""
+    conv = CONVS["1x1 with padding"]
+    x, weight, *_ = conv.inputs(torch.float16)
+    launching.disagreements.clear()
+    check_conv_statistics(x, affine(conv.c), weight, conv)
+    assert {one.name for one in launching.disagreements} == {"st"}
