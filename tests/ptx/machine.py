@@ -10,14 +10,14 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
-from tests.ptx import conversions, matrices, transfer
+from tests.ptx import conversions, halves, matrices, transfer, wgmma
 from tests.ptx.arithmetic import PURE
 from tests.ptx.parse import Immediate, Instruction, Kernel, Label, PtxError, Register, Special, Symbol, Vector
 from tests.ptx.registers import TYPES, masker, reader, width, writer
-from tests.ptx.shared import START, Shared
+from tests.ptx.shared import START, Place, Shared
 from tests.ptx.tensors import Tensors
 
-assert conversions  # its opcodes are in PURE now
+assert conversions and halves  # their opcodes are in PURE now
 
 
 class Parted(Exception):
@@ -47,6 +47,7 @@ class Machine:
         self.shared = Shared(self.programs, shared, -(-kernel.threads // 32), transfer.shared_granule(kernel))
         self.copies: list[transfer.Copy] = []
         self._groups: list[list[transfer.Copy]] = []
+        self.products = wgmma.Products()
         self._parameters = parameters
         self._names = programs
         threads = np.arange(kernel.threads, dtype=np.uint32)[None]
@@ -64,12 +65,14 @@ class Machine:
     # --- what instructions ask for ------------------------------------------------------------------------------------
 
     def value(self, name: str) -> np.ndarray:
+        self.products.check(name, self.products.results)
         value = self._values.get(name)
         if value is None:
             raise PtxError(f"{name} was never written")
         return value
 
     def write(self, name: str, value: np.ndarray, mask: Optional[np.ndarray]) -> None:
+        self.products.check(name, self.products.registers)
         if mask is not None:
             before = self._values.get(name)
             # What nobody has written is all ones: NaN, or an address of nothing.
@@ -149,6 +152,7 @@ class Machine:
             return {name: one[chosen] if one.shape[0] > 1 else one for name, one in values.items()}
 
         made._values, made._special = pick(self._values), pick(self._special)
+        made.products = self.products.of(lambda place: _part_of_place(place, chosen))
         made.copies = [_part(copy, chosen) for copy in self.copies]
         made._groups = [[_part(copy, chosen) for copy in group] for group in self._groups]
         return made
@@ -171,11 +175,14 @@ class Machine:
 
 
 def _part(copy: transfer.Copy, chosen: np.ndarray) -> transfer.Copy:
-    place = copy.place
+    kept = np.isin(copy.place.programs, chosen)
+    return transfer.Copy(_part_of_place(copy.place, chosen), copy.values[kept], copy.instruction)
+
+
+def _part_of_place(place: Place, chosen: np.ndarray) -> Place:
     kept = np.isin(place.programs, chosen)
     programs = np.searchsorted(chosen, place.programs[kept])
-    part = transfer.Place(programs, place.threads[kept], place.offsets[kept], place.size)
-    return transfer.Copy(part, copy.values[kept], copy.instruction)
+    return Place(programs, place.threads[kept], place.offsets[kept], place.size)
 
 
 def steps(kernel: Kernel) -> list[Step]:
@@ -287,4 +294,6 @@ _BUILDERS: dict[str, Callable[[Instruction], Step]] = {
     "bar": _barrier,
     **transfer.BUILDERS,
     **matrices.BUILDERS,
+    **halves.BUILDERS,
+    **wgmma.BUILDERS,
 }

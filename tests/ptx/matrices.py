@@ -48,6 +48,26 @@ def _ldmatrix(instruction: Instruction) -> Step:
     return step
 
 
+def _stmatrix(instruction: Instruction) -> Step:
+    """Warp-level matrix store instruction: stmatrix. As ldmatrix, the other way."""
+    found = re.fullmatch(r"stmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", instruction.opcode)
+    target, source = instruction.operands
+    if found is None or instruction.guard is not None or not isinstance(source, Vector):
+        raise PtxError(f"unknown: {instruction}")
+    count, transposed = int(found[1]), bool(found[2])
+    readers, address = [reader(one, "b32") for one in source.items], _address(target, "u32")
+
+    def step(machine: Any) -> None:
+        given = np.broadcast_to(np.arange(machine.width) % 32 < 8 * count, (machine.programs, machine.width))
+        pairs = np.stack([machine.each(read(machine)).reshape(machine.programs, -1, 8, 4) for read in readers], 2)
+        matrices = np.ascontiguousarray(pairs).view(np.uint16)
+        if transposed:
+            matrices = np.ascontiguousarray(matrices.swapaxes(3, 4))
+        machine.shared.store(place(machine, address(machine), given, 16), matrices.reshape(-1, 8), instruction)
+
+    return step
+
+
 class Kind(NamedTuple):
     """Of an mma: the depth of the product, how many numbers a register holds, and how they are read from its bits."""
 
@@ -132,4 +152,4 @@ def _right(machine: Any, kind: Kind, registers: list[np.ndarray]) -> np.ndarray:
     return numbers.transpose(0, 1, 4, 3, 5, 2).reshape(p, w, kind.depth, 8)
 
 
-BUILDERS = {"ldmatrix": _ldmatrix, "mma": _mma}
+BUILDERS = {"ldmatrix": _ldmatrix, "stmatrix": _stmatrix, "mma": _mma}

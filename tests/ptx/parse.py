@@ -188,6 +188,8 @@ def _operand(text: str, kinds: dict[str, str], branch: bool) -> Operand:
         if not isinstance(register, (Register, Symbol)):
             raise ValueError(text)
         return Address(register, int(offset.strip(), 0) if offset else 0)
+    if "|" in text:  # two results
+        return Vector(tuple(_simple(one.strip(), kinds) for one in text.split("|")))
     return _simple(text, kinds)
 
 

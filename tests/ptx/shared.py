@@ -36,7 +36,8 @@ class Shared:
         self._written = np.zeros((programs, granules), np.int32)
         self._writer = np.zeros((programs, granules), np.int8)
         self._read = np.zeros((warps, programs, granules), np.int32)
-        self._barrier = 0
+        self._barrier = self._fence = 0
+        self._lent = np.zeros((programs, granules), np.int16)  # to how many products under way
         self._history: list[Instruction] = []
         self.disagreements: list[Instruction] = []  # stores whose result is chance, in its last places
 
@@ -44,12 +45,37 @@ class Shared:
         """That of some of the programs, on their own from now on."""
         made = object.__new__(Shared)
         made.__dict__.update(self.__dict__)
-        made._bytes, made._written, made._writer = (one[programs] for one in (self._bytes, self._written, self._writer))
+        for name in ("_bytes", "_written", "_writer", "_lent"):
+            setattr(made, name, getattr(self, name)[programs])
         made._read, made._history = self._read[:, programs], list(self._history)
         return made
 
     def barrier(self) -> None:
         self._barrier = len(self._history)
+
+    def fence(self) -> None:
+        """From now on the tensor cores see what was written before."""
+        self._fence = len(self._history)
+
+    def lend(self, place: Place, width: int, instruction: Instruction) -> np.ndarray:
+        """To a product of a warpgroup, until it is given back. Between any warp's write and this lies a barrier."""
+        programs, _, granules = self._granules(place)
+        written = self._written[programs, granules]
+        wrong = (written == 0) | (written > self._barrier)
+        if wrong.any():
+            self._refuse(place, wrong, written, "reads")
+        if (written > self._fence).any():
+            raise self._error(place, int((written > self._fence).any(1).argmax()), "written after the last fence.proxy")
+        np.add.at(self._lent, (programs, granules), 1)
+        return self._rows(width, place.size)[place.programs, place.offsets // place.size]
+
+    def give_back(self, place: Place, instruction: Instruction) -> None:
+        """The product was waited for: its four warps have read."""
+        programs, warps, granules = self._granules(place)
+        np.subtract.at(self._lent, (programs, granules), 1)
+        self._history.append(instruction)
+        for warp in range(4):
+            self._read[warps + warp, programs, granules] = len(self._history)
 
     def load(self, place: Place, width: int, instruction: Instruction) -> np.ndarray:
         """``[n, size / width]`` numbers of ``width`` bytes."""
@@ -105,6 +131,9 @@ class Shared:
         others = (written > self._barrier) & ((writer != warps) | (written == _FLYING))
         if others.any():
             self._refuse(place, others, written, "writes")
+        lent = self._lent[programs, granules] > 0
+        if lent.any():
+            raise self._error(place, int(lent.any(1).argmax()), "which a product under way reads")
         read = self._read[:, programs, granules]
         foreign = (read > self._barrier) & (np.arange(len(read))[:, None, None] != warps)
         if foreign.any():
