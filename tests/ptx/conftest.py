@@ -26,7 +26,7 @@ from tests.ptx import launching
 
 torch.set_num_threads(1)  # the cases are small; more threads only wait for each other
 
-_EACH = 7  # of the cases, without --all; it shares no factor with the number of dtypes, so that all of them come
+_EACH = 17  # of the cases, without --all; it shares no factor with the number of dtypes, so that all of them come
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,13 +45,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
+ARCHITECTURES = ("sm_80", "sm_90")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test that executes a kernel of ours does so as each architecture has it."""
+    marks = {one.name for one in [*metafunc.definition.iter_markers()]}
+    if "every" not in marks and "chosen" not in metafunc.fixturenames:
+        metafunc.parametrize("architecture", ARCHITECTURES)
+
+
+@pytest.fixture
+def architecture(request) -> str:
+    """Whose code is executed: that of the test's layer, where it has one."""
+    chosen = getattr(request.node, "callspec", None)
+    return getattr(chosen and chosen.params.get("chosen"), "architecture", "sm_80")
+
+
 @pytest.fixture(autouse=True)
-def _executed(monkeypatch):
+def _executed(monkeypatch, architecture):
     torch.manual_seed(0)
     monkeypatch.setattr(reference, "_apply", _apply_rounding_once)
     for module in (chain, ops, small_maps, training_forward, training_backward):
         monkeypatch.setattr(module, "assert_as_good_as_pytorch", _as_good_as_pytorch)
-    with launching.executed("sm_80"), compat.float32_in_tf32(False):
+    with launching.executed(architecture), compat.float32_in_tf32(False):
         yield
 
 

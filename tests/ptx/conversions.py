@@ -53,6 +53,11 @@ def _larger_bf16(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return narrow_bf16(PURE["max.NaN.f32"].function(widen_bf16(a), widen_bf16(b)))
 
 
+for _comparison in ("eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"):
+    _wide = PURE[f"setp.{_comparison}.f32"].function
+    PURE[f"setp.{_comparison}.bf16"] = Pure(
+        ("bf16", "bf16"), "pred", lambda a, b, wide=_wide: wide(widen_bf16(a), widen_bf16(b))
+    )
 PURE["max.NaN.bf16"] = Pure(("bf16", "bf16"), "bf16", _larger_bf16)
 PURE["cvt.f32.f16"] = Pure(("f16",), "f32", _cast("f32"))
 PURE["cvt.f64.f32"] = Pure(("f32",), "f64", _cast("f64"))

@@ -27,6 +27,7 @@ def _without(text: str, lines: list[int]) -> str:
     return "\n".join("" if i in lines else line for i, line in enumerate(text.split("\n")))
 
 
+_STORE = r"^\s*(@!?%p\d+ )?st\.shared"
 _BARRIER = r"^\s*bar\.sync"
 _WRITE = r"^\s*(@!?%p\d+ )?(st\.shared|cp\.async\.c[ag])"
 _WAIT = r"^\s*cp\.async\.wait_group\s+(\d+);"
@@ -43,6 +44,16 @@ def barriers(text: str) -> list[Mutation]:
     sides = zip([-1, *at], at, [*at[1:], text.count("\n") + 1])
     needed = [i for before, i, after in sides if _between(text, before, after, _WRITE)]
     return [Mutation(f"no bar.sync in line {i + 1}", lambda text, i=i: _without(text, [i])) for i in needed]
+
+
+def loop_barriers(text: str) -> list[Mutation]:
+    """Those around the loop, up to the first store to shared memory.
+
+    What the epilogue exchanges may lie elsewhere than what it exchanged before; then a barrier orders nothing.
+    """
+    first, _ = next(_lines(text, _STORE))
+    head = "\n".join(text.split("\n")[: first + 1])
+    return barriers(head)
 
 
 def waits(text: str) -> list[Mutation]:
@@ -93,4 +104,22 @@ def products(text: str) -> list[Mutation]:
             lambda text, i=i, found=found: _replaced(text, i, f"{found[1]}{found[3]}, {found[2]}{found[4]}"),
         )
         for i, found in _lines(text, pattern)
+    ]
+
+
+def product_waits(text: str) -> list[Mutation]:
+    """Each wait for products leaves one group more under way."""
+    return [
+        Mutation(
+            f"one product more under way in line {i + 1}",
+            lambda text, i=i, found=found: _replaced(text, i, f"{found[1]}{int(found[2]) + 1};"),
+        )
+        for i, found in _lines(text, r"^(\s*wgmma\.wait_group\.sync\.aligned )(\d+);")
+    ]
+
+
+def fences(text: str) -> list[Mutation]:
+    return [
+        Mutation(f"no fence in line {i + 1}", lambda text, i=i: _without(text, [i]))
+        for i, _ in _lines(text, r"^\s*fence\.proxy\.async")
     ]

@@ -20,6 +20,7 @@ _PICK = tiles.pick
 class Chosen(NamedTuple):
     """A layer, and the tile that some batch of it gets."""
 
+    architecture: str
     layer: Layer
     precision: str
     tile: Tile
@@ -27,7 +28,8 @@ class Chosen(NamedTuple):
     def name(self) -> str:
         tile = "x".join(map(str, self.tile[:3]))
         parts = f" in {self.tile.parts} parts" if self.tile.parts > 1 else ""
-        return f"{self.precision} {self.layer.name()} {tile} w{self.tile.warps}s{self.tile.stages}{parts}"
+        run = f"w{self.tile.warps}s{self.tile.stages}{parts}"
+        return f"{self.architecture} {self.precision} {self.layer.name()} {tile} {run}"
 
     def conv(self, images: int = 3) -> Conv:
         one = self.layer
@@ -58,12 +60,14 @@ def picked(plan: Callable[[], Any]) -> Tile:
 
 
 def cheapest(all_chosen: list[Chosen]) -> list[Chosen]:
-    """Of each precision, kind of convolution and tile, the layer with the fewest products; then in order of cost."""
+    """Of each architecture, precision, kind of convolution and tile, the layer with the fewest products."""
     found: dict[tuple, Chosen] = {}
     for one in sorted(all_chosen, key=_products):
+        if one.tile.kernel != "pointers":
+            continue  # the copy engine is unknown to the machine
         layer = one.layer
         kind = layer.kernel, layer.stride, layer.groups > 1, layer.residual
-        found.setdefault((one.precision, kind, one.tile), one)
+        found.setdefault((one.architecture, one.precision, kind, one.tile), one)
     return list(found.values())
 
 

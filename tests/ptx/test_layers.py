@@ -12,6 +12,7 @@ from tests.interpreter import test_triton_training_forward as forward
 from tests.ptx import launching, reduced
 from tests.ptx.test_tf32 import Conv, rounded_factors, tf32
 
+ARCHITECTURES = ("sm_80", "sm_90")
 PRECISIONS = ("fp16", "bf16", "tf32")
 
 
@@ -29,10 +30,11 @@ def _forward_tile(layer: layers.Layer, batch: int, precision: str, architecture:
     return reduced.picked(lambda: layers.plan_layer(layer, batch, precision, architecture))
 
 
-def _chosen(architecture: str) -> list[reduced.Chosen]:
+def _chosen() -> list[reduced.Chosen]:
     return reduced.cheapest(
         [
-            reduced.Chosen(layer, precision, _forward_tile(layer, batch, precision, architecture))
+            reduced.Chosen(architecture, layer, precision, _forward_tile(layer, batch, precision, architecture))
+            for architecture in ARCHITECTURES
             for layer in layers.model_layers()
             for batch in layers.BATCHES
             for precision in PRECISIONS
@@ -40,7 +42,7 @@ def _chosen(architecture: str) -> list[reduced.Chosen]:
     )
 
 
-CHOSEN = _chosen("sm_80")
+CHOSEN = _chosen()
 each_chosen = pytest.mark.parametrize("chosen", CHOSEN, ids=reduced.Chosen.name)
 
 
@@ -74,19 +76,21 @@ def test_statistics(chosen, request):
 
 def _gradients(name: str) -> list[reduced.Chosen]:
     """Of the layers' backward passes."""
-    made = []
-    for layer in layers.model_layers():
-        for precision in PRECISIONS:
-            if layer.groups == 1 and not (name == "dgrad" and layer.c == 3):
-                for batch in backward_layers.BATCHES:
-                    tile = _tile_of(name, layer, batch, precision)
-                    made.append(reduced.Chosen(layer, precision, tile))
-    return reduced.cheapest(made)
+    return reduced.cheapest(
+        [
+            reduced.Chosen(architecture, layer, precision, _gradient_tile(name, layer, batch, precision, architecture))
+            for architecture in ARCHITECTURES
+            for layer in layers.model_layers()
+            if layer.groups == 1 and not (name == "dgrad" and layer.c == 3)
+            for batch in backward_layers.BATCHES
+            for precision in PRECISIONS
+        ]
+    )
 
 
-def _tile_of(name: str, layer: layers.Layer, batch: int, precision: str) -> tiles.Tile:
+def _gradient_tile(name: str, layer: layers.Layer, batch: int, precision: str, architecture: str) -> tiles.Tile:
     def plan() -> None:
-        plans = backward_layers._conv(layer, batch, layers.DTYPES[precision], "sm_80")
+        plans = backward_layers._conv(layer, batch, layers.DTYPES[precision], architecture)
         next(one for one in plans if one[0].startswith(f"{name} "))
 
     with compat.float32_in_tf32(precision == "tf32"):

@@ -21,12 +21,12 @@ CONVS = {
 class Case:
     """A convolution, in float16, with the tile that was chosen for it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, architecture: str) -> None:
         conv = CONVS[name]
         inputs, geometry = conv.inputs(torch.float16), conv.geometry()
         self.exact = conv_exact(*inputs, *geometry)
         self.tolerance = conv_tolerance(self.exact, *inputs, *geometry)
-        self.plan = forward.plan_conv_bn_act(*inputs, *geometry, "sm_80")
+        self.plan = forward.plan_conv_bn_act(*inputs, *geometry, architecture)
         (launch,) = self.plan.launches
         self.launch = launch
         made = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants, **OPTIONS)
@@ -38,25 +38,40 @@ class Case:
         assert_within(self.plan.result, self.exact, self.tolerance)
 
 
-@pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize(
-    ("kind", "error", "fewest", "each"),
-    [
+OURS = (PtxError, AssertionError)
+KINDS = {
+    "sm_80": [
         (mutations.barriers, PtxError, 4, 1),
         (mutations.waits, PtxError, 4, 1),
-        (mutations.swizzles, (PtxError, AssertionError), 6, 1),
+        (mutations.swizzles, OURS, 6, 1),
         (mutations.products, AssertionError, 16, 5),
     ],
-    ids=["barriers", "waits", "swizzles", "products"],
+    "sm_90": [
+        (mutations.loop_barriers, PtxError, 2, 1),
+        (mutations.waits, PtxError, 2, 1),
+        (mutations.product_waits, PtxError, 2, 1),
+        (mutations.fences, PtxError, 1, 1),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize(
+    ("architecture", "kind", "error", "fewest", "each"),
+    [(architecture, *kind) for architecture, kinds in KINDS.items() for kind in kinds],
+    ids=lambda value: getattr(value, "__name__", None),
 )
-def test_every_mistake_is_caught(kind, error, fewest, each, name):
-    case = Case(name)
+def test_every_mistake_is_caught(architecture, kind, error, fewest, each, name):
+    """At least so many mistakes, of which each so-manieth is made."""
+    case = Case(name, architecture)
     case.run()
     found = kind(case.text)
     assert len(found) >= fewest
+    missed = []
     for mutation in found[::each]:
         try:
             case.run(mutation.change)
         except error:
             continue
-        pytest.fail(f"not caught: {mutation.name}")
+        missed.append(mutation.name)
+    assert not missed
