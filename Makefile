@@ -97,12 +97,11 @@ test-isa: install
 test-interpreter: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreter
 
-# What Triton makes of the kernels for sm_80, executed on the CPU by a machine of ours: every case, about half an hour on two
-# processors.
+# What Triton makes of the kernels for sm_80 and sm_90, executed on the CPU by a machine of ours: every case.
 test-ptx: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --all tests/ptx
 
-# The machine's own tests and a seventh of the cases, in a few minutes.
+# The machine's own tests and some of the cases, in a few minutes.
 test-ptx-subset: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/ptx
 

@@ -4,7 +4,9 @@
     machine      programs of a grid in lockstep: registers, control flow, barriers
     arithmetic   what an instruction makes of numbers in registers; conversions is its part between types
     transfer     loads, stores, asynchronous copies and exchanges between the threads of a warp
-    matrices     ldmatrix and mma
+    halves       pairs of float16
+    matrices     ldmatrix, stmatrix and mma
+    wgmma        asynchronous products of warpgroups
     tensors      global memory: tensors, and nothing around them
     shared       shared memory: which bytes hold something, and races
     launching    runs what our plans launch, in place of a GPU

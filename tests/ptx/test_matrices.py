@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.ptx import snippets
+from tests.ptx.parse import PtxError
 
 pytestmark = pytest.mark.every
 
@@ -140,3 +141,87 @@ def test_ldmatrix(count, transposed):
         matrix = x[8 * i : 8 * i + 8].T if transposed else x[8 * i : 8 * i + 8]
         expected = [[matrix[lane // 4, lane % 4 * 2 + j] for j in range(2)] for lane in _LANES]
         assert np.array_equal(y[i].view(np.uint16).reshape(32, 2), expected)
+
+
+_WGMMA = """
+    mul.wide.u32 %rd10, %r1, 16;
+    add.s64 %rd11, %rd1, %rd10;
+    shl.b32 %r2, %r1, 4;
+    mov.b32 %r3, memory;
+    add.s32 %r2, %r2, %r3;
+    {copies}
+    {fence}
+    bar.sync 0;
+    mov.b64 %rd5, {a};
+    mov.b64 %rd6, {b};
+    mov.pred %p1, 0;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
+        {{%r10, %r11, %r12, %r13}}, %rd5, %rd6, %p1, 1, 1, 0, {transposed};
+    wgmma.commit_group.sync.aligned;
+    {wait}
+    mul.wide.u32 %rd10, %r1, 16;
+    add.s64 %rd12, %rd2, %rd10;
+    st.global.v4.b32 [%rd12], {{%r10, %r11, %r12, %r13}};
+"""
+
+
+def _descriptor(offset: int, leading: int, stride: int) -> int:
+    """Matrix Descriptor Format: swizzled over 128 bytes."""
+    return 1 << 62 | stride >> 4 << 32 | leading >> 4 << 16 | (1024 + offset) >> 4
+
+
+def _swizzled(rows: np.ndarray, at: int, memory: np.ndarray) -> None:
+    """Rows of 128 bytes: the 16 bytes at place i of row r lie at place i ^ (r % 8)."""
+    for r, row in enumerate(rows):
+        pieces = row.reshape(8, -1)
+        for i in range(8):
+            start = at + r * 128 + 16 * (i ^ r % 8)
+            memory[start : start + 16] = pieces[i].view(np.uint8)
+
+
+def _warpgroup(
+    transposed: bool, step: int = 0, fence="fence.proxy.async.shared::cta;", wait="wgmma.wait_group.sync.aligned 0;"
+):
+    """A product of 64 rows and 8 columns, 16 deep: what comes out, and what should."""
+    a, b = _random(64, 64, 0).astype(np.float16), _random(8, 64, 1).astype(np.float16)
+    memory, d = np.zeros(16384, np.uint8), np.zeros((128, 4), np.float32)
+    _swizzled(a, 0, memory)
+    if transposed:  # 16 rows of 64, of which 8 are the columns of the product
+        wide = np.zeros((16, 64), np.float16)
+        wide[:, :8] = b.T[16 * step : 16 * step + 16]
+        _swizzled(wide, 8192, memory)
+        right = _descriptor(8192, 1024, 1024)
+    else:
+        _swizzled(b, 8192, memory)
+        right = _descriptor(8192 + 32 * step, 16, 1024)
+    four = "{%r4, %r5, %r6, %r7}"
+    copies = "".join(
+        f"ld.global.v4.b32 {four}, [%rd11+{2048 * i}]; st.shared.v4.b32 [%r2+{2048 * i}], {four};" for i in range(8)
+    )
+    body = _WGMMA.format(
+        copies=copies, fence=fence, wait=wait, a=_descriptor(32 * step, 16, 1024), b=right, transposed=int(transposed)
+    )
+    snippets.run(body, memory, d, threads=128, shared=16384)
+    depth = slice(16 * step, 16 * step + 16)
+    exact = a[:, depth].astype(np.float32) @ b[:, depth].T.astype(np.float32)
+    # Lane (g, t) of warp w: rows 16 w + g and, from the third register on, + 8; columns 2 t and 2 t + 1.
+    places = [(16 * w + lane // 4, lane % 4 * 2) for w in range(4) for lane in _LANES]
+    expected = [[exact[r, c], exact[r, c + 1], exact[r + 8, c], exact[r + 8, c + 1]] for r, c in places]
+    return d, np.array(expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_wgmma(step, transposed):
+    made, expected = _warpgroup(transposed, step)
+    assert np.array_equal(made, expected)
+
+
+def test_wgmma_takes_a_fence_and_a_wait():
+    with pytest.raises(PtxError, match="written after the last fence"):
+        _warpgroup(False, fence="")
+    with pytest.raises(PtxError, match="belongs to a product that was not waited for"):
+        _warpgroup(False, wait="")
+    with pytest.raises(PtxError, match="which a product under way reads"):
+        _warpgroup(False, wait="bar.sync 0; st.shared.b32 [%r2], %r1;")
