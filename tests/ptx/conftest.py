@@ -30,7 +30,7 @@ _EACH = 17  # of the cases, without --all; it shares no factor with the number o
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --all, a test has only some of its cases for each architecture, unless it is one of the machine itself."""
+    """Without --all, a test that is none of the machine itself has only some of its cases for each architecture."""
     if config.getoption("--all"):
         return
     seen: dict[str, int] = {}
@@ -49,10 +49,10 @@ ARCHITECTURES = ("sm_80", "sm_90")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test that executes a kernel of ours does so as each architecture has it."""
-    marks = {one.name for one in [*metafunc.definition.iter_markers()]}
+    """Every test that executes a kernel of ours does so as each architecture has it; a file may name fewer."""
+    marks = {one.name for one in metafunc.definition.iter_markers()}
     if "every" not in marks and "chosen" not in metafunc.fixturenames:
-        metafunc.parametrize("architecture", ARCHITECTURES)
+        metafunc.parametrize("architecture", getattr(metafunc.module, "ARCHITECTURES", ARCHITECTURES))
 
 
 @pytest.fixture
