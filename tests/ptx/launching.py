@@ -36,15 +36,21 @@ def code(text: str) -> Code:
     return Code(text)
 
 
+def _bits(argument: Any, size: int) -> int:
+    """As Triton's launcher hands it over: a float as float32."""
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        return int(np.float32(argument).view(np.uint32))
+    return int(argument) % 2 ** (8 * size)
+
+
 def execute(made: Code, grid: tuple[int, ...], arguments: list[Any], shared: int, tensors: list[torch.Tensor]) -> None:
     """All programs of the grid. arguments: tensors and numbers, as the kernel's parameters have them."""
     kernel = made.kernel
     if len(arguments) != len(kernel.parameters):
         raise PtxError(f"{len(arguments)} arguments for {len(kernel.parameters)} parameters of {kernel.name}")
-    bits = {
-        parameter.name: one.data_ptr() if isinstance(one, torch.Tensor) else int(one) % 2 ** (8 * parameter.size)
-        for parameter, one in zip(kernel.parameters, arguments)
-    }
+    bits = {parameter.name: _bits(one, parameter.size) for parameter, one in zip(kernel.parameters, arguments)}
     grid = (*grid, 1, 1)[:3]
     x, y, z = (np.arange(size) for size in grid)
     # In the order of a grid, the first axis first.
