@@ -12,14 +12,14 @@ SERVER := .venv-server
 WHEEL_VENV := .venv-wheel
 RESULTS ?= benchmarks/results/latest
 
-.PHONY: demo test test-versions test-oldest test-version install lint test-cpu test-native test-isa test-interpreter test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving wheel test-wheel clean
+.PHONY: demo test test-versions test-oldest test-version install lint test-cpu test-native test-isa test-interpreter test-ptx test-ptx-subset test-aot test-aot-subset bench bench-training bench-layers gpu bench-peers server test-serving wheel test-wheel clean
 
 # PEERS=1 also times the peers that it takes a longer installation to have: OpenVINO, ncnn and MNN.
 demo: $(if $(PEERS),bench-peers)
 	$(MAKE) --jobs=2 KIND=$(if $(wildcard $(VENV)/.installed-dev),dev,$(if $(PEERS),peers,demo)) $(LIBRARY)
 	$(if $(PEERS),RESNET_FAST_PEERS=$(PEER_VENV)) $(BIN)/resnet-fast demo
 
-test: lint test-cpu test-native test-isa test-interpreter test-aot-subset test-serving
+test: lint test-cpu test-native test-isa test-interpreter test-ptx-subset test-aot-subset test-serving
 
 # The oldest release, the one of the GPU machine that is lent to us, and the newest: what touches PyTorch and Triton,
 # in a quarter of an hour each. Needs Python 3.10 and 3.12, from pyenv or from the path.
@@ -96,6 +96,14 @@ test-isa: install
 
 test-interpreter: install
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreter
+
+# What Triton makes of the kernels for sm_80 and sm_90, executed on the CPU by a machine of ours: every case.
+test-ptx: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --all tests/ptx
+
+# The machine's own tests and some of the cases, in a few minutes.
+test-ptx-subset: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/ptx
 
 # Every form that ships, for every architecture: 5,600 binaries, about half an hour on two idle processors, or nine minutes
 # where Triton has them in its cache.

@@ -13,6 +13,12 @@ _cache = tempfile.TemporaryDirectory(prefix="resnet_fast-tests-")
 os.environ["RESNET_FAST_CACHE"] = _cache.name
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all", action="store_true", help="tests/aot, tests/ptx: all that ships, not a few that stand for all"
+    )
+
+
 @pytest.fixture
 def one_thread():
     """On a busy machine, two threads cost small shapes a hundred times more."""
