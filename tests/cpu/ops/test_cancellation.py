@@ -54,6 +54,10 @@ def _step(block: Block) -> None:
     block_backward.backward(block, result.out, x, None, result.out, result.saved, wanted, lambda case: reference)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.9" and not torch.cuda.is_available(),
+    reason="PyTorch 2.8 asks CUDA's driver for the memory of a fake tensor",
+)
 @pytest.mark.parametrize("cancels", [False, True])
 def test_only_the_first_step_reads_from_the_gpu(cancels, gpu, monkeypatch):
     with FakeTensorMode():
