@@ -14,7 +14,7 @@ ARCHITECTURES = ("sm_80",)
 @pytest.fixture(autouse=True)
 def _covered(monkeypatch):
     """As on a GPU."""
-    monkeypatch.setattr(device, "refusal", lambda kind: None)
+    monkeypatch.setattr(device, "refusal", lambda *_: None)
 
 
 @pytest.mark.parametrize("name", quantised.QUANTISED)
