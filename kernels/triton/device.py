@@ -42,7 +42,7 @@ def refusal(device: str, index: Optional[int] = None) -> Optional[str]:
         return "Triton is not installed"
     if device != "cuda" and not (device == "cpu" and interpreted()):
         return f"Triton runs on a GPU, not on {device}"
-    if device != "cuda" or torch.version.hip or not torch.cuda.is_available():
+    if device != "cuda" or not _nvidia():
         return None
     return _too_old(torch.cuda.current_device() if index is None else index)
 
@@ -50,6 +50,11 @@ def refusal(device: str, index: Optional[int] = None) -> Optional[str]:
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _nvidia() -> bool:
+    return not torch.version.hip and torch.cuda.is_available()
 
 
 @functools.cache

@@ -18,9 +18,11 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: CAPABILITIES[index])
     device._architecture.cache_clear()
+    device._nvidia.cache_clear()
     device._too_old.cache_clear()
     yield
     device._architecture.cache_clear()
+    device._nvidia.cache_clear()
     device._too_old.cache_clear()
 
 
