@@ -2,10 +2,10 @@
 
 import ctypes
 
-ABI = 4
+ABI = 5
 
-FLOAT32, BFLOAT16 = range(2)
-CONV, MAX_POOL, AVG_POOL, ADD, TO_NHWC, TO_NCHW = range(6)
+FLOAT32, BFLOAT16, INT8 = range(3)
+CONV, MAX_POOL, AVG_POOL, ADD, TO_NHWC, TO_NCHW, QUANTISE, DEQUANTISE = range(8)
 ALGORITHMS = ("gemm", "winograd2", "winograd4", "grouped", "direct", "winograd_stem")
 """By their number in the interface."""
 
@@ -61,7 +61,7 @@ class Op(ctypes.Structure):
         ("kind", _int),
         ("algorithm", _int),
         ("shape", Shape),
-        ("reserved", _int),
+        ("y_dtype", _int),
         ("packed", ctypes.c_void_p),
         ("shift", ctypes.c_void_p),
         ("x", Ref),
@@ -70,6 +70,9 @@ class Op(ctypes.Structure):
         ("x_scale", ctypes.c_void_p),
         ("x_shift", ctypes.c_void_p),
         *((name, _int) for name in ("y_h", "y_w", "step_h", "step_w")),
+        ("scale", ctypes.c_void_p),
+        ("factor", ctypes.c_float),
+        ("reserved", _int),
     ]
 
 

@@ -1,5 +1,9 @@
-// The C interface between Python (ctypes) and the kernels. Images are NHWC, float32 or
-// bfloat16; bfloat16 has one variant and one algorithm, RF_GEMM.
+// The C interface between Python (ctypes) and the kernels. Images are NHWC, float32, bfloat16 or int8; bfloat16 has one
+// variant and one algorithm, RF_GEMM.
+//
+// An int8 stands for itself times a scale that the caller knows, see kernels/reference/quantised.py. Sums of products are
+// exact, and what follows is rounded to float32 after every multiplication and addition: results are equal bit by bit on
+// every variant.
 //
 // A program is an array of operations over a handful of buffers; one call runs all of it, so that a whole network costs
 // Python one call. Pointers in an operation are a buffer's number and a byte offset: the arena of a network is one
@@ -8,12 +12,12 @@
 
 #include <cstdint>
 
-#define RESNET_FAST_ABI 4
+#define RESNET_FAST_ABI 5
 
 #pragma GCC visibility push(default)
 extern "C" {
 
-enum rf_dtype : int32_t { RF_FLOAT32 = 0, RF_BFLOAT16 = 1 };  // RF_INT8 will be 2
+enum rf_dtype : int32_t { RF_FLOAT32 = 0, RF_BFLOAT16 = 1, RF_INT8 = 2 };
 
 enum rf_kind : int32_t {
   RF_CONV = 0,      // y = relu?(conv(x) + shift + residual?), then a 3x3/2 max-pool with padding 1 if `pool`
@@ -22,6 +26,8 @@ enum rf_kind : int32_t {
   RF_ADD = 3,       // y = relu?(x + residual?)
   RF_TO_NHWC = 4,   // x is NCHW, y NHWC
   RF_TO_NCHW = 5,   // the other way round
+  RF_QUANTISE = 6,    // y, int8, = saturate(round(x * factor)) to -128 .. 127, half to even; NaN becomes -128
+  RF_DEQUANTISE = 7,  // y, float32, = x * factor
 };
 
 enum rf_algorithm : int32_t {
@@ -35,7 +41,7 @@ enum rf_algorithm : int32_t {
 
 // Sizes of one operation. Output sizes are given, not derived: ceil_mode is the caller's business.
 struct rf_shape {
-  int32_t dtype;
+  int32_t dtype;       // of x and residual, and of y where nothing else is said
   int32_t n, h, w, c;  // input
   int32_t p, q, k;     // output of the convolution or pool: height, width, channels
   int32_t r, s;        // window: height, width
@@ -67,7 +73,7 @@ struct rf_op {
   int32_t kind;
   int32_t algorithm;  // of a convolution
   rf_shape shape;
-  int32_t reserved;
+  int32_t y_dtype;     // of a convolution of int8: RF_INT8 or RF_FLOAT32
   const void* packed;  // weights from rf_pack
   const float* shift;  // [k]; never null for a convolution
   rf_ref x, residual, y;
@@ -77,6 +83,11 @@ struct rf_op {
   // Of convolutions by RF_GEMM without residual and ReLU: pixel (p, q) of the result is (p * step_h, q * step_w) of an
   // image `y_h` high and `y_w` wide. 0: y is dense.
   int32_t y_h, y_w, step_h, step_w;
+  // Of convolutions of int8, where y = relu?(sum * scale[k] + shift[k] + residual * factor), rounded as RF_QUANTISE does if
+  // it is int8.
+  const float* scale;  // [k]
+  float factor;        // of the residual; or of x
+  int32_t reserved;
 };
 
 // `count` pieces of memory, `bytes` long each, that begin `stride` bytes apart.
