@@ -36,7 +36,7 @@ if sysconfig.get_platform().endswith("x86_64"):
         *VARIANTS["avx2"],
         *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"),
     ]
-    VARIANTS["avx512_bf16"] = [*VARIANTS["avx512"], "-mavx512bf16"]
+    VARIANTS["avx512_bf16"] = [*VARIANTS["avx512"], "-mavx512vnni", "-mavx512bf16"]
 NEWEST = "avx512_bf16"  # left out where the compiler does not know it: g++ before 10
 
 

@@ -3,7 +3,7 @@
 
 #include "abi.h"
 #include "prologue.h"
-#include "simd.h"
+#include "register_tile.h"
 
 namespace RF_VARIANT {
 
@@ -23,13 +23,17 @@ template <class E> struct ConvTask {
 
   const rf_shape& shape;
   const Element* x;
-  const float* packed;  // units
+  const typename E::Packed* packed;
   const float* shift;
   const Element* residual;  // at output pixel 0; null: none
   Element* y;               // at output pixel `y_row`
   int64_t y_row;
   Prologue prologue;
   Spread spread;
+  Requantise requantise{};
+
+  // Element number `at` of y.
+  Element* y_at(int64_t at) const { return requantise.to_float ? (Element*)((float*)y + at) : y + at; }
 };
 
 }  // namespace RF_VARIANT

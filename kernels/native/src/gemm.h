@@ -9,24 +9,26 @@
 
 namespace RF_VARIANT {
 
-// Packed weights: per group, panels of NR output channels, each [K][NR] units, the last one [K][VL] if that is enough.
+// Packed weights: per group, panels of NR output channels, each [E::START_ROWS + K][NR] units, the last one with VL in
+// place of NR if that is enough.
 template <class E> struct GemmWeights {
   int64_t elements, depth, channels;  // R * S * C, K, and output channels, of one group
 
   explicit GemmWeights(const rf_shape& s)
       : elements(patch_elements(s)), depth(ceil_div(elements, E::PER_UNIT)), channels(s.k / s.groups) {}
   int64_t panels() const { return ceil_div(channels, NR); }
-  int64_t group_units() const { return depth * round_up(channels, VL); }
+  int64_t rows() const { return E::START_ROWS + depth; }
+  int64_t group_units() const { return rows() * round_up(channels, VL); }
 };
 
-template <class E> static int64_t gemm_packed_units(const rf_shape& s) {
-  return GemmWeights<E>(s).group_units() * s.groups;
+template <class E> static int64_t gemm_packed_bytes(const rf_shape& s) {
+  return GemmWeights<E>(s).group_units() * s.groups * int64_t(sizeof(typename E::Packed));
 }
 
 template <class E> static void gemm_pack(const WeightSource& from, void* packed, Team team) {
   const rf_shape& s = from.shape;
   const GemmWeights<E> layout(s);
-  const int64_t vectors = ceil_div(layout.channels, VL), tail = layout.elements % E::PER_UNIT;
+  const int64_t vectors = ceil_div(layout.channels, VL);
   const int inputs = from.inputs();
   auto* block = (double*)rf_scratch(PANELS, from.block_doubles() * sizeof(double));
   const Range mine = share(s.groups * vectors, team.thread, team.threads);
@@ -34,19 +36,25 @@ template <class E> static void gemm_pack(const WeightSource& from, void* packed,
     const int64_t group = i / vectors, channel = i % vectors * VL, panel = channel / NR * NR;
     const int lanes = int(smaller<int64_t>(VL, layout.channels - channel));
     const int width = layout.channels - panel > VL ? NR : VL;
-    const int64_t first = group * layout.group_units() + panel * layout.depth + channel - panel;
+    const int64_t first = group * layout.group_units() + panel * layout.rows() + channel - panel;
     auto row = [&](int64_t element) {
-      const int64_t unit = first + element / E::PER_UNIT * width;
+      const int64_t unit = first + (E::START_ROWS + element / E::PER_UNIT) * width;
       return (typename E::Element*)packed + unit * E::PER_UNIT + element % E::PER_UNIT;
     };
+    int32_t sums[VL] = {};
     for (int c = 0; c < inputs; c += from.CHUNK) {
       const int count = smaller(from.CHUNK, inputs - c);
       from.block(int(group * layout.channels + channel), lanes, c, count, block);
       const double* at = block;
       for (int tap = 0; tap < from.taps(); tap++)
-        for (int j = 0; j < count; j++, at += VL) put_weights<E>(row(int64_t(tap) * inputs + c + j), at);
+        for (int j = 0; j < count; j++, at += VL) {
+          put_weights<E>(row(int64_t(tap) * inputs + c + j), at);
+          for (int lane = 0; E::START_ROWS && lane < VL; lane++) sums[lane] += int32_t(at[lane]);
+        }
     }
-    for (int lane = 0; tail && lane < VL; lane++) row(layout.elements)[lane * E::PER_UNIT] = 0;
+    for (int64_t i = layout.elements; i % E::PER_UNIT; i++)
+      for (int lane = 0; lane < VL; lane++) row(i)[lane * E::PER_UNIT] = 0;
+    for (int lane = 0; E::START_ROWS && lane < VL; lane++) ((int32_t*)packed)[first + lane] = -128 * sums[lane];
   }
 }
 
@@ -75,8 +83,8 @@ template <class E> static void gemm_part(const ConvTask<E>& task, Range groups, 
         const int64_t channel = g * weights.channels + j * NR;
         const int channels = int(smaller<int64_t>(NR, weights.channels - j * NR));
         const bool more = j + 1 < columns.end;
-        const float* right = task.packed + g * weights.group_units() + j * NR * weights.depth;
-        const float* next = more ? right + NR * weights.depth : nullptr;
+        const auto* right = task.packed + g * weights.group_units() + j * NR * weights.rows();
+        const auto* next = more ? right + NR * weights.rows() : nullptr;
         auto residual = [&](int64_t tile, int64_t at) {
           return task.residual ? task.residual + (rows.begin + tiles.begin(tile)) * s.k + at : nullptr;
         };
@@ -88,10 +96,10 @@ template <class E> static void gemm_part(const ConvTask<E>& task, Range groups, 
                                       : more     ? residual(first, channel + NR)
                                                  : nullptr;
           const bool spread = task.spread.h;
-          auto* y = spread ? apart : task.y + (row - task.y_row) * s.k + channel;
+          auto* y = spread ? apart : task.y_at((row - task.y_row) * s.k + channel);
           multiply(Tile<E>{panel(left, height, weights.depth), right, y, spread ? NR : s.k, task.shift + channel,
                            residual(t, channel), s.relu != 0, channels, Ahead::share(next, t - first, last - first),
-                           next_residual},
+                           next_residual, task.requantise.from(channel)},
                    height);
           for (int i = 0; spread && i < height; i++)
             copy(task.y + task.spread.pixel(s, row + i) * s.k + channel, y + i * NR, channels);

@@ -3,6 +3,7 @@
 
 #include "abi.h"
 #include "prologue.h"
+#include "int8.h"
 #include "simd.h"
 
 namespace RF_VARIANT {
@@ -25,11 +26,10 @@ template <class E> struct Patches {
   int64_t lines() const { return ceil_div(depth(), VL); }
 };
 
-static inline void copy_line(float* to, const float* from) { store(to, load(from)); }
-
 // One run of `count` units, a multiple of VL, into the lines of a row, `step` units apart.
-static inline void put_lines(float* line, int64_t step, const void* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += VL, line += step) copy_line(line, (const float*)from + i);
+template <class E>
+static inline void put_lines(float* line, int64_t step, const typename E::Element* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += VL, line += step) E::put_line(line, from + i * E::PER_UNIT);
 }
 static inline void put_activated(float* line, int64_t step, const float* from, const Prologue& by, int64_t count) {
   for (int64_t i = 0; i < count; i += VL, line += step)
@@ -41,8 +41,8 @@ static inline void copy_activated(float* to, const float* from, const Prologue& 
     store_some<Float32>(to + i, by(from, i, some), some);
   }
 }
-static inline void put_zeros(float* line, int64_t step, int64_t count) {
-  for (int64_t i = 0; i < count; i += VL, line += step) store(line, vec{});
+template <class E> static inline void put_zeros(float* line, int64_t step, int64_t count) {
+  for (int64_t i = 0; i < count; i += VL, line += step) store(line, (vec)(ivec{} + E::ZEROS));
 }
 
 // Whole vectors, the last one overlapping the one before.
@@ -54,7 +54,9 @@ static inline void copy(float* to, const float* from, int64_t count) {
   for (int64_t i = 0; i + VL <= count; i += VL) store(to + i, load(from + i));
   store(to + count - VL, load(from + count - VL));
 }
-static inline void copy(uint16_t* to, const uint16_t* from, int64_t count) { memcpy(to, from, count * sizeof *to); }
+template <class Element> static inline void copy(Element* to, const Element* from, int64_t count) {
+  memcpy(to, from, count * sizeof *to);
+}
 
 // One patch of one group, contiguous. `x0`, `y0`: its corner.
 template <class E>
@@ -84,7 +86,7 @@ static inline void put_patch(const Patches<E>& from, int group, const typename E
       }
     }
   }
-  if (from.elements() % E::PER_UNIT) *to = 0;  // the other half of the last unit
+  for (int64_t i = from.elements(); i % E::PER_UNIT; i++) *to++ = 0;  // the rest of the last unit
 }
 
 // Calls each(i, image, y0, x0) for `rows` output pixels from number `first` on, with the corner of each one's patch.
@@ -125,9 +127,9 @@ static void gather(const Patches<E>& from, int64_t first, int rows, float* panel
               put_activated(tap + g * pitch, step, (const float*)pixel + g * channels,
                             from.prologue.from((from.first_group + g) * channels), units);
             else if (inside)
-              put_lines(tap + g * pitch, step, pixel + g * channels, units);
+              put_lines<E>(tap + g * pitch, step, pixel + g * channels, units);
             else
-              put_zeros(tap + g * pitch, step, units);
+              put_zeros<E>(tap + g * pitch, step, units);
           }
         }
       }
@@ -138,7 +140,7 @@ static void gather(const Patches<E>& from, int64_t first, int rows, float* panel
     each_patch(s, from.x, first, rows, [&](int i, const Element* image, int y0, int x0) {
       put_patch(from, from.first_group + g, image, y0, x0, (Element*)(staging + i * width));
     });
-    for (int i = 0; i < rows; i++) put_lines(panels + i * VL, step, staging + i * width, width);
+    for (int i = 0; i < rows; i++) put_lines<E>(panels + i * VL, step, (const Element*)(staging + i * width), width);
   }
 }
 

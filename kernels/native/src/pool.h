@@ -58,6 +58,16 @@ static void add(const rf_shape& s, const typename E::Element* x, const typename 
   });
 }
 
+// y = x * factor, element by element.
+template <class From, class To>
+static void scale_all(const rf_shape& s, const typename From::Element* x, float factor, typename To::Element* y, Team team) {
+  const Range mine = share(int64_t(s.n) * s.h * s.w * s.c, team.thread, team.threads);
+  each_vector(mine.end - mine.begin, [&](int64_t i, int count) {
+    i += mine.begin;
+    store_some<To>(y + i, load_some<From>(x + i, count) * splat(factor), count);
+  });
+}
+
 // [n, c, h, w] to [n, h, w, c], a row of pixels at a time; and back, a plane at a time.
 template <class Element> static void to_nhwc(const rf_shape& s, const Element* x, Element* y, Team team) {
   const int64_t pixels = int64_t(s.h) * s.w;

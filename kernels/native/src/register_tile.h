@@ -1,16 +1,17 @@
 // The register tile: [rows x K] times [K x NR], accumulated in registers, then scale-shift-residual-ReLU and stored.
 #pragma once
 
+#include "int8.h"
 #include "simd.h"
 
 namespace RF_VARIANT {
 
-// Operands are counted in units of 32 bits, a float32 or two bfloat16: K means as many of them.
+// Operands are counted in units of 32 bits, a float32, two bfloat16 or up to four int8: K means as many of them.
 // Left operand: runs of K, in which row i, column k lies at a[i * STEP + k].
 //  - STEP = VL, a "panel": [ceil(K / VL)][rows][VL]. A vector copy fills a line of it, one pointer walks through it, and
 //    no two rows of a tile share a cache set, whatever the stride of the image. Nothing is read after K.
 //  - STEP = 6: pixels of an RGB image, every other one, as they lie in memory.
-// Right operand: [K][vectors * VL].
+// Right operand: [K][vectors * VL], after what the sums begin with where E::START_ROWS is 1.
 struct Left {
   const float* a;
   int64_t runs, run_step;  // whole runs, and floats from one to the next
@@ -24,22 +25,31 @@ static inline Left panel(const float* a, int rows, int64_t depth) {
 // The weights of the next columns, which other tiles will read from memory: fetched meanwhile, an equal part by each of
 // the tiles that share the weights at hand. Else the first of them would wait for memory, and memory for the others.
 struct Ahead {
-  const float* from;  // null: nothing
-  int64_t step;       // floats from one run to the next
-  int64_t floats;     // of each run
+  const char* from;  // null: nothing
+  int64_t step;      // bytes from one run to the next
+  int64_t bytes;     // of each run
 
   // `weights`: [K][NR], for tile `part` of `parts`. A single one would fetch so much at once that its own loads wait,
   // and more than eight have little to wait for.
-  static Ahead share(const float* weights, int64_t part, int64_t parts) {
-    constexpr int64_t run = VL * NR;
+  template <class Packed> static Ahead share(const Packed* weights, int64_t part, int64_t parts) {
+    constexpr int64_t run = VL * NR * sizeof(Packed);
     if (!weights || parts < 2 || parts > 8) return {nullptr, 0, 0};
-    return {weights + run * part / parts, run, run * (part + 1) / parts - run * part / parts};
+    return {(const char*)weights + run * part / parts, run, run * (part + 1) / parts - run * part / parts};
   }
+};
+
+// What follows the integer sums of int8.
+struct Requantise {
+  const float* scale;  // of each channel
+  float factor;        // of the residual
+  bool to_float;       // y holds float32
+
+  Requantise from(int64_t channel) const { return {scale ? scale + channel : nullptr, factor, to_float}; }
 };
 
 template <class E> struct Tile {
   Left left;
-  const float* b;
+  const typename E::Packed* b;
   typename E::Element* y;
   int64_t stride;      // elements from row to row of `y` and `residual`
   const float* shift;  // null: none, and `relu` and `residual` are not looked at
@@ -48,6 +58,7 @@ template <class E> struct Tile {
   int channels;  // valid ones of vectors * VL
   Ahead ahead;
   const typename E::Element* next_residual;  // of the tile after this one, to be fetched meanwhile; null: nothing
+  Requantise requantise{};                   // of int8
 };
 
 // Calls use(i, j) for every vector of a tile.
@@ -71,6 +82,29 @@ template <class E, int ROWS, int VECTORS> static inline void finish(const Tile<E
   each([&](int i, int j) __attribute__((always_inline)) { E::store(t.y + i * t.stride + j * VL, sum[i][j]); });
 }
 
+// The channels' real numbers, in steps of the result if that is quantised.
+static inline vec requantised(const Tile<Int8>& t, ivec sum, vec scale, vec shift, vec residual) {
+  vec v = __builtin_convertvector(sum, vec) * scale + shift;
+  if (t.residual) v += residual * splat(t.requantise.factor);
+  return t.relu ? relu(v) : v;
+}
+
+template <int ROWS, int VECTORS> static inline void finish(const Tile<Int8>& t, ivec (&sum)[ROWS][VECTORS]) {
+  vec scale[VECTORS], shift[VECTORS];
+  for (int j = 0; j < VECTORS; j++) scale[j] = load(t.requantise.scale + j * VL), shift[j] = load(t.shift + j * VL);
+  auto each = [&](auto to) __attribute__((always_inline)) {
+    each_vector<ROWS, VECTORS>([&](int i, int j) __attribute__((always_inline)) {
+      const int64_t at = i * t.stride + j * VL;
+      const vec residual = t.residual ? Int8::load(t.residual + at) : vec{};
+      to(at, requantised(t, sum[i][j], scale[j], shift[j], residual));
+    });
+  };
+  if (t.requantise.to_float)
+    each([&](int64_t at, vec v) __attribute__((always_inline)) { store((float*)t.y + at, v); });
+  else
+    each([&](int64_t at, vec v) __attribute__((always_inline)) { Int8::store(t.y + at, v); });
+}
+
 // The same where not all channels of the vectors are valid.
 template <class E> static __attribute__((noinline)) void finish_part(const Tile<E>& t, const vec* sum, int rows) {
   for (int i = 0; i < rows; i++)
@@ -86,34 +120,54 @@ template <class E> static __attribute__((noinline)) void finish_part(const Tile<
     }
 }
 
+static __attribute__((noinline)) void finish_part(const Tile<Int8>& t, const ivec* sum, int rows) {
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < t.channels; j += VL) {
+      const int count = smaller(VL, t.channels - j);
+      const int64_t at = i * t.stride + j;
+      const vec scale = load_some<Float32>(t.requantise.scale + j, count);
+      const vec shift = load_some<Float32>(t.shift + j, count);
+      const vec residual = t.residual ? load_some<Int8>(t.residual + at, count) : vec{};
+      const vec v = requantised(t, *sum++, scale, shift, residual);
+      if (t.requantise.to_float)
+        store_some<Float32>((float*)t.y + at, v, count);
+      else
+        store_some<Int8>(t.y + at, v, count);
+    }
+}
+
 template <class E, int ROWS, int VECTORS, int STEP> static void multiply(const Tile<E>& t) {
   // A residual lies in short pieces, a row of the image apart, which no hardware prefetcher sees coming: fetched a tile
   // ahead, a few rows at a time. (Not in a function of its own: GCC takes one that only fetches for one without effect,
   // and drops the call.)
   constexpr int ROWS_AT_A_TIME = 4;
   int fetched = t.next_residual ? 0 : ROWS;
-  vec sum[ROWS][VECTORS] = {};
+  typename E::Sum sum[ROWS][VECTORS] = {};
   const float* a = t.left.a;
-  const float* b = t.b;
+  const auto* b = t.b;
+  if constexpr (E::START_ROWS) {
+    each_vector<ROWS, VECTORS>([&](int i, int j) __attribute__((always_inline)) { sum[i][j] = E::load_weights(b + j * VL); });
+    b += VECTORS * VL;
+  }
   auto columns = [&](int count) __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (int k = 0; k < count; k++) {
-      vec weights[VECTORS];
+      typename E::Sum weights[VECTORS];
 #pragma GCC unroll 4
-      for (int j = 0; j < VECTORS; j++) weights[j] = load(b + j * VL);
+      for (int j = 0; j < VECTORS; j++) weights[j] = E::load_weights(b + j * VL);
       b += VECTORS * VL;
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; i++) {
-        const vec unit = E::broadcast(a + i * STEP + k), x = VECTORS > 1 ? in_register(unit) : unit;
+        const auto unit = E::broadcast(a + i * STEP + k), x = VECTORS > 1 ? in_register(unit) : unit;
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) sum[i][j] = E::multiply_add(sum[i][j], x, weights[j]);
       }
     }
   };
-  const float* ahead = t.ahead.from;
+  const char* ahead = t.ahead.from;
   for (int64_t i = 0; i < t.left.runs; i++, a += t.left.run_step) {
     if (ahead) {
-      for (int64_t j = 0; j < t.ahead.floats; j += LINE) __builtin_prefetch(ahead + j, 0, 2);
+      for (int64_t j = 0; j < t.ahead.bytes; j += LINE * sizeof(float)) __builtin_prefetch(ahead + j, 0, 2);
       ahead += t.ahead.step;
     }
     for (const int end = smaller(fetched + ROWS_AT_A_TIME, ROWS); fetched < end; fetched++)
@@ -123,7 +177,7 @@ template <class E, int ROWS, int VECTORS, int STEP> static void multiply(const T
   }
   columns(t.left.tail);
   if (t.channels == VECTORS * VL) return finish(t, sum);
-  vec sums[ROWS * VECTORS];  // a copy: the sums themselves would live in memory if somebody asked for their address
+  typename E::Sum sums[ROWS * VECTORS];  // a copy: the sums themselves would live in memory if somebody asked for their address
   each_vector<ROWS, VECTORS>([&](int i, int j) __attribute__((always_inline)) { sums[i * VECTORS + j] = sum[i][j]; });
   finish_part(t, sums, ROWS);
 }

@@ -39,7 +39,7 @@ static inline void store(float* p, vec v) { *(vec_u*)p = v; }
 static inline vec splat(float f) { return f - vec{}; }
 
 // Keeps a broadcast in a register: folded into each multiply-add as a memory operand, it would be loaded once per use.
-static inline vec in_register(vec v) {
+template <class V> static inline V in_register(V v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
 #endif
@@ -67,10 +67,16 @@ static inline vec multiply_add(vec sum, float x, vec w) { return multiply_add(su
 
 // What the kernels multiply, and what images hold. A "unit" is 32 bits wide: what a lane of a vector takes at a time.
 struct Float32 {
-  using Element = float;
+  using Element = float;  // of images
+  using Packed = float;   // a lane of packed weights
+  using Sum = vec;
   static constexpr int PER_UNIT = 1;
+  static constexpr int START_ROWS = 0;  // of packed weights, what sums begin with; none: with 0
+  static constexpr int32_t ZEROS = 0;   // a unit of a panel whose elements are 0
   static inline vec broadcast(const float* unit) { return splat(*unit); }
   static inline vec multiply_add(vec sum, vec x, vec w) { return RF_VARIANT::multiply_add(sum, x, w); }
+  static inline vec load_weights(const float* p) { return RF_VARIANT::load(p); }
+  static inline void put_line(float* to, const float* from) { RF_VARIANT::store(to, RF_VARIANT::load(from)); }
   static inline vec load(const float* p) { return RF_VARIANT::load(p); }
   static inline void store(float* p, vec v) { RF_VARIANT::store(p, v); }
   static inline float widen(float f) { return f; }
@@ -82,7 +88,11 @@ typedef uint16_t halves_u __attribute__((vector_size(VL * 2), aligned(2), may_al
 
 struct BFloat16 {
   using Element = uint16_t;
+  using Packed = float;
+  using Sum = vec;
   static constexpr int PER_UNIT = 2;
+  static constexpr int START_ROWS = 0;
+  static constexpr int32_t ZEROS = 0;
   static inline vec broadcast(const float* unit) {
     int32_t bits;
     memcpy(&bits, unit, sizeof bits);
@@ -91,6 +101,10 @@ struct BFloat16 {
   // Both products of a lane's pair are added, in float32.
   static inline vec multiply_add(vec sum, vec x, vec w) {
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+  }
+  static inline vec load_weights(const float* p) { return RF_VARIANT::load(p); }
+  static inline void put_line(float* to, const uint16_t* from) {
+    RF_VARIANT::store(to, RF_VARIANT::load((const float*)from));
   }
   static inline vec load(const uint16_t* p) {
     return (vec)(__builtin_convertvector(*(const halves_u*)p, ivec) << 16);

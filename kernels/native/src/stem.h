@@ -47,7 +47,7 @@ template <class E> static void stem(const ConvTask<E>& all, int algorithm, Team 
     // Else it is the last one of its tiles, and the others come with it.
     const int64_t before = algorithm == RF_WINOGRAD_STEM && !kept && top ? FourTaps::OUT - 1 : 0;
     const int64_t from = first - before;
-    const ConvTask<E> task{s, all.x, all.packed, all.shift, nullptr, rows, from * s.q, {}, {}};
+    const ConvTask<E> task{s, all.x, all.packed, all.shift, nullptr, rows, from * s.q, {}, {}, all.requantise};
     convolve_rows(task, algorithm, {from + kept, end});
     const Element* first_at = rows + before * row_elements;
     last = end - 1, last_at = first_at + (last - first) * row_elements;

@@ -19,6 +19,7 @@ static int supports(const rf_shape* s, int algorithm) {
 #if defined(__AVX512BF16__)
   if (s->dtype == RF_BFLOAT16) return algorithm == RF_GEMM;
 #endif
+  if (s->dtype == RF_INT8) return algorithm == RF_GEMM && (!s->pool || s->groups == 1);
   if (s->dtype != RF_FLOAT32 || (s->stride_h < 0 && !winograd(algorithm))) return 0;
   switch (algorithm) {
     case RF_GEMM: return !s->pool || s->groups == 1;
@@ -50,11 +51,12 @@ static int64_t products(const rf_shape* s, int algorithm) {
 
 static int64_t packed_bytes(const rf_shape* s, int algorithm) {
 #if defined(__AVX512BF16__)
-  if (s->dtype == RF_BFLOAT16) return gemm_packed_units<BFloat16>(*s) * 4;
+  if (s->dtype == RF_BFLOAT16) return gemm_packed_bytes<BFloat16>(*s);
 #endif
+  if (s->dtype == RF_INT8) return gemm_packed_bytes<Int8>(*s);
   switch (algorithm) {
     case RF_GEMM:
-    case RF_DIRECT: return gemm_packed_units<Float32>(*s) * 4;
+    case RF_DIRECT: return gemm_packed_bytes<Float32>(*s);
     case RF_WINOGRAD2:
     case RF_WINOGRAD4: return with_winograd(*s, algorithm, [&](auto w) { return w.floats(*s) * 4; });
     case RF_GROUPED: return grouped_packed_floats(*s) * 4;
@@ -69,6 +71,7 @@ static void pack(const rf_shape* s, int algorithm, const rf_weight* weight, void
 #if defined(__AVX512BF16__)
   if (s->dtype == RF_BFLOAT16) return gemm_pack<BFloat16>(from, packed, team);
 #endif
+  if (s->dtype == RF_INT8) return gemm_pack<Int8>(from, packed, team);
   float* to = (float*)packed;
   switch (algorithm) {
     case RF_GEMM:
@@ -94,25 +97,37 @@ template <class E> static void convolve(const rf_op& op, const ConvTask<E>& task
   }
 }
 
+template <class T> static T* place(const rf_ref& ref, void* const* buffers) {
+  return ref.buffer < 0 ? nullptr : (T*)((char*)buffers[ref.buffer] + ref.offset);
+}
+
+static void convert(const rf_op& op, void* const* buffers, Team team) {
+  if (op.kind == RF_QUANTISE)
+    scale_all<Float32, Int8>(op.shape, place<float>(op.x, buffers), op.factor, place<int8_t>(op.y, buffers), team);
+  else
+    scale_all<Int8, Float32>(op.shape, place<int8_t>(op.x, buffers), op.factor, place<float>(op.y, buffers), team);
+}
+
 template <class E> static void run_as(const rf_op& op, void* const* buffers, Team team) {
   using Element = typename E::Element;
-  auto at = [&](const rf_ref& ref) {
-    return ref.buffer < 0 ? nullptr : (Element*)((char*)buffers[ref.buffer] + ref.offset);
-  };
-  const Element *x = at(op.x), *residual = at(op.residual);
-  Element* y = at(op.y);
+  const auto *x = place<Element>(op.x, buffers), *residual = place<Element>(op.residual, buffers);
+  auto* y = place<Element>(op.y, buffers);
   const rf_shape& s = op.shape;
   switch (op.kind) {
     case RF_CONV: {
       const Prologue prologue{op.x_scale, op.x_shift};
       const Spread spread{op.y_h, op.y_w, op.step_h, op.step_w};
-      return convolve<E>(op, {s, x, (const float*)op.packed, op.shift, residual, y, 0, prologue, spread}, team);
+      const Requantise requantise{op.scale, op.factor, s.dtype == RF_INT8 && op.y_dtype == RF_FLOAT32};
+      const auto* packed = (const typename E::Packed*)op.packed;
+      return convolve<E>(op, {s, x, packed, op.shift, residual, y, 0, prologue, spread, requantise}, team);
     }
     case RF_MAX_POOL: return pool<E>(s, x, y, false, team);
     case RF_AVG_POOL: return pool<E>(s, x, y, true, team);
     case RF_ADD: return add<E>(s, x, residual, y, team);
     case RF_TO_NHWC: return to_nhwc(s, x, y, team);
     case RF_TO_NCHW: return to_nchw(s, x, y, team);
+    case RF_QUANTISE:
+    case RF_DEQUANTISE: return;  // no operations on E
   }
 }
 
@@ -120,6 +135,8 @@ static void run(const rf_op* op, void* const* buffers, int thread, int threads) 
 #if defined(__AVX512BF16__)
   if (op->shape.dtype == RF_BFLOAT16) return run_as<BFloat16>(*op, buffers, {thread, threads});
 #endif
+  if (op->kind == RF_QUANTISE || op->kind == RF_DEQUANTISE) return convert(*op, buffers, {thread, threads});
+  if (op->shape.dtype == RF_INT8) return run_as<Int8>(*op, buffers, {thread, threads});
   run_as<Float32>(*op, buffers, {thread, threads});
 }
 

@@ -90,7 +90,7 @@ struct WgradGemm {
       put_patch(patches, group, image, y0, x0, staging + i % TOGETHER * lines * VL);
       if (i % TOGETHER < TOGETHER - 1 && i + 1 < count) return;
       for (int j = i / TOGETHER * TOGETHER; j <= i; j++)
-        put_lines(right_at(group, mine.begin - first + j), right_step, staging + j % TOGETHER * lines * VL, lines * VL);
+        put_lines<Float32>(right_at(group, mine.begin - first + j), right_step, staging + j % TOGETHER * lines * VL, lines * VL);
     });
   }
 
