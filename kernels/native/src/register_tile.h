@@ -82,27 +82,43 @@ template <class E, int ROWS, int VECTORS> static inline void finish(const Tile<E
   each([&](int i, int j) __attribute__((always_inline)) { E::store(t.y + i * t.stride + j * VL, sum[i][j]); });
 }
 
-// The channels' real numbers, in steps of the result if that is quantised.
-static inline vec requantised(const Tile<Int8>& t, ivec sum, vec scale, vec shift, vec residual) {
-  vec v = __builtin_convertvector(sum, vec) * scale + shift;
-  if (t.residual) v += residual * splat(t.requantise.factor);
-  return t.relu ? relu(v) : v;
-}
+// What follows the integer sums of some channels. The operands are copies: a store of bytes may change anything in memory,
+// as far as the compiler knows.
+struct Requantiser {
+  const vec factor, lowest;  // -infinity, or what a ReLU has
+  const int64_t stride;
+  const int8_t* const residual;
+  int8_t* const y;
+
+  explicit Requantiser(const Tile<Int8>& t)
+      : factor(splat(t.requantise.factor)), lowest(splat(t.relu ? 0 : -__builtin_inff())), stride(t.stride),
+        residual(t.residual), y(t.y) {}
+
+  vec real(ivec sum, vec scale, vec shift) const { return __builtin_convertvector(sum, vec) * scale + shift; }
+  vec add(vec v, vec residual) const { return v + residual * factor; }
+  vec activated(vec v) const { return max_or_second(lowest, v); }  // NaN stays
+};
 
 template <int ROWS, int VECTORS> static inline void finish(const Tile<Int8>& t, ivec (&sum)[ROWS][VECTORS]) {
+  const Requantiser by(t);
   vec scale[VECTORS], shift[VECTORS];
   for (int j = 0; j < VECTORS; j++) scale[j] = load(t.requantise.scale + j * VL), shift[j] = load(t.shift + j * VL);
   auto each = [&](auto to) __attribute__((always_inline)) {
     each_vector<ROWS, VECTORS>([&](int i, int j) __attribute__((always_inline)) {
-      const int64_t at = i * t.stride + j * VL;
-      const vec residual = t.residual ? Int8::load(t.residual + at) : vec{};
-      to(at, requantised(t, sum[i][j], scale[j], shift[j], residual));
+      to(i * by.stride + j * VL, by.real(sum[i][j], scale[j], shift[j]));
     });
   };
   if (t.requantise.to_float)
-    each([&](int64_t at, vec v) __attribute__((always_inline)) { store((float*)t.y + at, v); });
+    each([&](int64_t at, vec v) __attribute__((always_inline)) {
+      if (by.residual) v = by.add(v, Int8::load(by.residual + at));
+      store((float*)by.y + at, by.activated(v));
+    });
+  else if (by.residual)
+    each([&](int64_t at, vec v) __attribute__((always_inline)) {
+      Int8::store(by.y + at, by.activated(by.add(v, Int8::load(by.residual + at))));
+    });
   else
-    each([&](int64_t at, vec v) __attribute__((always_inline)) { Int8::store(t.y + at, v); });
+    each([&](int64_t at, vec v) __attribute__((always_inline)) { Int8::store(by.y + at, by.activated(v)); });
 }
 
 // The same where not all channels of the vectors are valid.
@@ -121,18 +137,18 @@ template <class E> static __attribute__((noinline)) void finish_part(const Tile<
 }
 
 static __attribute__((noinline)) void finish_part(const Tile<Int8>& t, const ivec* sum, int rows) {
+  const Requantiser by(t);
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < t.channels; j += VL) {
       const int count = smaller(VL, t.channels - j);
-      const int64_t at = i * t.stride + j;
-      const vec scale = load_some<Float32>(t.requantise.scale + j, count);
-      const vec shift = load_some<Float32>(t.shift + j, count);
-      const vec residual = t.residual ? load_some<Int8>(t.residual + at, count) : vec{};
-      const vec v = requantised(t, *sum++, scale, shift, residual);
+      const int64_t at = i * by.stride + j;
+      vec v = by.real(*sum++, load_some<Float32>(t.requantise.scale + j, count), load_some<Float32>(t.shift + j, count));
+      if (by.residual) v = by.add(v, load_some<Int8>(by.residual + at, count));
+      v = by.activated(v);
       if (t.requantise.to_float)
-        store_some<Float32>((float*)t.y + at, v, count);
+        store_some<Float32>((float*)by.y + at, v, count);
       else
-        store_some<Int8>(t.y + at, v, count);
+        store_some<Int8>(by.y + at, v, count);
     }
 }
 
@@ -140,7 +156,7 @@ template <class E, int ROWS, int VECTORS, int STEP> static void multiply(const T
   // A residual lies in short pieces, a row of the image apart, which no hardware prefetcher sees coming: fetched a tile
   // ahead, a few rows at a time. (Not in a function of its own: GCC takes one that only fetches for one without effect,
   // and drops the call.)
-  constexpr int ROWS_AT_A_TIME = 4;
+  const int rows_at_a_time = t.left.runs < ROWS / 4 ? ROWS : 4;
   int fetched = t.next_residual ? 0 : ROWS;
   typename E::Sum sum[ROWS][VECTORS] = {};
   const float* a = t.left.a;
@@ -170,7 +186,7 @@ template <class E, int ROWS, int VECTORS, int STEP> static void multiply(const T
       for (int64_t j = 0; j < t.ahead.bytes; j += LINE * sizeof(float)) __builtin_prefetch(ahead + j, 0, 2);
       ahead += t.ahead.step;
     }
-    for (const int end = smaller(fetched + ROWS_AT_A_TIME, ROWS); fetched < end; fetched++)
+    for (const int end = smaller(fetched + rows_at_a_time, ROWS); fetched < end; fetched++)
 #pragma GCC unroll 4
       for (int j = 0; j < VECTORS; j++) __builtin_prefetch(t.next_residual + fetched * t.stride + j * VL);
     columns(STEP == VL ? VL : t.left.run);

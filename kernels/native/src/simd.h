@@ -46,7 +46,32 @@ template <class V> static inline V in_register(V v) {
   return v;
 }
 
-static inline vec relu(vec v) { return v < vec{} ? vec{} : v; }  // NaN stays
+#if defined(__AVX512F__)
+constexpr __mmask16 ALL_LANES = -1;  // GCC 12 warns of the intrinsics without a mask
+#endif
+
+// The larger, or smaller, of two; the second of them if one is NaN. As GCC does not see that the comparison is one
+// instruction on x86, it is named.
+static inline vec max_or_second(vec a, vec b) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_maskz_max_ps(ALL_LANES, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+static inline vec min_or_second(vec a, vec b) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_maskz_min_ps(ALL_LANES, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+static inline vec relu(vec v) { return max_or_second(vec{}, v); }  // NaN stays
 
 // sum + x * w, rounded once where the instruction set has that. Nothing else is: the compiler may not fuse what is written
 // apart (-ffp-contract=off in setup.py), since it would in one copy of a loop and not in another, and a value's last bits
