@@ -18,6 +18,7 @@ from torch import fx, nn
 from resnet_fast import network
 from resnet_fast.graph.conditions import Accelerated, stock_wanted
 from resnet_fast.graph.program import STATE, Traced, inlined, trace_forward
+from resnet_fast.graph.ranges import forget
 from resnet_fast.graph.state import drop_state, rebuild, state_of
 from resnet_fast.kernels import packing
 from resnet_fast.utils.modules import check_module
@@ -66,7 +67,8 @@ def accelerate(model: M, inplace: bool = True) -> M:
 
 
 def restore(model: M, inplace: bool = True) -> M:
-    """Undo ``accelerate``: every module gets its stock class back. Parameters and buffers are not touched.
+    """Undo ``accelerate``, and ``quantize``: every module gets its stock class back. Parameters and buffers are not
+    touched.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -78,6 +80,7 @@ def restore(model: M, inplace: bool = True) -> M:
         if isinstance(module, Accelerated):
             drop_state(module)
             module.__class__ = type(module).stock_class
+    forget(model)
     return model
 
 
