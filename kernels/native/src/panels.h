@@ -109,15 +109,21 @@ static inline void each_patch(const rf_shape& s, const Element* x, int64_t first
 template <class E>
 static void gather(const Patches<E>& from, int64_t first, int rows, float* panels, int64_t pitch, float* staging) {
   using Element = typename E::Element;
-  const rf_shape& s = from.shape;
+  const rf_shape s = from.shape;  // a copy: a store of bytes may change any memory, as far as the compiler knows
   const int channels = from.channels();
   const int64_t step = int64_t(rows) * VL, width = from.lines() * VL;
   if (channels % (VL * E::PER_UNIT) == 0) {
     const int units = channels / E::PER_UNIT;
+    const bool dense = s.groups == 1 && s.dilation_w == 1 && !from.prologue;
     each_patch(s, from.x, first, rows, [&](int i, const Element* image, int y0, int x0) {
       float* tap = panels + i * VL;
       for (int r = 0; r < s.r; r++) {
         const int y = y0 + r * s.dilation_h;
+        if (dense && x0 >= 0 && x0 + s.s <= s.w && y >= 0 && y < s.h) {
+          put_lines<E>(tap, step, image + (int64_t(y) * s.w + x0) * s.c, int64_t(s.s) * units);
+          tap += s.s * (units / VL) * step;
+          continue;
+        }
         for (int t = 0; t < s.s; t++, tap += units / VL * step) {
           const int x = x0 + t * s.dilation_w;
           const bool inside = y >= 0 && y < s.h && x >= 0 && x < s.w;
