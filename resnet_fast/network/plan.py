@@ -138,6 +138,11 @@ class Plan:
         return {step.path: step.algorithm for step in self.steps if step.path}
 
     @property
+    def native(self) -> bool:
+        """Whether the native library runs it, rather than ops."""
+        return self._program is None
+
+    @property
     def in_int8(self) -> set[Path]:
         """The layers that run in int8."""
         return {step.path for step in self.steps if step.path and step.in_int8}

@@ -115,7 +115,19 @@ class _Writer:
             residual = None if residual is None else self.value(residual, None)
         y = step.y if form is None else Storage(step.y.size, form)
         self._forms[step.y] = {form: y}
+        if shape.dtype == abi.INT8 and shape.pool and form is None:
+            shape, x = self._unpooled(step, shape, x)
+            step = Step(abi.MAX_POOL, shape, x, y)
         self.steps.append(replace(step, shape=shape, x=x, residual=residual, y=y))
+
+    def _unpooled(self, step: Step, shape: abi.Shape, x: Storage) -> tuple[abi.Shape, Storage]:
+        """Write the stem's convolution alone, for no kernel pools in float32 what it reads in int8; give its pool."""
+        n, c, h, w = shape.n, shape.k, shape.p, shape.q
+        shape.pool = 0  # a copy
+        y = Storage(n * c * h * w)
+        self.steps.append(replace(step, shape=shape, x=x, y=y))
+        p, q = (h - 1) // 2 + 1, (w - 1) // 2 + 1
+        return abi.Shape(abi.FLOAT32, n, h, w, c, p, q, c, 3, 3, 2, 2, 1, 1, 1, 1, 1), y
 
     def value(self, value: Storage, form: Form) -> Storage:
         """The value in that form, converted once."""
