@@ -304,8 +304,8 @@ def _float_wanted(module: nn.Module, x: Any) -> str:
     if module.training:
         return "training mode"
     if not _plain_image(x):
-        kind = f"a tensor {list(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        return f"its input is {kind}, not a plain one [N, C, H, W] of float32"
+        kind = f"a {x.dtype} of {x.dim()} dimensions" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        return f"its input is {kind}, expected a plain torch.float32 of 4"
     if torch.is_grad_enabled() and x.requires_grad:
         return "its input requires a gradient"
     return "autocast, a hook on all modules or a tensor mode is active" if _watched(x.device.type) else ""

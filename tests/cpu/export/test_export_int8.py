@@ -16,7 +16,6 @@ from torchvision.models import resnet
 
 from resnet_fast.bench.norms import randomise_batch_norm
 from resnet_fast.cli import main
-from resnet_fast.cli.demo.photographs import photographs
 from resnet_fast.export import VerificationError, export_onnx, tensorrt, verify_onnx
 from resnet_fast.export.metadata import Metadata
 from resnet_fast.export.quantise import quantise
