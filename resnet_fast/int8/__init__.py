@@ -2,6 +2,7 @@
 
 quantising.py      quantize: from a model in float32 to one in int8; quantisation_of: what was done
 files.py           save_quantized and load_quantized
+checking.py        the model against the definition of its own steps
 torchao_config.py  a configuration for torchao's quantize_; the only file that imports torchao
 
 The ranges come from the same code as those of an exported file (``export/quantise``), the steps of the program and the
