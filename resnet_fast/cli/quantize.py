@@ -10,6 +10,8 @@ from rich.markup import escape
 from resnet_fast.cli import options, quantisation
 from resnet_fast.cli.console import console, stages, write_json
 
+SUFFIXES = (".safetensors", ".pt", ".pth")
+
 
 def quantize(
     model: options.Model,
@@ -37,6 +39,8 @@ def quantize(
     resnet_fast.load_quantized(model, OUTPUT) gives the model that runs in int8. For other runtimes there is
     resnet-fast export --precision int8, which finds the same ranges.
     """
+    if output.suffix not in SUFFIXES:
+        raise typer.BadParameter(f"{str(output)!r}, expected a name that ends in {', '.join(SUFFIXES)}")
     from resnet_fast import quantisation_of, quantize, save_quantized
     from resnet_fast.export.metadata import channels_of
 
