@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from resnet_fast.explanation import explain
     from resnet_fast.export import export_onnx
     from resnet_fast.export.onnx_model import OnnxModel
+    from resnet_fast.int8.files import load_quantized, save_quantized
+    from resnet_fast.int8.quantising import quantisation_of, quantize
     from resnet_fast.models.blocks import BasicBlock, Bottleneck
     from resnet_fast.models.resnet import (
         ResNet,
@@ -61,6 +63,9 @@ __all__ = [
     "explain",
     "export_onnx",
     "graphed",
+    "load_quantized",
+    "quantisation_of",
+    "quantize",
     "resnet18",
     "resnet34",
     "resnet50",
@@ -70,6 +75,7 @@ __all__ = [
     "resnext101_32x8d",
     "resnext101_64x4d",
     "restore",
+    "save_quantized",
     "tune",
     "wide_resnet50_2",
     "wide_resnet101_2",
@@ -86,7 +92,11 @@ _ELSEWHERE = {
     "explain": "explanation",
     "export_onnx": "export",
     "graphed": "cuda_graph",
+    "load_quantized": "int8.files",
+    "quantisation_of": "int8.quantising",
+    "quantize": "int8.quantising",
     "restore": "accelerated",
+    "save_quantized": "int8.files",
     "tune": "tuning",
 }
 """The modules of what is not in ``models.resnet``."""

@@ -18,6 +18,7 @@ from torch import fx, nn
 from resnet_fast import network
 from resnet_fast.graph.conditions import Accelerated, stock_wanted
 from resnet_fast.graph.program import STATE, Traced, inlined, trace_forward
+from resnet_fast.graph.ranges import forget, is_quantised
 from resnet_fast.graph.state import drop_state, rebuild, state_of
 from resnet_fast.kernels import packing
 from resnet_fast.utils.modules import check_module
@@ -66,7 +67,8 @@ def accelerate(model: M, inplace: bool = True) -> M:
 
 
 def restore(model: M, inplace: bool = True) -> M:
-    """Undo ``accelerate``: every module gets its stock class back. Parameters and buffers are not touched.
+    """Undo ``accelerate``, and ``quantize``: every module gets its stock class back. Parameters and buffers are not
+    touched.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -78,6 +80,7 @@ def restore(model: M, inplace: bool = True) -> M:
         if isinstance(module, Accelerated):
             drop_state(module)
             module.__class__ = type(module).stock_class
+    forget(model)
     return model
 
 
@@ -101,8 +104,10 @@ def accelerated(cls: Any) -> Any:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if stock_wanted(args, kwargs):
             return stock.forward(self, *args, **kwargs)
-        plan = None if torch.compiler.is_compiling() else network.plan_for(self, args, kwargs)
-        if plan is not None:
+        if torch.compiler.is_compiling():
+            if is_quantised(self) and not torch.compiler.is_exporting():
+                return _outside_the_graph(self, args, kwargs)
+        elif (plan := network.plan_for(self, args, kwargs)) is not None:
             return plan.run(*args, *kwargs.values())
         state = state_of(self)
         if state is not None:
@@ -131,6 +136,11 @@ def accelerated(cls: Any) -> Any:
     cls.__setstate__ = setstate
     cls.__prepare_scriptable__ = prepare_scriptable
     return cls
+
+
+@torch.compiler.disable(reason="no graph holds the program of a quantised model: leave out fullgraph=True")
+def _outside_the_graph(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return module(*args, **kwargs)
 
 
 def _without_state(module: nn.Module, cls: type) -> Any:

@@ -19,9 +19,11 @@ from resnet_fast.graph.functional import geometry_of
 from resnet_fast.graph.obstacles import told
 from resnet_fast.graph.patterns import FusedOp
 from resnet_fast.graph.program import Program, State, inlined, opened, trace_forward
+from resnet_fast.graph.ranges import is_quantised
 from resnet_fast.graph.state import state_of
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.triton.tuning import planner
+from resnet_fast.layer_precisions import LayerPrecision, layer_precisions
 from resnet_fast.utils.modules import check_module
 
 WIDTH = 80
@@ -56,6 +58,7 @@ class Explanation:
     fused: int = 0  # those of them that run fused in eval mode
     obstacles: dict[str, str] = field(default_factory=dict)  # by name: why a convolution of any kind does not
     in_training: bool = False  # whether the text tells about training mode too
+    precisions: list[LayerPrecision] = field(default_factory=list)  # of a quantised model's layers
 
     @property
     def summary(self) -> str:
@@ -78,12 +81,13 @@ class Explanation:
             "obstacles": self.obstacles,
             "network": self.network,
             "rows": [asdict(row) for row in self.rows],
+            "precisions": [asdict(layer) for layer in self.precisions],
         }
 
     def __str__(self) -> str:
         lines = textwrap.wrap(self.summary, WIDTH, break_on_hyphens=False)
         for title, cells in self._tables():
-            lines += ["", *([title] if self.in_training else []), *_aligned(cells)]
+            lines += ["", *([title] if self.in_training or self.precisions else []), *_aligned(cells)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -101,6 +105,7 @@ class Explanation:
         if self.in_training:
             trained = [row for row in self.rows if row.training]
             tables.append(("In training mode:", _grouped(trained, _in_training, True)))
+        tables.append(("In int8:", [(layer.path, layer.precision, str(layer)) for layer in self.precisions]))
         return [(title, cells) for title, cells in tables if cells]
 
 
@@ -207,6 +212,7 @@ def explain(model: nn.Module, training: bool = False) -> Explanation:
         len(fused),
         {path: obstacles.get(conv, unknown) for path, conv in convolutions if conv not in fused},
         training,
+        layer_precisions(model),
     )
 
 
@@ -223,7 +229,9 @@ def _explain_network(model: nn.Module) -> str:
     if last is None:
         unplanned = "not planned yet (the first call in eval mode without gradients plans it)"
         return unplanned if isinstance(model, Accelerated) else ""
-    return str(last) if isinstance(last, network.Plan) else f"no single program: {last}"
+    if isinstance(last, network.Plan):
+        return str(last)
+    return f"in float32: {last}" if is_quantised(model) else f"no single program: {last}"
 
 
 def _algorithms(model: nn.Module) -> dict[str, str]:
@@ -233,7 +241,8 @@ def _algorithms(model: nn.Module) -> dict[str, str]:
         plan = network.last_plan(module)
         if isinstance(plan, network.Plan):
             for conv, algorithm in plan.algorithms.items():
-                found.setdefault(_joined(path, conv), algorithm)  # the outermost runs
+                served = f"{'int8 ' if conv in plan.in_int8 else ''}{algorithm}"
+                found.setdefault(_joined(path, conv), f"native {served}" if plan.native else served)  # the outermost
     return found
 
 
@@ -250,10 +259,7 @@ def _explain_fused(path: str, module: nn.Module, state: State, algorithms: dict[
     if refusal:
         return Row(path, kind, "stock", [], refusal, training)
     planned = [op.conv and algorithms.get(_joined(path, op.conv)) for op in program.ops]
-    steps = [
-        f"{op}: {f'native {algorithm}' if algorithm else _served_by(module, op)}"
-        for op, algorithm in zip(program.ops, planned)
-    ]
+    steps = [f"{op}: {algorithm or _served_by(module, op)}" for op, algorithm in zip(program.ops, planned)]
     for bottlenecks in bottlenecks_of(program):
         steps += [] if bottlenecks.refusal(module, ignore_training=True) else _explain_pairs(module, bottlenecks)
     own = [

@@ -15,19 +15,16 @@ The ops are ``torch.ops.resnet_fast.conv_quantised``, ``quantise`` and ``dequant
 """
 
 import math
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor, nn
 
 from resnet_fast.graph import batch_norm, functional
-from resnet_fast.kernels.contract import Case, nhwc
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.kernels.reference import quantised as reference_quantised
-from resnet_fast.kernels.reference.quantised import MOST_PRODUCTS, RANGE, REAL
-from resnet_fast.ops.checks import check_images, check_shapes, empty_channels_last, geometry_of
-from resnet_fast.ops.dispatch import QUANTISED, conv_case, implementation
-from resnet_fast.ops.registry import register
+from resnet_fast.kernels.reference.quantised import RANGE
+from resnet_fast.ops.quantised import QUANTISED_NAMES, SMALLEST_SCALE, check_quantised, check_scale
 
 _packs = PackCache()
 
@@ -48,7 +45,7 @@ def scale_from_amax(amax: Union[float, Tensor], dtype: torch.dtype = torch.int8)
     if not (math.isfinite(amax) and amax >= 0):
         raise ValueError(f"amax is {amax}, expected a finite number, 0 or more")
     scale = amax / _range(dtype)[1] if amax else 1.0
-    _check_scale("amax divided by the highest number", scale, ValueError)
+    check_scale("amax divided by the highest number", scale, ValueError)
     return scale
 
 
@@ -89,7 +86,7 @@ def quantise_weight(weight: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Te
     if not bool(amax.isfinite().all()):
         raise ValueError("weight holds NaN or Inf, expected finite numbers")
     # Below, a scale's reciprocal would not be finite. Such channels are 0 beside any other.
-    scales = torch.where(amax < highest * _SMALLEST_SCALE, 1.0, amax / highest)
+    scales = torch.where(amax < highest * SMALLEST_SCALE, 1.0, amax / highest)
     return reference_quantised.quantise(wide, scales.view(-1, 1, 1, 1), dtype), scales
 
 
@@ -127,7 +124,7 @@ def conv_bn_act(
         RuntimeError: wrong shapes, dtypes, devices or scales.
         ValueError: the weight holds NaN or Inf.
     """
-    _check_quantised("x", x)
+    check_quantised("x", x)
     weight, weight_scale = _packs.get((conv.weight,), x.dtype, lambda: quantise_weight(conv.weight, x.dtype))
     bn_scale, shift = batch_norm.fold_batch_norm(bn, conv.bias)
     scale, shift = _packs.get(
@@ -141,139 +138,7 @@ def conv_bn_act(
     )  # fmt: skip
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-_SMALLEST_SCALE = 2.0**-126  # of which a float32 holds the reciprocal
-_QUANTISED_NAMES = "torch.int8 or torch.float8_e4m3fn"
-
-
 def _range(dtype: torch.dtype) -> tuple[float, float]:
     if dtype not in RANGE:
-        raise ValueError(f"dtype is {dtype}, expected {_QUANTISED_NAMES}")
+        raise ValueError(f"dtype is {dtype}, expected {QUANTISED_NAMES}")
     return RANGE[dtype]
-
-
-def _check_scale(name: str, scale: float, error: type[Exception] = RuntimeError) -> None:
-    if not _SMALLEST_SCALE <= scale <= 1 / _SMALLEST_SCALE:
-        raise error(f"{name} is {scale}, expected from 2^-126 to 2^126")
-
-
-def _check_quantised(name: str, x: Tensor) -> None:
-    if x.dtype not in RANGE:
-        raise RuntimeError(f"{name} is {x.dtype}, expected {_QUANTISED_NAMES}")
-
-
-def _check_real(name: str, dtype: torch.dtype) -> None:
-    if dtype not in REAL:
-        raise RuntimeError(f"{name} is {dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
-
-
-# --- the ops ----------------------------------------------------------------------------------------------------------
-
-
-def _conv_quantised(*operands: Any) -> Tensor:
-    x, weight, scale, shift, residual, residual_scale, out_scale, *numbers, relu, out_dtype = operands
-    geometry = geometry_of(*numbers)
-    _conv_output(*operands)
-    serving = implementation(conv_case("conv_quantised", x, weight, geometry), x, QUANTISED)
-    return serving.conv_quantised(
-        x, weight, scale, shift, residual, residual_scale, out_scale, *geometry, relu, out_dtype
-    )
-
-
-def _conv_output(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Optional[Tensor],
-    residual_scale: float,
-    out_scale: float,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    relu: bool,
-    out_dtype: torch.dtype,
-) -> list[Any]:
-    """Shape of the result, all operands checked."""
-    out = check_shapes(x, weight, scale, shift, residual, geometry_of(stride, padding, dilation, groups))
-    _check_quantised("x", x)
-    if weight.dtype is not x.dtype:
-        raise RuntimeError(f"weight is {weight.dtype}, expected the dtype of x, {x.dtype}")
-    for name, vector in (("scale", scale), ("shift", shift)):
-        if vector.dtype is not torch.float32:
-            raise RuntimeError(f"{name} is {vector.dtype}, expected torch.float32")
-    products = weight.shape[1] * weight.shape[2] * weight.shape[3]
-    if x.dtype is torch.int8 and products > MOST_PRODUCTS:
-        raise RuntimeError(
-            f"weight has shape {list(weight.shape)}, {products} products a sum, expected up to {MOST_PRODUCTS}, which "
-            "always fit an int32"
-        )
-    if residual is not None:
-        if residual.dtype is not x.dtype:
-            _check_real(f"x is {x.dtype} and residual", residual.dtype)
-        _check_scale("residual_scale", residual_scale)
-    if out_dtype is x.dtype:
-        _check_scale("out_scale", out_scale)
-    else:
-        _check_real(f"x is {x.dtype} and out_dtype", out_dtype)
-    return out
-
-
-def _conv_quantised_fake(*operands: Any) -> Tensor:
-    return empty_channels_last(operands[0], _conv_output(*operands), operands[-1])
-
-
-def _quantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    _check_quantise(x, scale, dtype)
-    case = Case("quantise", x.device.type, dtype, x.shape[1], x.shape[1], gpu=x.device.index)
-    return nhwc(implementation(case, x, QUANTISED).quantise(x, scale, dtype))
-
-
-def _quantise_fake(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    _check_quantise(x, scale, dtype)
-    return empty_channels_last(x, x.shape, dtype)
-
-
-def _check_quantise(x: Tensor, scale: float, dtype: torch.dtype) -> None:
-    check_images(x.shape)
-    _check_real("x", x.dtype)
-    _check_scale("scale", scale)
-    if dtype not in RANGE:
-        raise RuntimeError(f"dtype is {dtype}, expected {_QUANTISED_NAMES}")
-
-
-def _dequantise(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    _check_dequantise(x, scale, dtype)
-    case = Case("dequantise", x.device.type, x.dtype, x.shape[1], x.shape[1], gpu=x.device.index)
-    return nhwc(implementation(case, x, QUANTISED).dequantise(x, scale, dtype))
-
-
-def _dequantise_fake(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    _check_dequantise(x, scale, dtype)
-    return empty_channels_last(x, x.shape, dtype)
-
-
-def _check_dequantise(x: Tensor, scale: float, dtype: torch.dtype) -> None:
-    check_images(x.shape)
-    _check_quantised("x", x)
-    _check_scale("scale", scale)
-    _check_real("dtype", dtype)
-
-
-def _no_gradient(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("8-bit ops have no gradient; call them under torch.no_grad() or on detached tensors")
-
-
-register(
-    "conv_quantised(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, float residual_scale, "
-    "float out_scale, int[2] stride, int[2] padding, int[2] dilation, int groups, bool relu, ScalarType out_dtype) "
-    "-> Tensor",
-    *(_conv_quantised, _conv_quantised_fake, None, _no_gradient),
-)
-register("quantise(Tensor x, float scale, ScalarType dtype) -> Tensor", _quantise, _quantise_fake, None, _no_gradient)
-register(
-    "dequantise(Tensor x, float scale, ScalarType dtype) -> Tensor",
-    *(_dequantise, _dequantise_fake, None, _no_gradient),
-)

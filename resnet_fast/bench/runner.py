@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from resnet_fast.bench import peer_environment
-from resnet_fast.bench.providers import provider
+from resnet_fast.bench.providers import FLOAT32_ERROR, provider
 from resnet_fast.bench.workload import (
     DEFAULT,
     REFERENCE,
@@ -32,9 +32,8 @@ from resnet_fast.bench.workload import (
 from resnet_fast.utils.optional import EXTRAS
 
 OURS = "ours"
-ACCURATE = 1e-4
-"""Largest error, relative to the largest result, that counts as float32: a hundred times what 50 layers in another
-order of summation give, and a tenth of what bfloat16 or TF32 arithmetic gives."""
+ACCURATE = FLOAT32_ERROR
+"""Largest error, relative to the largest result, that counts as float32."""
 ACCURATE_STEP = 2e-2
 """The same for the gradients of any module in a training step, by their norm. Behind 50 layers float32 has 1e-4 by
 direct convolutions and at most 1e-2 by Winograd's, TF32 arithmetic 4e-2 and bfloat16 2e-1. Measured where rounding
@@ -134,8 +133,8 @@ def measure(
         if bench.present:
             progress("preparing")
             if labels is None:
-                onnx = any(provider(name).onnx for name in bench.present)
-                prepare(folder, model, images, onnx=onnx, setting=setting)
+                files = {provider(name).onnx for name in bench.present}
+                prepare(folder, model, images, onnx=True in files, int8="int8" in files, setting=setting)
             else:
                 prepare_training(folder, model, images, labels, setting)
         order = "load" if labels is None else "train"
@@ -245,7 +244,7 @@ def _checked(result: Measurement, folder: Path, loosest: float = 0.0) -> Measure
         return replace(result, status="inaccurate", reason=f"shape {given.shape}, expected {reference.shape}")
     relative = float(np.abs(given - reference).max() / np.abs(reference).max())
     result = replace(result, status="ok", error=relative)
-    allowed = max(ACCURATE, loosest)
+    allowed = max(provider(result.provider).accurate, loosest)
     if relative <= allowed:
         return result
     reason = f"relative error {relative:.1e}, expected at most {allowed:.0e}"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from resnet_fast.bench.training_step import Step
 
-MODEL, ONNX, IMAGES, REFERENCE = "model.pt", "model.onnx", "images.npy", "reference.npy"
+MODEL, IMAGES, REFERENCE = "model.pt", "images.npy", "reference.npy"
+ONNX, INT8_ONNX = "model.onnx", "model_int8.onnx"
 LABELS, TRAINING_REFERENCE = "labels.npy", "reference.npz"
 
 _SETTING = "setting.json"
@@ -30,13 +31,22 @@ class Setting(NamedTuple):
 DEFAULT = Setting()
 
 
-def prepare(folder: Path, model: nn.Module, images: Tensor, *, onnx: bool = True, setting: Setting = DEFAULT) -> None:
+def prepare(
+    folder: Path,
+    model: nn.Module,
+    images: Tensor,
+    *,
+    onnx: bool = True,
+    int8: bool = False,
+    setting: Setting = DEFAULT,
+) -> None:
     """Write ``model``, ``images`` and the float64 result of the first of them to ``folder``.
 
     Args:
         model: a stock classifier in eval mode, float32, on the CPU; it is pickled, for the workers alone.
         images: ``[N, C, H, W]``, float32.
         onnx: whether the model is exported too.
+        int8: whether it is exported in 8 bits, for a CPU, calibrated with the images.
     """
     from resnet_fast.export import export_onnx
 
@@ -44,9 +54,12 @@ def prepare(folder: Path, model: nn.Module, images: Tensor, *, onnx: bool = True
     with torch.inference_mode():
         some = images[:_REFERENCE_IMAGES].double()
         np.save(folder / REFERENCE, _exactly(setting, lambda there: _precise(folder).to(there)(some.to(there)).cpu()))
+    # Each provider's result is compared with the reference, so the export need not be.
+    given: Any = {"input_size": tuple(images.shape[1:]), "verify": False}
     if onnx:
-        # Each provider's result is compared with the reference, so the export need not be.
-        export_onnx(model, folder / ONNX, input_size=tuple(images.shape[1:]), verify=False)
+        export_onnx(model, folder / ONNX, **given)
+    if int8:
+        export_onnx(model, folder / INT8_ONNX, precision="int8", calibration=images, target="cpu", **given)
 
 
 def prepare_training(

@@ -23,6 +23,7 @@ from resnet_fast.cli import (
     gpu,
     loadtest,
     options,
+    quantize,
     roofline,
     serve,
     traffic,
@@ -95,6 +96,7 @@ for command in (
     gpu.gpu,
     finetune.finetune,
     export.export,
+    quantize.quantize,
     serve.serve,
     loadtest.loadtest,
 ):

@@ -34,6 +34,10 @@ def bench(
         bool, typer.Option("--training", help="Time a training step: forward, backward, SGD with momentum.")
     ] = False,
     frozen_bn: options.FrozenBatchNorm = False,
+    precision: Annotated[
+        options.PrecisionInPyTorch,
+        typer.Option(help="What is timed: models in float32, or in int8, with ours in float32 beside them."),
+    ] = "float32",
     provider: Annotated[
         Optional[str],
         typer.Option(
@@ -49,26 +53,29 @@ def bench(
     """Time this package and its peers on the same model, each in a process of its own, in alternating rounds.
 
     By default resnet18 and resnet50 at batch 1, with random weights and batch norm statistics. Every result is
-    compared with float64 PyTorch before it is timed. The ratio is a peer's median time divided by ours.
+    compared with float64 PyTorch before it is timed. The ratio is a peer's median time divided by ours, with
+    --precision int8 by ours in int8, whose ranges are those of the images that are timed.
 
     With --training, by default at batch 16, the table also has what the forward pass keeps for the backward pass,
     without parameters and buffers.
     """
     if frozen_bn and not training:
         raise typer.BadParameter("is for --training alone", param_hint="--frozen-bn")
+    if training and precision != "float32":
+        raise typer.BadParameter("does not fit --training", param_hint="--precision")
     import torch
 
     from resnet_fast.bench import measure
     from resnet_fast.bench.machine import describe, load
     from resnet_fast.bench.norms import freeze_batch_norm, randomise_batch_norm, settle_relus
-    from resnet_fast.bench.providers import NAMES, TRAINING, provider_names
+    from resnet_fast.bench.providers import INT8, NAMES, TRAINING, provider_names
     from resnet_fast.bench.traffic import blocks, compare
     from resnet_fast.export import VerificationError
     from resnet_fast.export.metadata import channels_of
     from resnet_fast.utils.cpuinfo import available_cores
 
     try:
-        names = provider_names(provider, TRAINING if training else NAMES)
+        names = provider_names(provider, TRAINING if training else INT8 if precision == "int8" else NAMES)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--providers") from None
     cores = available_cores()
@@ -101,9 +108,9 @@ def bench(
                     progress=lambda text, status=status, name=name: status.update(escape(f"{name}: {text}")),  # type: ignore[misc]
                 )
             kind = f"{', training' if training else ''}{', frozen batch norm' if frozen_bn else ''}"
-            title = f"{name}{kind}, batch {images_a_call}, {size}x{size}, float32, {threads} threads"
+            title = f"{name}{kind}, batch {images_a_call}, {size}x{size}, {precision}, {threads} threads"
             out.print(measurements_table(title, results, images_a_call))
-            setting = {"model": name, "batch": images_a_call, "size": size, "dtype": "float32", "threads": threads}
+            setting = {"model": name, "batch": images_a_call, "size": size, "dtype": precision, "threads": threads}
             setting |= {"training": training, "frozen_bn": frozen_bn}
             if training:
                 counted = compare(stock, shape, images.dtype)
@@ -133,7 +140,8 @@ def as_dicts(results: "list[Measurement]") -> list[dict[str, Any]]:
         saved_ratio = None
         if eager is not None and eager.saved_bytes and result.saved_bytes:
             saved_ratio = result.saved_bytes / eager.saved_bytes
-        entries.append({**result.as_dict(by_name.get("ours")), "saved_ratio": saved_ratio})
+        ours = by_name.get("ours_int8") or by_name.get("ours")
+        entries.append({**result.as_dict(ours), "saved_ratio": saved_ratio})
     return entries
 
 

@@ -1,22 +1,16 @@
 """``resnet-fast export``: a checkpoint as a checked ONNX file, or as models for NVIDIA Triton Inference Server."""
 
-import json as json_format
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import typer
 from rich.markup import escape
 
-from resnet_fast.cli import options
-from resnet_fast.cli.console import console, stages, table, write_json
-from resnet_fast.utils.names import IoDtype, Method, PrecisionName, Target
+from resnet_fast.cli import options, quantisation
+from resnet_fast.cli.console import console, stages, write_json
+from resnet_fast.utils.names import IoDtype, PrecisionName, Target
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from resnet_fast.export.quantise import Quantisation
-
-_INPUTS, _INT8, _SERVER = "What the file takes and gives", "8 bits", "NVIDIA Triton Inference Server"
+_SERVER = "NVIDIA Triton Inference Server"
 
 
 def export(
@@ -41,7 +35,7 @@ def export(
     io_dtype: Annotated[
         IoDtype,
         typer.Option(
-            help="The type of what the file takes, unless it takes pictures, and gives.", rich_help_panel=_INPUTS
+            help="The type of what the file takes, unless it takes pictures, and gives.", rich_help_panel=options.INPUTS
         ),
     ] = "fp32",
     preprocess: Annotated[
@@ -49,7 +43,7 @@ def export(
         typer.Option(
             help="Have the file take uint8 pictures [batch, height, width, channels]: of any size, which it resizes, "
             "crops and normalises, or of the network's size, which it normalises.",
-            rich_help_panel=_INPUTS,
+            rich_help_panel=options.INPUTS,
         ),
     ] = None,
     size: Annotated[
@@ -58,35 +52,21 @@ def export(
             metavar="PIXELS",
             min=1,
             help="Height and width of the images; by default the model's.",
-            rich_help_panel=_INPUTS,
+            rich_help_panel=options.INPUTS,
         ),
     ] = None,
     static_batch: Annotated[
-        bool, typer.Option("--static-batch", help="Fix the batch size to 1.", rich_help_panel=_INPUTS)
+        bool, typer.Option("--static-batch", help="Fix the batch size to 1.", rich_help_panel=options.INPUTS)
     ] = False,
-    mean: Annotated[
-        Optional[str],
-        typer.Option(
-            metavar="NUMBERS",
-            help="The mean of each channel, of images in [0, 1], e.g. 0.485,0.456,0.406.",
-            rich_help_panel=_INPUTS,
-        ),
-    ] = None,
-    std: Annotated[
-        Optional[str],
-        typer.Option(
-            metavar="NUMBERS",
-            help="The standard deviation of each channel, e.g. 0.229,0.224,0.225.",
-            rich_help_panel=_INPUTS,
-        ),
-    ] = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     softmax: Annotated[
-        bool, typer.Option("--softmax", help="Give probabilities in place of logits.", rich_help_panel=_INPUTS)
+        bool, typer.Option("--softmax", help="Give probabilities in place of logits.", rich_help_panel=options.INPUTS)
     ] = False,
     top_k: Annotated[
         Optional[int],
         typer.Option(
-            metavar="N", min=1, help="Also give the N best scores and their classes.", rich_help_panel=_INPUTS
+            metavar="N", min=1, help="Also give the N best scores and their classes.", rich_help_panel=options.INPUTS
         ),
     ] = None,
     classes: Annotated[
@@ -96,58 +76,24 @@ def export(
             dir_okay=False,
             metavar="FILE",
             help="The names of the classes, one a line, for the metadata.",
-            rich_help_panel=_INPUTS,
+            rich_help_panel=options.INPUTS,
         ),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Run the file and compare it with float64 PyTorch.")] = True,
     images: options.Images = None,
     tensorrt: options.TensorRT = None,
-    calibration: Annotated[
-        Optional[Path],
-        typer.Option(
-            exists=True,
-            metavar="PATH",
-            help="What to take the ranges from: a folder of images, or .npy, .npz or .pt with images.",
-            rich_help_panel=_INT8,
-        ),
-    ] = None,
-    calibration_method: Annotated[
-        Method, typer.Option(help="How to choose where a range ends.", rich_help_panel=_INT8)
-    ] = "mse",
-    ranges: Annotated[
-        Optional[Path],
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            metavar="FILE",
-            help="A JSON file of ranges in place of calibration; by default those in the checkpoint of --qat.",
-            rich_help_panel=_INT8,
-        ),
-    ] = None,
+    calibration: quantisation.Calibration = None,
+    calibration_method: quantisation.CalibrationMethod = "mse",
+    ranges: quantisation.Ranges = None,
     target: Annotated[
         Target,
-        typer.Option(help="What will run the file; cpu stands for ONNX Runtime's kernels.", rich_help_panel=_INT8),
+        typer.Option(
+            help="What will run the file; cpu stands for ONNX Runtime's kernels.", rich_help_panel=quantisation.PANEL
+        ),
     ] = "tensorrt",
-    validation: Annotated[
-        Optional[Path],
-        typer.Option(
-            exists=True,
-            metavar="PATH",
-            help="Images to judge by, best with labels (folders named after classes).",
-            rich_help_panel=_INT8,
-        ),
-    ] = None,
-    max_accuracy_drop: Annotated[
-        Optional[float],
-        typer.Option(
-            metavar="POINTS",
-            help="How much top-1 accuracy may be lost; the most sensitive layers stay in float32 until it holds.",
-            rich_help_panel=_INT8,
-        ),
-    ] = None,
-    sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Measure the error of each layer alone.", rich_help_panel=_INT8)
-    ] = False,
+    validation: quantisation.Validation = None,
+    max_accuracy_drop: quantisation.MaxAccuracyDrop = None,
+    sensitivity: quantisation.Sensitivity = False,
     triton_repository: Annotated[
         Optional[Path],
         typer.Option(
@@ -193,13 +139,13 @@ def export(
     lowest = PRECISIONS[precision].lowest_opset
     if opset is not None and opset < lowest:
         raise typer.BadParameter(f"{opset} is below {lowest}, the lowest for {precision}", param_hint="--opset")
-    means, deviations = _numbers(mean, "--mean"), _numbers(std, "--std")
+    means, deviations = options.numbers(mean, "--mean"), options.numbers(std, "--std")
     names = None if classes is None else _read_names(classes)
     file = next((path for path in (Path(model), Path(weights or "")) if path.is_file()), None)
     stock = options.build(model, weights=weights, num_classes=num_classes or (len(names) if names else None))
     if Path(model).is_file():
         model = options.model_in(Path(model))
-    known_ranges = _read_ranges(ranges, file) if precision == "int8" or ranges is not None else None
+    known_ranges = quantisation.read_ranges(ranges, file) if precision == "int8" or ranges is not None else None
     out = console()
     with stages(out, f"exporting {model}") as progress:
         arguments: dict[str, Any] = {
@@ -249,22 +195,13 @@ def export(
     for line in described(result):
         out.print(line)
     if result.quantisation is not None:
-        _show_quantisation(out, result.quantisation)
+        quantisation.show(out, result.quantisation)
     served: dict[str, Any] = {}
     if written is not None:
         folder, readme = (escape(str(path)) for path in (written.folder, written.readme))
         out.print(f"[bold]{folder}[/]: {' and '.join(written.models)}; {readme} says how to go on")
         served = {"repository": str(written.folder), "models": written.models, "runtime": written.runtime}
     write_json({"model": model, **as_json(result), **served}, json)
-
-
-def _numbers(text: Optional[str], option: str) -> Optional[list[float]]:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}, expected numbers with commas between them", param_hint=option) from None
 
 
 def _read_names(file: Path) -> list[str]:
@@ -279,51 +216,3 @@ def _read_names(file: Path) -> list[str]:
     if not names:
         raise typer.BadParameter(f"{str(file)!r} is empty, expected a name a line", param_hint="--classes")
     return names
-
-
-def _read_ranges(file: Optional[Path], checkpoint: Optional[Path]) -> Optional[dict[str, float]]:
-    """``{"layer1.0.conv1.input": 3.2, ...}`` from the JSON ``file``, else from ``checkpoint``.
-
-    Quantisation-aware training leaves them there, under ``ranges``. None if there are none.
-    """
-    if file is None:
-        from resnet_fast.finetune.qat import load_ranges
-
-        return load_ranges(checkpoint) or None if checkpoint is not None else None
-    try:
-        ranges = json_format.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise typer.BadParameter(f"{str(file)!r} is not JSON: {error}", param_hint="--ranges") from error
-    if not isinstance(ranges, dict) or not all(isinstance(amax, (int, float)) for amax in ranges.values()):
-        raise typer.BadParameter(f"{str(file)!r} does not hold an object of names and numbers", param_hint="--ranges")
-    return ranges
-
-
-def _show_quantisation(console: "Console", quantisation: "Quantisation") -> None:
-    """Errors and accuracy of an int8 file, its layers if they were measured, and those that fell back."""
-    judgement = quantisation.judgement
-    if quantisation.skipped:
-        console.print(f"{len(quantisation.skipped)} pictures of the calibration could not be read")
-    if judgement is not None:
-        console.print(
-            f"int8 for {quantisation.target}, on {judgement.images} images of the {quantisation.judged_by}: "
-            f"logits {judgement.logit_error:.3g} of their size from float32, "
-            f"the same first class in {100 * judgement.agreement:.2f} %"
-        )
-        if judgement.accuracy is not None and judgement.float_accuracy is not None:
-            console.print(
-                f"top-1 {100 * judgement.accuracy:.2f} %, in float32 {100 * judgement.float_accuracy:.2f} %: "
-                f"{judgement.drop:.2f} points lost"
-            )
-    if quantisation.reduce_range:
-        console.print("weights have 7 bits, because this processor has no VNNI")
-    rows = [
-        (layer.path, layer.precision, f"{layer.logit_error:.2e}")
-        for layer in sorted(quantisation.layers, key=lambda layer: -(layer.logit_error or 0))
-        if layer.logit_error is not None
-    ]
-    if rows:
-        title = "relative error of the logits with one layer in int8, largest first"
-        console.print(table(title, ("layer", "precision", "error"), rows, ("error",)))
-    if quantisation.fall_back:
-        console.print(f"not in int8: {', '.join(quantisation.fall_back)}", markup=False)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
@@ -53,8 +53,26 @@ Size = Annotated[int, typer.Option(metavar="PIXELS", min=1, help="Height and wid
 Threads = Annotated[
     Optional[int], typer.Option(metavar="N", min=1, help="CPU threads; by default one for each available core.")
 ]
+PrecisionInPyTorch = Literal["float32", "int8"]
 FrozenBatchNorm = Annotated[
     bool, typer.Option("--frozen-bn", help="In training, batch norms keep to their running statistics.")
+]
+INPUTS = "What the file takes and gives"
+Mean = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="NUMBERS",
+        help="The mean of each channel, of images in [0, 1], e.g. 0.485,0.456,0.406.",
+        rich_help_panel=INPUTS,
+    ),
+]
+Std = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="NUMBERS",
+        help="The standard deviation of each channel, e.g. 0.229,0.224,0.225.",
+        rich_help_panel=INPUTS,
+    ),
 ]
 Seed = Annotated[int, typer.Option(metavar="N", help="The seed of random weights and images.")]
 Images = Annotated[
@@ -69,6 +87,16 @@ TensorRT = Annotated[
         "installed.",
     ),
 ]
+
+
+def numbers(text: Optional[str], option: str) -> Optional[list[float]]:
+    """The numbers in the ``text`` of an option, which has commas between them."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}, expected numbers with commas between them", param_hint=option) from None
 
 
 # --- models by name: a name that nothing has is a mistake on the command line -----------------------------------------

@@ -23,6 +23,10 @@ def verify(
         ),
     ],
     layers: Annotated[bool, typer.Option("--layers", help="Also check every different convolution by itself.")] = False,
+    precision: Annotated[
+        options.PrecisionInPyTorch,
+        typer.Option(help="Of the accelerated model; int8 is checked against the definition of its own steps."),
+    ] = "float32",
     model: Annotated[
         Optional[str],
         typer.Option(metavar="MODEL", help="For a file: the model that it was made from, to compare it with."),
@@ -41,6 +45,9 @@ def verify(
     An error may be twice the stock model's own in float32, plus 8 eps of the largest result. Without --weights, the
     weights are random, and so are all parameters and statistics of the batch norms.
 
+    With --precision int8 the model is quantised with the ranges of its images, and its results may be no further from
+    float64 than those of the same steps in plain PyTorch, which "stock" stands for then.
+
     A FILE.onnx that resnet-fast export wrote goes through ONNX's checker, ONNX Runtime at batch 1, 2 and 7, and
     TensorRT-RTX where it is installed; with --model and --weights, it is compared with that model in float64, on
     --images as well.
@@ -48,6 +55,8 @@ def verify(
     if any(name.endswith(".onnx") for name in models):
         if len(models) > 1:
             raise typer.BadParameter(f"a file is verified by itself, not {len(models)} at once", param_hint="FILE.onnx")
+        if precision != "float32":
+            raise typer.BadParameter("is for a MODEL", param_hint="--precision")
         if model is None:
             _refuse("needs --model, which it belongs to", weights=weights, num_classes=num_classes, images=images)
         verify_file(
@@ -67,9 +76,12 @@ def verify(
     from resnet_fast.bench.norms import randomise_batch_norm
     from resnet_fast.export.file_checks import VerificationError
     from resnet_fast.export.metadata import channels_of
+    from resnet_fast.int8.checking import check_int8
     from resnet_fast.verify import Check, check_layers, check_model
 
     _refuse("is for a FILE.onnx", model=model, images=images, tensorrt=tensorrt)
+    if layers and precision == "int8":
+        raise typer.BadParameter("is for float32", param_hint="--layers")
     if weights is not None and len(models) > 1:
         raise typer.BadParameter(f"fits one model, not {len(models)}", param_hint="--weights")
     out = console()
@@ -83,7 +95,10 @@ def verify(
         shown = escape(name)
         with out.status(f"checking {shown}"):
             fast = accelerate(stock, inplace=False)
-            checks = list(check_model(stock, fast, noise))
+            if precision == "int8":
+                checks = [check_int8(stock, noise)]
+            else:
+                checks = list(check_model(stock, fast, noise))
             if layers:
                 checks += check_layers(stock, noise)
         if all(row.status == "stock" for row in explain(fast).rows):
@@ -101,13 +116,13 @@ def verify(
             )
             for check in checks
         ]
-        numbers = ("stock float32", "fused", "allowed")
+        numbers = (f"stock {precision}", "fused", "allowed")
         title = f"{name}, {batch}x{size}x{size}: largest error against float64, relative to the largest result"
         out.print(table(title, ("what", "where", "", *numbers, ""), rows, numbers))
     every = [check for checks in results.values() for check in checks]
     failed = [check for check in every if not check.passed]
     data = {name: [{**asdict(check), "passed": check.passed} for check in checks] for name, checks in results.items()}
-    write_json({"seed": seed, "shape": list(shape), "passed": not failed, "models": data}, json)
+    write_json({"seed": seed, "precision": precision, "shape": list(shape), "passed": not failed, "models": data}, json)
     if failed:
         raise VerificationError(
             f"{len(failed)} of {len(every)} checks failed, the first at {failed[0].path or 'model'}"

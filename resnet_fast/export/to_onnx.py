@@ -143,15 +143,13 @@ def export_onnx(
     )
 
     with replacing(path) as temporary:
-        count = _check_output(stock, metadata, top_k)
+        count = check_output(stock, metadata, top_k)
         # What is wrong with images is said before the work.
         if calibration is not None:
             calibration = open_images(calibration, "calibration", metadata, count)
         if validation is not None and precision == INT8:
             validation = open_images(validation, "validation", metadata, count)
-        network = folded(stock, metadata.input_size, dynamic_batch)
-        program = _convert(rounded(network, kind), stock, metadata, kind, dynamic_batch, opset)
-        tidy(program)
+        network, program = to_graph(stock, metadata, kind, opset, dynamic_batch)
         quantisation = None
         if precision == INT8:
             quantised = quantise(
@@ -208,8 +206,13 @@ def _preprocess(wanted: Union[bool, str, Preprocess], metadata: Metadata) -> Opt
     return wanted
 
 
-def _check_output(stock: nn.Module, metadata: Metadata, top_k: Optional[int]) -> int:
-    """How many classes the model has."""
+def check_output(stock: nn.Module, metadata: Metadata, top_k: Optional[int] = None) -> int:
+    """How many classes the model has.
+
+    Raises:
+        ValueError: ``metadata`` or ``top_k`` does not fit the model.
+        TypeError: it is no classifier.
+    """
     try:
         with torch.inference_mode():
             logits = stock(torch.zeros(1, *metadata.input_size))
@@ -227,6 +230,21 @@ def _check_output(stock: nn.Module, metadata: Metadata, top_k: Optional[int]) ->
     if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= count):
         raise ValueError(f"top_k is {top_k!r}, expected an integer from 1 to {count}, the number of classes")
     return count
+
+
+def to_graph(
+    stock: nn.Module, metadata: Metadata, precision: Precision, opset: int, dynamic_batch: bool = True
+) -> tuple[fx.GraphModule, ir.Model]:
+    """The network of ``stock`` with its batch norms folded, in float64, and as an ONNX graph in ``precision``.
+
+    Raises:
+        RuntimeError: PyTorch could not trace the model.
+        ValueError: a weight is too large for ``precision``.
+    """
+    network = folded(stock, metadata.input_size, dynamic_batch)
+    program = _convert(rounded(network, precision), stock, metadata, precision, dynamic_batch, opset)
+    tidy(program)
+    return network, program
 
 
 def _convert(

@@ -122,14 +122,19 @@ def _without_norm(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
     return scale, torch.zeros_like(scale) if conv.bias is None else conv.bias.to(scale.dtype)
 
 
-def _fold(bn: BatchNorm, conv_bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+def fold_exactly(bn: BatchNorm, conv_bias: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    """The same in float64, computed each time."""
+    return _fold(bn, None if conv_bias is None else conv_bias.detach().double(), torch.float64)
+
+
+def _fold(bn: BatchNorm, conv_bias: Optional[Tensor], dtype: Optional[torch.dtype] = None) -> tuple[Tensor, Tensor]:
     if isinstance(bn, Affine):
         scale, shift = (t.flatten() for t in bn.function(bn.owner))
-        dtype = wide(scale)
+        dtype = dtype or wide(scale)
         scale, shift = scale.to(dtype), shift.to(dtype)
         return scale, shift if conv_bias is None else shift + conv_bias * scale
     assert bn.running_var is not None and bn.running_mean is not None
-    dtype = wide(bn.running_var)
+    dtype = dtype or wide(bn.running_var)
     scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
     if bn.weight is not None:
         scale = scale * bn.weight

@@ -35,10 +35,10 @@ class Guard:
         self._attributes = self._live_attributes(root)
         self._containers = self._live_containers(root)
         self._contents = _contents(self._containers)
-        self._tensors = [t for t in _values(chain.from_iterable(map(_tensors_of, self._dicts))) if t is not None]
-        self._versions = list(map(_version_of, self._tensors))
-        self._pointers = list(map(Tensor.data_ptr, self._tensors))
-        self._held = Contents(self._tensors)
+        self.tensors = [t for t in _values(chain.from_iterable(map(_tensors_of, self._dicts))) if t is not None]
+        self._versions = list(map(_version_of, self.tensors))
+        self._pointers = list(map(Tensor.data_ptr, self.tensors))
+        self._held = Contents(self.tensors)
         self._forwards: dict[Any, Any] = {cls: cls.forward for cls in self._classes(root)}
         self._clearings = packing.clearings
 
@@ -54,10 +54,10 @@ class Guard:
         return (
             _identical(containers, self._containers)
             and _identical(_contents(containers), self._contents)
-            and list(map(_version_of, self._tensors)) == self._versions
-            and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
+            and list(map(_version_of, self.tensors)) == self._versions
+            and list(map(Tensor.data_ptr, self.tensors)) == self._pointers
             and all(cls.forward is forward for cls, forward in self._forwards.items())
-            and self._held.unchanged(self._tensors)
+            and self._held.unchanged(self.tensors)
         )
 
     def _classes(self, root: nn.Module) -> set[Any]:

@@ -5,18 +5,21 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from resnet_fast.graph import batch_norm, functional
 from resnet_fast.graph.conditions import Path
+from resnet_fast.graph.ranges import ranges_of
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import abi, library, planner
 from resnet_fast.kernels.native import inference as native
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.network import memory
+from resnet_fast.network.precision import Quantised, quantise_weights, requantised
 from resnet_fast.network.steps import Image, NotPlanned, Pack, Step, Storage, Weights, of_images, sources
 
 _packs = PackCache()
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -24,6 +27,8 @@ class Steps:
     """Makes the steps, one operation after another."""
 
     threads: int
+    device: torch.device = _CPU
+    native: bool = True  # whether the native library is to run them
     steps: list[Step] = field(default_factory=list)
     at: Path = ()  # the module whose operation it is
     _overwritten: set[Storage] = field(default_factory=set)  # by a forward that works in place
@@ -92,7 +97,7 @@ class Steps:
             raise NotPlanned(f"{'.'.join(path)} gets {x.shape[1]} channels")
         geometry = functional.geometry_of(conv)
         sizes: Any = (*x.shape[1:2], *conv.weight.shape[:1], conv.weight.shape[2:], *geometry)
-        reason = native.supports(Case("conv_bn_act", "cpu", torch.float32, *sizes))
+        reason = self.native and native.supports(Case("conv_bn_act", "cpu", torch.float32, *sizes))
         if reason:
             raise NotPlanned(f"{'.'.join(path)}: {reason}")
         shape = native.conv_shape(x.shape, conv.weight.shape, *geometry, relu=relu, pool=pool)
@@ -103,32 +108,33 @@ class Steps:
             residual = self.pixels(residual)
             if residual.shape != y_shape:
                 raise NotPlanned(f"{'.'.join(path)} is added to another shape")
-        return self._convolution(x, shape, y_shape, conv.weight, conv.bias, norm, residual, path)
+        return self._convolution(x, shape, y_shape, conv, norm, residual, path)
 
     def _convolution(
         self,
         x: Image,
         shape: abi.Shape,
         y_shape: tuple[int, ...],
-        weight: Tensor,
-        bias: Optional[Tensor],
+        layer: Any,
         norm: Optional[batch_norm.BatchNorm],
         residual: Optional[Image],
         path: Path,
     ) -> Image:
+        weight, bias = layer.weight, layer.bias
         counter = getattr(norm, "num_batches_tracked", None)
         for t in sources(Weights(weight, bias, norm)):
             if (
-                t.device.type != "cpu"
+                t.device != self.device
                 or t.numel() == 0
                 or t.is_inference()
                 or (t.dtype != torch.float32 and t is not counter)
             ):
-                raise NotPlanned(f"{'.'.join(path)} has weights that are no ordinary float32 on the CPU")
+                where = "the CPU" if self.device == _CPU else str(self.device)
+                raise NotPlanned(f"{'.'.join(path)} has weights that are no ordinary float32 on {where}")
         sized = norm is not None and not isinstance(norm, batch_norm.Affine)
         if sized and norm.running_var.shape != weight.shape[:1]:  # type: ignore[union-attr]
             raise NotPlanned(f"{'.'.join(path)} has a norm of another size")
-        if not library.supports(shape, "gemm"):
+        if self.native and not library.supports(shape, "gemm"):
             raise NotPlanned(f"{'.'.join(path)}: the native kernels do not cover it")
         return self._emit(
             abi.CONV,
@@ -139,24 +145,43 @@ class Steps:
             residual=None if residual is None else residual.storage,
             weights=Weights(weight, bias, norm),
             path=path,
+            ranges=ranges_of(layer),
         )
 
     def prepare(self, step: Step, images: int) -> None:
         """Choose the algorithm of a convolution that will run on so many images at a time, and pack its weights."""
         assert step.weights is not None
-        weight, bias, norm = step.weights
         shape = of_images(step.shape, images)
-        step.algorithm = algorithm = planner.choose_native(shape, self.threads)
+        if step.in_int8:
+            step.algorithm = next(name for name in abi.ALGORITHMS if library.supports(shape, name))
+        else:
+            step.algorithm = planner.choose_native(shape, self.threads)
+        norm = step.weights.norm
+        key = (
+            *(step.in_int8, step.algorithm, library.variant(), shape.groups),
+            *(step.weights.bias is None, norm and batch_norm.settings_of(norm)),
+        )
+        pack = self._pack_int8 if step.in_int8 else self._pack
+        made = _packs.get(sources(step.weights), key, lambda: pack(step, shape))
+        if step.in_int8:
+            scale, shift = requantised(step, made)
+            made = Pack(made.weight, shift, scale)
+        step.pack = made
 
-        def pack() -> Pack:
-            scale, shift = (None, bias) if norm is None else batch_norm.fold_batch_norm(norm, bias)
-            window = weight.detach().reshape(weight.shape[0], -1, shape.r, shape.s)
-            packed = self._shelf.copy(library.pack(shape, algorithm, window, scale, threads=self.threads))
-            zero = torch.zeros(weight.shape[0], device="cpu")
-            return Pack(packed, zero if shift is None else zero.copy_(shift.detach()))
+    def _pack(self, step: Step, shape: abi.Shape) -> Pack:
+        assert step.weights is not None
+        weight, bias, norm = step.weights
+        scale, shift = (None, bias) if norm is None else batch_norm.fold_batch_norm(norm, bias)
+        window = weight.detach().reshape(weight.shape[0], -1, shape.r, shape.s)
+        packed = self._shelf.copy(library.pack(shape, step.algorithm, window, scale, threads=self.threads))
+        zero = torch.zeros(weight.shape[0], device="cpu")
+        return Pack(packed, zero if shift is None else zero.copy_(shift.detach()))
 
-        key = (algorithm, library.variant(), shape.groups, bias is None, norm and batch_norm.settings_of(norm))
-        step.pack = _packs.get(sources(step.weights), key, pack)
+    def _pack_int8(self, step: Step, shape: abi.Shape) -> Quantised:
+        """The weight packed; scale and shift of the convolution are made for every pair of scales around it."""
+        made = quantise_weights(step)
+        packed = library.pack(shape, step.algorithm, made.weight, threads=self.threads)
+        return made._replace(weight=self._shelf.copy(packed))
 
     def linear(self, x: Any, layer: nn.Linear) -> Image:
         x = self.read(x)
@@ -165,7 +190,7 @@ class Steps:
         n, c = x.shape
         k = layer.out_features
         shape = abi.Shape(abi.FLOAT32, n, 1, 1, c, 1, 1, k, 1, 1, 1, 1, 0, 0, 1, 1, 1)
-        return self._convolution(x, shape, (n, k), layer.weight, layer.bias, None, None, self.at)
+        return self._convolution(x, shape, (n, k), layer, None, None, self.at)
 
     def pool(
         self,

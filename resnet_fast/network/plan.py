@@ -3,6 +3,9 @@
 ``plan_for`` gives the plan for a call, if it can be planned: one float32 image batch on the CPU, nothing to
 differentiate, trace or record, and layers that ``lowering`` knows. A plan holds for a shape of input and a number of
 threads, while the modules and their tensors stay as they are: a ``Guard`` is asked at every call.
+
+A quantised module is planned with some steps in int8 (``precision``), under autograd too as long as there is nothing to
+differentiate, and on a GPU as well, where its steps are calls of ops (``torch_program``).
 """
 
 import ctypes
@@ -19,10 +22,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from resnet_fast.graph.conditions import Path, child_at
 from resnet_fast.graph.guard import Guard
 from resnet_fast.graph.program import STATE, Program, State
+from resnet_fast.graph.ranges import is_quantised
 from resnet_fast.graph.state import state_of
 from resnet_fast.kernels.native import abi, library, planner
-from resnet_fast.kernels.native import inference as native
-from resnet_fast.network import schedule
+from resnet_fast.kernels.native.inference import LARGEST
+from resnet_fast.network import precision, schedule, torch_program
 from resnet_fast.network.lowering import Lowering
 from resnet_fast.network.memory import Need, give_back, take
 from resnet_fast.network.schedule import Part, Places
@@ -36,15 +40,17 @@ _PLANS_KEPT = 4  # per module: detectors see many shapes
 class Plan:
     """A program of native operations, and how to call it."""
 
-    def __init__(self, module: nn.Module, program: Program, plans: "Plans", x: Tensor, threads: int) -> None:
+    def __init__(
+        self, module: nn.Module, program: Program, plans: "Plans", x: Tensor, threads: int, native: bool
+    ) -> None:
         """Raises ``NotPlanned``."""
-        if planner.layer_by_layer():
+        if native and planner.layer_by_layer():
             raise NotPlanned("oneDNN is asked for")
-        if max(x.shape) > native.LARGEST:
-            raise NotPlanned(f"no images beyond {native.LARGEST}")
+        if max(x.shape) > LARGEST:
+            raise NotPlanned(f"no images beyond {LARGEST}")
         self._nhwc = _channels_last(x)
-        given = Image(tuple(x.shape), Storage(x.numel()), self._nhwc)
-        lowering = Lowering(threads, plain=plans.plain)
+        self._given = given = Image(tuple(x.shape), Storage(x.numel()), self._nhwc)
+        lowering = Lowering(threads, x.device, native, plain=plans.plain)
         result = lowering.graph(module, program, (given,))
         leaves, self._structure = tree_flatten(result)
         if not leaves or not all(isinstance(leaf, Image) for leaf in leaves):
@@ -63,16 +69,26 @@ class Plan:
         ]
         self._single = isinstance(result, Image)
         self._threads, self._shape = threads, given.shape
-        self.steps = schedule.needed(lowering.steps, storages)
-        self.split = schedule.split(self.steps, given.shape[0], threads)
+        steps = schedule.needed(lowering.steps, storages)
+        self.refusals: dict[Path, str] = {}  # why layers with ranges are not in int8
+        if any(step.ranges for step in steps):
+            steps, self.refusals = precision.mixed(steps, storages, _covers(x.device, native))
+        self.steps = steps
+        self._program = None if native else torch_program.TorchProgram(steps, storages, x.device)
+        if native:
+            self._compile(lowering, storages)
+
+    def _compile(self, lowering: Lowering, results: list[Storage]) -> None:
+        images = self._shape[0]
+        self.split = schedule.split(self.steps, images, self._threads)
         for i, step in enumerate(self.steps):
             if step.weights is not None:
-                lowering.prepare(step, self.split.images if i < self.split.steps else given.shape[0])
-        places = schedule.Places(self.steps, self.split, given, storages)
+                lowering.prepare(step, self.split.images if i < self.split.steps else images)
+        places = schedule.Places(self.steps, self.split, self._given, results)
         self.need = Need(places.arena_bytes)
-        self.parts = schedule.order(self.steps, self.split, given.shape[0])
+        self.parts = schedule.order(self.steps, self.split, images)
         self._ops = _operations(self.parts, places)
-        self._pointers: Any = ctypes.c_void_p * (2 + len(outputs))
+        self._pointers: Any = ctypes.c_void_p * (2 + len(results))
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the forwards still decide as they did, in what a ``Guard`` does not see."""
@@ -83,6 +99,12 @@ class Plan:
         """``module(x)``, for an ``x`` of the shape and layout that the plan was made for. Results are new tensors."""
         if not self._nhwc:
             x = x.contiguous()
+        outputs = self._run_natively(x) if self._program is None else self._run_ops(self._program, x)
+        if self._single:
+            return outputs[0]
+        return tree_unflatten([outputs[i] for i in self._leaves], self._structure)
+
+    def _run_natively(self, x: Tensor) -> list[Tensor]:
         outputs = [
             torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
             for shape, layout in self._outputs
@@ -91,20 +113,53 @@ class Plan:
         pointers = self._pointers(memory.address, x.data_ptr(), *[output.data_ptr() for output in outputs])
         library.run(self._ops, len(self._ops), pointers, self._threads)
         give_back(memory, self.need)
-        if self._single:
-            return outputs[0]
-        return tree_unflatten([outputs[i] for i in self._leaves], self._structure)
+        return outputs
+
+    def _run_ops(self, program: torch_program.TorchProgram, x: Tensor) -> list[Tensor]:
+        results = program.run(self._given.storage, (x.permute(0, 2, 3, 1) if self._nhwc else x).reshape(-1))
+        return [_shaped(result, *shape_and_layout) for result, shape_and_layout in zip(results, self._outputs)]
 
     def __str__(self) -> str:
         shape, threads = list(self._shape), f"{self._threads} thread{'s' if self._threads > 1 else ''}"
-        text = f"one native program of {len(self.steps)} operations for {shape} on {threads}"
+        if self._program is not None:
+            return f"one program of {len(self.steps)} calls of ops for {shape}{self._said_of_int8()}"
+        text = f"one native program of {len(self.steps)} operations for {shape} on {threads}{self._said_of_int8()}"
         steps, images = self.split
         return f"{text}, the first {steps} on {images} image{'s' if images > 1 else ''} at a time" if steps else text
+
+    def _said_of_int8(self) -> str:
+        layers = [step for step in self.steps if step.path]
+        count = sum(step.in_int8 for step in layers)
+        return f", {count} of {len(layers)} layers in int8" if count or self.refusals else ""
 
     @property
     def algorithms(self) -> dict[Path, str]:
         """By the path of the convolution."""
         return {step.path: step.algorithm for step in self.steps if step.path}
+
+    @property
+    def native(self) -> bool:
+        """Whether the native library runs it, rather than ops."""
+        return self._program is None
+
+    @property
+    def in_int8(self) -> set[Path]:
+        """The layers that run in int8."""
+        return {step.path for step in self.steps if step.path and step.in_int8}
+
+
+def _covers(device: torch.device, native: bool) -> precision.Covers:
+    if not native:
+        return lambda shape: torch_program.refusal(shape, device)
+    refused = "the native kernels do not cover it in int8"
+    return lambda shape: "" if any(library.supports(shape, name) for name in abi.ALGORITHMS) else refused
+
+
+def _shaped(result: Tensor, shape: tuple[int, ...], layout: torch.memory_format) -> Tensor:
+    if layout is torch.contiguous_format:
+        return result.view(shape)
+    n, c, h, w = shape
+    return result.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -121,6 +176,9 @@ def _operations(parts: list[Part], places: Places) -> "ctypes.Array[abi.Op]":
             op.algorithm = abi.ALGORITHMS.index(step.algorithm)
             op.packed = step.pack.weight.data_ptr()
             op.shift = step.pack.shift.data_ptr()
+            op.scale = None if step.pack.scale is None else step.pack.scale.data_ptr()
+            op.y_dtype = abi.FLOAT32 if step.y.scale is None else abi.INT8
+        op.factor = step.factor
     return ops
 
 
@@ -149,22 +207,30 @@ class Plans:
         self.last = plan
         return plan
 
-    def make(self, module: nn.Module, program: Program, x: Tensor, threads: int, key: tuple) -> Union[Plan, str]:
+    def make(
+        self, module: nn.Module, program: Program, x: Tensor, threads: int, native: bool, key: tuple
+    ) -> Union[Plan, str]:
         for oldest in list(self._kept)[: len(self._kept) + 1 - _PLANS_KEPT]:
             self._kept.pop(oldest, None)
-        if not _guardable(module):
-            refusal = "its tensors are not ordinary ones on the CPU"
+        if not _guardable(module, x.device):
+            refusal = f"its tensors are not ordinary ones on {x.device}".replace("cpu", "the CPU")
             self.last = refusal
             return refusal
         guard = Guard(module)
         self.last = None
         try:
-            plan: Union[Plan, str] = self._refusal(module, program, guard) or Plan(module, program, self, x, threads)
+            plan: Union[Plan, str] = self._refusal(module, program, guard) or Plan(
+                module, program, self, x, threads, native
+            )
         except (NotPlanned, RuntimeError, OverflowError) as reason:  # the layers say best what is wrong with them
             plan = str(reason)
         self._kept[key] = guard, plan
         self.last = plan
         return plan
+
+    def trains(self, key: tuple) -> bool:
+        """Whether a parameter of what was kept requires gradients."""
+        return any(tensor.requires_grad for tensor in self._kept[key][0].tensors)
 
     def _refusal(self, module: nn.Module, program: Program, guard: Guard) -> str:
         # Hooks on children that are not called would do no harm, but telling them apart at every call would take long.
@@ -172,14 +238,11 @@ class Plans:
         return refusal or ("a class of PyTorch's has another forward, patched into it" if guard.patched() else "")
 
 
-def _guardable(root: nn.Module) -> bool:
-    """Whether the tensors of a module are ordinary ones: on the CPU, dense, with a version."""
+def _guardable(root: nn.Module, device: torch.device) -> bool:
+    """Whether the tensors of a module are ordinary ones: on the device, dense, with a version."""
     tensors = chain(root.parameters(), root.buffers())
     return all(
-        type(t) in (Tensor, nn.Parameter)
-        and t.device.type == "cpu"
-        and t.layout is torch.strided
-        and not t.is_inference()
+        type(t) in (Tensor, nn.Parameter) and t.device == device and t.layout is torch.strided and not t.is_inference()
         for t in tensors
     )
 
@@ -189,15 +252,23 @@ def plan_for(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional
 
     The caller has asked ``conditions.stock_wanted``, and that it is not being compiled.
     """
-    if len(args) + len(kwargs) != 1 or torch.is_grad_enabled() or module.training:
+    if len(args) + len(kwargs) != 1:
+        return None
+    quantised = is_quantised(module)
+    if not quantised and (torch.is_grad_enabled() or module.training):
         return None
     x = args[0] if args else next(iter(kwargs.values()))
-    if not _plain_image(x) or _watched() or os.environ.get("RESNET_FAST_IMPLEMENTATION", "") not in ("", "native"):
-        return None
-    if library.unavailable() is not None:
+    native = _natively(x)
+    if quantised:
+        refusal = _float_wanted(module, x)
+        if refusal:
+            _note(module, refusal)
+            return None
+    elif not (native and _plain_image(x)) or _watched("cpu"):
         return None
     threads = torch.get_num_threads()
-    key = (x.shape, _channels_last(x), threads, planner.version)
+    served = () if native else (x.device, _wanted_implementation())
+    key = (x.shape, _channels_last(x), threads, planner.version, *served)
     state = module.__dict__.get(STATE)
     plans = _plans(state, module)
     plan = None if plans is None else plans.find(module, key)
@@ -209,8 +280,45 @@ def plan_for(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional
         plans = _plans(state, module)
         if plans is None:
             plans = state.plans = Plans(module)
-        plan = plans.make(module, state.eval, x, threads, key)
-    return plan if isinstance(plan, Plan) else None
+        plan = plans.make(module, state.eval, x, threads, native, key)
+    if not isinstance(plan, Plan):
+        return None
+    if quantised and torch.is_grad_enabled() and plans.trains(key):  # type: ignore[union-attr]
+        _note(module, "its parameters require gradients")
+        return None
+    return plan
+
+
+def _wanted_implementation() -> str:
+    return os.environ.get("RESNET_FAST_IMPLEMENTATION", "")
+
+
+def _natively(x: Any) -> bool:
+    """Whether the native library is to run a plan, rather than ops."""
+    on_cpu = isinstance(x, Tensor) and x.device.type == "cpu"
+    return on_cpu and _wanted_implementation() in ("", "native") and library.unavailable() is None
+
+
+def _float_wanted(module: nn.Module, x: Any) -> str:
+    """Why a call of a quantised module cannot run in int8, whatever its layers are, or ''."""
+    if module.training:
+        return "training mode"
+    if not _plain_image(x):
+        kind = f"a {x.dtype} of {x.dim()} dimensions" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        return f"its input is {kind}, expected a plain torch.float32 of 4"
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "its input requires a gradient"
+    return "autocast, a hook on all modules or a tensor mode is active" if _watched(x.device.type) else ""
+
+
+def _note(module: nn.Module, reason: str) -> None:
+    """Keep why a call of a quantised module ran in float."""
+    state = state_of(module)
+    if state is not None:
+        plans = _plans(state, module)
+        if plans is None:
+            plans = state.plans = Plans(module)
+        plans.last = reason
 
 
 def _plans(state: Optional[State[Plans]], module: nn.Module) -> Optional[Plans]:
@@ -230,18 +338,17 @@ def _plain_image(x: Any) -> bool:
         type(x) in (Tensor, nn.Parameter)
         and x.dtype is torch.float32
         and x.dim() == 4
-        and x.device.type == "cpu"
         and x.layout is torch.strided
         and x.numel() > 0
         and not x.is_neg()
     )
 
 
-def _watched() -> bool:
+def _watched(device: str) -> bool:
     """Whether somebody looks at, or changes, the operations that are called."""
     return (
         nn_module._has_any_global_hook()
-        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled(device)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
     )

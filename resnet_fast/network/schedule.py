@@ -47,9 +47,9 @@ def needed(steps: list[Step], wanted: list[Storage]) -> list[Step]:
 def split(steps: list[Step], batch: int, threads: int) -> Split:
     """How many steps run on how many images at a time.
 
-    They end before the first one with more weights than an image has values, for it would read its weights again for
-    every few images; and with the last one before it whose values for the whole batch take more than half the cache,
-    so that they would have left it when they are read.
+    They end before the first one whose weights have more bytes than an image's values, for it would read its weights
+    again for every few images; and with the last one before it whose values for the whole batch take more than half the
+    cache, so that they would have left it when they are read.
 
     The images are as many as fit a quarter of the cache with all values that are alive at once (the rest is for
     weights, what the kernels work in, and input and results on their way), but enough to keep every thread busy. The
@@ -58,16 +58,16 @@ def split(steps: list[Step], batch: int, threads: int) -> Split:
     """
     count = 0
     for i, step in enumerate(steps):
-        weights = 0 if step.weights is None else step.weights.weight.numel()
-        values = step.y.size + sum(value.size for value in _read(step))
+        weights = 0 if step.weights is None else step.weights.weight.numel() * step.x.element
+        values = step.y.bytes + sum(value.bytes for value in _read(step))
         if weights > values // batch:
             break
-        if 4 * values > _cache() // 2:
+        if values > _cache() // 2:
             count = i + 1
     convolutions = [step.shape for step in steps[:count] if step.kind == abi.CONV]
     if not convolutions:
         return Split(0, batch)
-    fitting = _cache() // 4 // (4 * _most_alive(steps[:count]) // batch)
+    fitting = _cache() // 4 // (_most_alive(steps[:count]) // batch)
     busy = max(-(-threads * _TILES * _TILE // _rows(shape)) for shape in convolutions)
     parts = -(-batch // max(fitting, busy))
     images = -(-batch // parts)
@@ -93,7 +93,7 @@ class Places:
         self._batch = given.shape[0]
         self._refs = {given.storage: abi.Ref(1, 0, 0)}
         self._refs |= {storage: abi.Ref(2 + i, 0, 0) for i, storage in enumerate(results)}
-        last = _last_reads(steps)
+        last = last_reads(steps)
         # Values that only the first steps know have room for the images at a time; others have it for the batch.
         self._passing = {
             step.y for i, step in enumerate(steps) if i < split.steps > last[step.y] and step.y not in self._refs
@@ -107,6 +107,7 @@ class Places:
             kept = i < split.steps and y not in self._passing  # while the first steps run again
             # A sum may take the place of its residual: the same thread reads each element before it writes it.
             dies = residual is not None and residual is not step.x and last[residual] == i
+            dies = dies and residual.element == y.element  # type: ignore[union-attr]
             if residual is not None and dies and residual in owner and not kept:
                 place = owner[residual]
             else:
@@ -115,7 +116,7 @@ class Places:
             owner[y] = place
             spans[place][1] = last[y]
         images = [split.images if place in self._passing else self._batch for place in spans]
-        sizes = [4 * place.size // self._batch * count for place, count in zip(spans, images)]
+        sizes = [place.bytes // self._batch * count for place, count in zip(spans, images)]
         intervals = [memory.Interval(first, end, size) for (first, end), size in zip(spans.values(), sizes)]
         offsets, self.arena_bytes = memory.assign(intervals)
         at = dict(zip(spans, offsets))
@@ -126,14 +127,14 @@ class Places:
         ref = self._refs[value]
         if value in self._passing:
             return ref
-        return abi.Ref(ref.buffer, 0, ref.offset + 4 * value.size // self._batch * image)
+        return abi.Ref(ref.buffer, 0, ref.offset + value.bytes // self._batch * image)
 
 
 def _read(step: Step) -> list[Storage]:
     return [step.x] if step.residual is None else [step.x, step.residual]
 
 
-def _last_reads(steps: list[Step]) -> dict[Storage, int]:
+def last_reads(steps: list[Step]) -> dict[Storage, int]:
     """By value, the last step that reads it, or writes it."""
     last: dict[Storage, int] = {}
     for i, step in enumerate(steps):
@@ -142,13 +143,13 @@ def _last_reads(steps: list[Step]) -> dict[Storage, int]:
 
 
 def _most_alive(steps: list[Step]) -> int:
-    """Floats of the values that are alive in the same step, at most."""
-    last = _last_reads(steps)
+    """Bytes of the values that are alive in the same step, at most."""
+    last = last_reads(steps)
     alive: set[Storage] = set()
     most = 0
     for i, step in enumerate(steps):
         alive |= {*_read(step), step.y}
-        most = max(most, sum(value.size for value in alive))
+        most = max(most, sum(value.bytes for value in alive))
         alive = {value for value in alive if last[value] > i}
     return most
 

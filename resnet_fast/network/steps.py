@@ -7,6 +7,7 @@ from torch import Tensor
 
 from resnet_fast.graph import batch_norm
 from resnet_fast.graph.conditions import Path
+from resnet_fast.graph.ranges import Ranges
 from resnet_fast.kernels.native import abi
 
 
@@ -16,9 +17,19 @@ class NotPlanned(Exception):
 
 @dataclass(eq=False)
 class Storage:
-    """Memory for ``size`` floats. Values that are views of one another share it."""
+    """Memory for ``size`` numbers, float32 or int8 times a ``scale``. Values that are views of one another share it."""
 
     size: int
+    scale: Optional[float] = None
+
+    @property
+    def bytes(self) -> int:
+        return self.size * self.element
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number."""
+        return 4 if self.scale is None else 1
 
 
 @dataclass(eq=False, frozen=True)
@@ -47,6 +58,7 @@ class Pack(NamedTuple):
 
     weight: Tensor  # bytes, in the layout of the algorithm
     shift: Tensor  # [K]
+    scale: Optional[Tensor] = None  # [K], of an int8 one
 
 
 @dataclass(eq=False)
@@ -61,8 +73,19 @@ class Step:
     # Of a convolution:
     weights: Optional[Weights] = None
     path: Path = ()  # the module
+    ranges: Optional[Ranges] = None  # if it is to run in int8
     algorithm: str = ""  # this and the next by ``Steps.prepare``
     pack: Optional[Pack] = None
+
+    @property
+    def in_int8(self) -> bool:
+        return self.x.scale is not None
+
+    @property
+    def factor(self) -> float:
+        """What a number of the residual, or of what is quantised and dequantised, is multiplied by."""
+        read = self.x if self.residual is None else self.residual
+        return (read.scale or 1.0) / (self.y.scale or 1.0)
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,13 @@ def of_images(shape: abi.Shape, images: int) -> abi.Shape:
     """The same operation on another number of images."""
     copy = abi.Shape.from_buffer_copy(shape)
     copy.n = images
+    return copy
+
+
+def of_int8(shape: abi.Shape) -> abi.Shape:
+    """The same operation on images in int8."""
+    copy = abi.Shape.from_buffer_copy(shape)
+    copy.dtype = abi.INT8
     return copy
 
 

@@ -9,20 +9,25 @@ A provider's module has
     train(folder: Path, threads: int) -> Step
                the training workload in ``folder``, ready: a call is a step; only in those of ``TRAINING``
 
-and, where it is not as ``Provider`` has it by default, NEEDS, ONNX, APART, DEVICES and unavailable(). It imports
-libraries, PyTorch included, only in ``load``: the process that starts the others reads the module too. One that runs
-apart has numpy and its own libraries, not PyTorch, and no programs.
+and, where it is not as ``Provider`` has it by default, NEEDS, ONNX, APART, DEVICES, ACCURATE and unavailable(). It
+imports libraries, PyTorch included, only in ``load``: the process that starts the others reads the module too. One that
+runs apart has numpy and its own libraries, not PyTorch, and no programs.
 """
 
 import difflib
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Optional
+from typing import Optional, Union
 
 NAMES = ("ours", "eager", "channels_last", "compile", "onnxruntime", "openvino", "ncnn", "MNN")
 GPU_NAMES = ("ours", "graphed", "channels_last", "compile", "tensorrt")
 TRAINING = ("ours", "channels_last", "compile")
+INT8 = ("ours_int8", "onnxruntime_int8", "ours")
+
+FLOAT32_ERROR = 1e-4
+"""A hundred times what 50 layers in another order of summation give, and a tenth of what bfloat16 or TF32 arithmetic
+gives."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +37,21 @@ class Provider:
     Attributes:
         title: its name in tables.
         needs: the optional module that it imports.
-        onnx: whether it reads the model as an ONNX file.
+        onnx: whether it reads the model as an ONNX file; "int8": as one in 8 bits.
         apart: whether it runs in the environment of its own that ``peer_environment.py`` describes; then ``needs`` is
             looked for there.
         devices: what it runs on: "cpu", "cuda".
+        accurate: largest error, relative to the largest result, that is taken at face value. For 8 bits it tells a
+            wrong result from a rounded one: ResNet-50 with random weights is 0.17 off (docs/int8.md).
         unavailable: gives the reason why it cannot run on this machine, beside a missing module, or None.
     """
 
     title: str
     needs: Optional[str] = None
-    onnx: bool = False
+    onnx: Union[bool, str] = False
     apart: bool = False
     devices: tuple[str, ...] = ("cpu",)
+    accurate: float = FLOAT32_ERROR
     unavailable: Callable[[], Optional[str]] = lambda: None
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Optional, get_args
+from typing import Literal, Optional, get_args
 
 import onnx_ir as ir
 
@@ -33,12 +33,14 @@ class LayerReport:
             in a residual Add.
         logit_error: ``Judgement.logit_error`` with only this layer quantised, on at most 128 images; None if that was
             not asked for.
+        reason: why it is not in int8.
     """
 
     path: str
     precision: str
     ranges: dict[str, Range]
     logit_error: Optional[float]
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Quantisation:
     """What was done to make a file of 8 bits, and how far it is from the network in float32.
 
     Attributes:
-        target: "tensorrt" or "cpu".
+        target: "tensorrt" or "cpu"; "pytorch" of a model that ``resnet_fast.quantize`` gave.
         method: of calibration; None if all ranges were given.
         images: how many the calibration saw.
         skipped: picture files of the calibration that could not be read.
@@ -70,6 +72,11 @@ class Quantisation:
         """Paths of the layers that are not in 8 bits."""
         return tuple(layer.path for layer in self.layers if layer.precision != "int8")
 
+    @property
+    def largest(self) -> dict[str, float]:
+        """The largest magnitude of each range by its name, ``layer1.0.conv1.input``: what ``quantise`` takes."""
+        return {f"{layer.path}.{name}": high for layer in self.layers for name, (_, high) in layer.ranges.items()}
+
 
 @dataclass(frozen=True)
 class Quantised:
@@ -92,6 +99,8 @@ def quantise(
     max_accuracy_drop: Optional[float] = None,
     sensitivity: bool = False,
     progress: Optional[Progress] = None,
+    fall_back: Literal["fp16", "fp32"] = "fp16",
+    left_out: Collection[str] = (),
 ) -> Quantised:
     """A copy of ``model`` in 8 bits.
 
@@ -108,10 +117,12 @@ def quantise(
         validation: images to judge the result by, best with labels; by default the first 128 of ``calibration``. Gone
             through several times.
         max_accuracy_drop: points of top-1 accuracy that may be lost on ``validation`` if its images have labels, else
-            how many images in a hundred may get another first class. Layers that are most sensitive fall back to
-            float16 (target "cpu": float32) until that holds.
+            how many images in a hundred may get another first class. Layers that are most sensitive fall back until
+            that holds.
         sensitivity: measure the error of each layer by itself, even where nothing has to fall back.
         progress: called as things go on.
+        fall_back: what a layer that is not in 8 bits computes in; for the target "cpu" it is float32 in any case.
+        left_out: paths of layers that fall back from the start, for the target "tensorrt".
 
     Raises:
         ValueError: an argument has a value that cannot be; the message names it.
@@ -124,12 +135,13 @@ def quantise(
     if not layers:
         raise ValueError("the model has no convolution and no fully connected layer to quantise")
     ranges = _checked_ranges(ranges or {}, layers)
+    kept = [layer for layer in layers if layer.path not in left_out]
     tell = progress or (lambda stage, done, total: None)
     outputs = _outputs(model)
     observed = None
     if calibration is not None:
         source = open_images(calibration, "calibration", metadata, outputs)
-        observed = observe(model, _watched(model, layers, target), source, tell)
+        observed = observe(model, _watched(model, kept, target), source, tell)
     judges, judged_by = _judges(validation, observed, metadata, outputs)
     if judges is None and (max_accuracy_drop is not None or sensitivity):
         wanted = "sensitivity" if max_accuracy_drop is None else "max_accuracy_drop"
@@ -139,14 +151,15 @@ def quantise(
     histograms = {} if observed is None else observed.histograms
     clip = partial(clip_at, method=calibration_method, percentile=percentile)
     if target == "cpu":
-        limits = _limits(histograms, layers, ranges, clip)
-        variants = _for_cpu(model, layers, limits, reduce_range)
+        fall_back = "fp32"
+        limits = _limits(histograms, kept, ranges, clip)
+        variants = _for_cpu(model, kept, limits, reduce_range)
     else:
-        limits = _symmetric_limits(histograms, layers, ranges, clip)
-        variants = _for_tensorrt(model, layers, limits)
+        limits = _symmetric_limits(histograms, kept, ranges, clip)
+        variants = _for_tensorrt(model, kept, limits, fall_back == "fp16")
 
     whole, judgement = variants.whole(()), None
-    left_out: list[str] = []
+    fallen: list[str] = []
     errors: dict[str, float] = {}
     if judges is not None:
         tell("comparing with float32", 0, 1)
@@ -158,8 +171,10 @@ def quantise(
             errors = layer_errors(variants, few, tell)
         if missed:
             assert max_accuracy_drop is not None
-            left_out, judgement = choose_fall_back(variants, errors, judges, max_accuracy_drop, tell)
-            whole = variants.whole(left_out)
+            fallen, judgement = choose_fall_back(variants, errors, judges, max_accuracy_drop, tell)
+            whole = variants.whole(fallen)
+    reasons = dict.fromkeys(left_out, "was to be left out")
+    reasons |= dict.fromkeys(fallen, f"was left out to keep max_accuracy_drop at {max_accuracy_drop}")
     report = Quantisation(
         target,
         None if observed is None else calibration_method,
@@ -167,7 +182,7 @@ def quantise(
         reduce_range,
         judgement,
         judged_by,
-        tuple(_report(layer, limits, left_out, errors.get(layer.path), target) for layer in layers),
+        tuple(_report(layer, limits, reasons, errors.get(layer.path), target, fall_back) for layer in layers),
         () if observed is None else observed.skipped,
     )
     whole.metadata_props["quantisation"] = json.dumps(
@@ -274,13 +289,14 @@ def _limits(
     return found
 
 
-def _for_tensorrt(model: ir.Model, layers: list[Layer], limits: Mapping[str, Range]) -> Variants:
+def _for_tensorrt(model: ir.Model, layers: list[Layer], limits: Mapping[str, Range], halve: bool) -> Variants:
     amax = {name: high for name, (_, high) in limits.items()}
     by_path = {layer.path: layer for layer in layers}
 
     def whole(left_out: Collection[str]) -> ir.Model:
         copy = model.clone()
-        place(copy, layers, amax, left_out)
+        placed = layers if halve else [layer for layer in layers if layer.path not in left_out]
+        place(copy, placed, amax, left_out if halve else ())
         return copy
 
     def alone(path: str) -> ir.Model:
@@ -304,10 +320,15 @@ def _for_cpu(model: ir.Model, layers: list[Layer], limits: Mapping[str, Range], 
 
 
 def _report(
-    layer: Layer, limits: Mapping[str, Range], left_out: list[str], error: Optional[float], target: str
+    layer: Layer,
+    limits: Mapping[str, Range],
+    reasons: Mapping[str, str],
+    error: Optional[float],
+    target: str,
+    fall_back: str,
 ) -> LayerReport:
-    if layer.path in left_out:
-        return LayerReport(layer.path, "fp32" if target == "cpu" else "fp16", {}, error)
+    if layer.path in reasons:
+        return LayerReport(layer.path, fall_back, {}, error, reasons[layer.path])
     ranges = {
         name.rpartition(".")[2]: limits[value if target == "cpu" else name] for name, value in layer.range_names.items()
     }

@@ -15,9 +15,11 @@ from typing import Optional
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.passes import common
 
 from resnet_fast.export.quantise.layers import Layer
+from resnet_fast.kernels.symmetric import quantised_weight, scale_of
 
 _POOLS = ("MaxPool", "AveragePool")
 
@@ -92,12 +94,6 @@ class _Pairs:
                     node.replace_input_with(index, dequantised)
 
 
-def scale_of(amax: float) -> float:
-    """Return the scale of symmetric int8, -127 to 127; 1 for a tensor of zeros."""
-    # A scale that is no normal number has a reciprocal that is infinite, or too inexact.
-    return max(amax / 127, float(np.finfo(np.float32).tiny)) if amax else 1.0
-
-
 def _constant(graph: ir.Graph, name: str, array: np.ndarray | np.generic) -> ir.Value:
     array = np.asarray(array)
     tensor = ir.tensor(array, name=name)
@@ -117,11 +113,7 @@ def _dequantised_weight(graph: ir.Graph, node: ir.Node) -> ir.Value:
     made = next((value for value in _values(graph) if value.name == name), None)
     if made is not None:
         return made
-    exact = _array(weight).astype(np.float64)
-    largest = np.abs(exact).reshape(len(exact), -1).max(axis=1)
-    scales = np.array([scale_of(amax) for amax in largest], dtype=np.float32)
-    steps = scales.astype(np.float64).reshape(-1, *[1] * (exact.ndim - 1))
-    rounded = np.clip(np.rint(exact / steps), -127, 127).astype(np.int8)
+    rounded, scales = (one.numpy() for one in quantised_weight(torch.tensor(_array(weight))))
     inputs = [_constant(graph, f"{weight.name}_int8", rounded), _constant(graph, f"{weight.name}_scale", scales)]
     dequantise = ir.node("DequantizeLinear", inputs, attributes={"axis": 0}, name=f"{weight.name}_dequantise")
     graph.append(dequantise)
