@@ -28,16 +28,24 @@ FLAGS = [
     *("-std=gnu++17", "-O3", "-ffp-contract=off", *OPENMP, "-fPIC", "-fvisibility=hidden"),
     *("-Wall", "-Wextra"),
 ]
-# Name to flags: variant.cpp is compiled once for each, and the best one that the CPU runs is picked at load.
-VARIANTS: dict[str, list[str]] = {"portable": []}
+# Instruction sets that variant.cpp (floating-point numbers) and int8.cpp are compiled for, and the flags.
+FLOATS: dict[str, list[str]] = {"portable": []}
+INT8: dict[str, list[str]] = {"portable": []}
+# The names that users see: of each the two parts. The best one that the CPU runs is picked at load.
+VARIANTS: dict[str, tuple[str, str]] = {"portable": ("portable", "portable")}
 if sysconfig.get_platform().endswith("x86_64"):
-    VARIANTS["avx2"] = ["-mavx2", "-mfma"]
-    VARIANTS["avx512"] = [
-        *VARIANTS["avx2"],
-        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"),
-    ]
-    VARIANTS["avx512_bf16"] = [*VARIANTS["avx512"], "-mavx512vnni", "-mavx512bf16"]
-NEWEST = "avx512_bf16"  # left out where the compiler does not know it: g++ before 10
+    AVX2 = ["-mavx2", "-mfma"]
+    AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"]
+    FLOATS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    INT8 |= {"avx2": AVX2, "avx2_vnni": [*AVX2, "-mavxvnni"], "avx512": AVX512}
+    INT8["avx512_vnni"] = [*AVX512, "-mavx512vnni"]
+    VARIANTS |= {
+        "avx2": ("avx2", "avx2"),
+        "avx2_vnni": ("avx2", "avx2_vnni"),
+        "avx512": ("avx512", "avx512"),
+        "avx512_vnni": ("avx512", "avx512_vnni"),
+        "avx512_bf16": ("avx512_bf16", "avx512_vnni"),
+    }
 
 
 class BuildKernels(build_ext):
@@ -75,27 +83,27 @@ class BuildKernels(build_ext):
                 reason = f"{error} (they need g++ with OpenMP; $CXX names another)"
         self.warn(f"resnet_fast is built WITHOUT its compiled CPU kernels, and will be slower on a CPU: {reason}")
 
-    def _variants(self, compiler: list[str]) -> dict[str, list[str]]:
+    def _variants(self, compiler: list[str]) -> list[str]:
         """Those of ``VARIANTS`` to compile: all that the compiler knows, or the portable one and the host's best."""
-        variants = {name: flags for name, flags in VARIANTS.items() if name != NEWEST or _instructions(compiler, flags)}
+        used = {
+            name: [_instructions(compiler, flags) for flags in (FLOATS[floats], INT8[int8])]
+            for name, (floats, int8) in VARIANTS.items()
+        }
+        variants = [name for name, sets in used.items() if None not in sets]  # g++ before 11 does not know all
         wanted = os.environ.get("RESNET_FAST_VARIANTS") or self.usual
         if wanted not in ("all", "host"):
             raise SystemExit(f"RESNET_FAST_VARIANTS is {wanted!r}, expected all or host")
         host = _instructions(compiler, ["-march=native"])
         if wanted == "all" or host is None:
             return variants
-        used = {name: _instructions(compiler, flags) for name, flags in variants.items()}
-        best = [name for name, instructions in used.items() if instructions is not None and instructions <= host][-1]
-        return {name: variants[name] for name in ("portable", best)}
+        best = [name for name in variants if all(instructions <= host for instructions in used[name])][-1]
+        return list(dict.fromkeys(["portable", best]))
 
-    def _compile(self, target: Path, variant: Path, dispatch: Path) -> None:
+    def _compile(self, target: Path, variant: Path, int8: Path, dispatch: Path) -> None:
         """Raises OSError or CalledProcessError where there is no compiler, or it does not know what we ask for."""
         compiler = [*shlex.split(os.environ.get("CXX") or "g++"), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         variants = self._variants(compiler)
-        jobs = [(name, [f"-DRF_VARIANT={name}", *flags, "-c", str(variant)]) for name, flags in variants.items()]
-        jobs.append(
-            ("dispatch", [*(f"-DRF_WITHOUT_{name}" for name in VARIANTS.keys() - variants), "-c", str(dispatch)])
-        )
+        jobs = jobs_for(variants, variant, int8, dispatch)
         objects = [str(Path(self.build_temp, f"{name}.o")) for name, _ in jobs]
         running = []
         for (_, arguments), to in zip(jobs, objects):
@@ -113,6 +121,15 @@ class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         self.root_is_pure = not Path(self.bdist_dir, f"{NATIVE}/_native.so").exists()
         return "py3", "none", super().get_tag()[2]
+
+
+def jobs_for(variants: list[str], variant: Path, int8: Path, dispatch: Path) -> list[tuple[str, list[str]]]:
+    """What to compile for these of ``VARIANTS``: the objects' names, each with the compiler's arguments."""
+    floats, int8s = (dict.fromkeys(parts) for parts in zip(*(VARIANTS[name] for name in variants)))
+    jobs = [(name, [f"-DRF_VARIANT={name}", *FLOATS[name], "-c", str(variant)]) for name in floats]
+    jobs += [(f"{name}_int8", [f"-DRF_VARIANT={name}", *INT8[name], "-c", str(int8)]) for name in int8s]
+    without = [f"-DRF_WITHOUT_{name}" for name in VARIANTS if name not in variants]
+    return [*jobs, ("dispatch", [*without, "-c", str(dispatch)])]
 
 
 def _instructions(compiler: list[str], flags: list[str]) -> Optional[set[str]]:
@@ -136,7 +153,7 @@ if __name__ == "__main__":  # the tests read the flags above
         ext_modules=[
             Extension(
                 "resnet_fast.kernels.native._native",
-                [f"{NATIVE}/src/variant.cpp", f"{NATIVE}/src/dispatch.cpp"],
+                [f"{NATIVE}/src/{name}.cpp" for name in ("variant", "int8", "dispatch")],
                 depends=sorted(map(str, Path(NATIVE, "src").glob("*.h"))),
                 language="c++",
                 optional=True,

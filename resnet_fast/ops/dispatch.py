@@ -18,6 +18,7 @@ from torch import Tensor
 from resnet_fast.kernels import onednn
 from resnet_fast.kernels.contract import Case, Geometry
 from resnet_fast.kernels.native import inference as native
+from resnet_fast.kernels.native import quantised as native_quantised
 from resnet_fast.kernels.native import training as native_training
 from resnet_fast.kernels.reference import inference as reference
 from resnet_fast.kernels.reference import quantised as reference_quantised
@@ -43,7 +44,7 @@ TRAINING: dict[str, ModuleType] = {
 BACK_TO_BACK: dict[str, ModuleType] = {"triton": triton, "reference": reference}
 """The same for two convolutions in one kernel: ``chain_pays`` and ``conv_chain``, which the definition does without."""
 
-QUANTISED: dict[str, ModuleType] = {"triton": triton, "reference": reference_quantised}
+QUANTISED: dict[str, ModuleType] = {"triton": triton, "native": native_quantised, "reference": reference_quantised}
 """The same for the ops on 8-bit numbers: ``reference_quantised``."""
 
 PREPARED: dict[str, Callable[..., Optional[Tensor]]] = {"cuda": prepared.run}

@@ -136,6 +136,63 @@ bool check(const Conv& conv, int algorithm) {
   return true;
 }
 
+std::unique_ptr<int8_t[]> bytes(int64_t count) {
+  std::unique_ptr<int8_t[]> values(new int8_t[count]);
+  for (int64_t i = 0; i < count; i++) values[i] = int8_t(between(-128, 127));
+  return values;
+}
+
+// The same of int8, exactly. `weight` and the rest have exactly their size.
+bool check_int8(rf_shape s, int algorithm, bool to_float) {
+  s.dtype = RF_INT8;
+  const int high = s.pool ? (s.p - 1) / 2 + 1 : s.p, wide = s.pool ? (s.q - 1) / 2 + 1 : s.q, cin = s.c / s.groups;
+  const int64_t taps = s.r * s.s, one = cin * taps, count = int64_t(s.n) * high * wide * s.k;
+  const auto x = bytes(int64_t(s.n) * s.h * s.w * s.c), q = bytes(s.k * one);
+  const auto residual = s.pool ? nullptr : bytes(int64_t(s.n) * s.p * s.q * s.k);
+  std::unique_ptr<float[]> weight(new float[s.k * one]);
+  for (int64_t i = 0; i < s.k * one; i++) weight[i] = q[i];
+  const auto scale = randoms<float>(s.k), shift = randoms<float>(s.k);
+  for (int k = 0; k < s.k; k++) scale[k] /= 90 * std::sqrt(float(one));
+  const float factor = 0.37f;
+  std::unique_ptr<char[]> packed(new char[rf_packed_bytes(&s, algorithm)]);
+  const rf_weight source{weight.get(), nullptr, s.k / s.groups * one, one, taps, s.s, 1, 0, 0};
+  rf_pack(&s, algorithm, &source, packed.get(), 2);
+  std::unique_ptr<char[]> y(new char[count * (to_float ? 4 : 1)]);
+  rf_op op{};
+  op.kind = RF_CONV, op.algorithm = algorithm, op.shape = s, op.packed = packed.get(), op.shift = shift.get();
+  op.scale = scale.get(), op.factor = factor, op.y_dtype = to_float ? RF_FLOAT32 : RF_INT8;
+  run(op, x.get(), residual.get(), y.get());
+  auto at = [&](int n, int p, int o, int k) {
+    int32_t sum = 0;
+    for (int r = 0; r < s.r; r++)
+      for (int t = 0; t < s.s; t++) {
+        const int h = p * s.stride_h - s.pad_h + r * s.dilation_h, w = o * s.stride_w - s.pad_w + t * s.dilation_w;
+        if (h < 0 || h >= s.h || w < 0 || w >= s.w) continue;
+        for (int c = 0; c < cin; c++)
+          sum += x[((int64_t(n) * s.h + h) * s.w + w) * s.c + k / (s.k / s.groups) * cin + c] *
+                 q[((int64_t(k) * cin + c) * s.r + r) * s.s + t];
+      }
+    float v = float(sum) * scale[k];
+    v += shift[k];
+    if (residual) v += float(residual[((int64_t(n) * s.p + p) * s.q + o) * s.k + k]) * factor;
+    if (s.relu && v < 0) v = 0;
+    return to_float ? v : std::fmin(127.f, std::fmax(-128.f, std::nearbyint(v)));
+  };
+  for (int64_t i = 0; i < count; i++) {
+    const int k = int(i % s.k), o = int(i / s.k % wide), p = int(i / s.k / wide % high), n = int(i / s.k / wide / high);
+    float right = s.pool ? -128 : at(n, p, o, k);
+    for (int a = 2 * p - 1; s.pool && a <= 2 * p + 1; a++)
+      for (int b = 2 * o - 1; b <= 2 * o + 1; b++)
+        if (a >= 0 && a < s.p && b >= 0 && b < s.q) right = std::fmax(right, at(n, a, b, k));
+    const float found = to_float ? ((float*)y.get())[i] : ((int8_t*)y.get())[i];
+    if (found != right) {
+      fprintf(stderr, "int8, algorithm %d: y[%d, %d, %d, %d] is %g, expected %g\n", algorithm, n, p, o, k, found, right);
+      return false;
+    }
+  }
+  return true;
+}
+
 // The operations without weights: only the sanitizers look at these, the Python tests at their results.
 void touch(const rf_shape& conv) {
   rf_op op{};
@@ -216,6 +273,13 @@ int main(int, char** arguments) {
       conv.x_scale = randoms<float>(s.c), conv.x_shift = randoms<float>(s.c);
       for (int algorithm : {RF_GEMM, RF_WINOGRAD2, RF_WINOGRAD4})
         if (!s.pool && rf_supports(&s, algorithm) && !check(conv, algorithm)) return 1;
+      rf_shape in_bytes = s;
+      in_bytes.dtype = RF_INT8;
+      for (int algorithm = 0; algorithm < algorithms; algorithm++)
+        if (rf_supports(&in_bytes, algorithm)) {
+          if (!check_int8(s, algorithm, !s.pool && between(0, 1))) return 1;
+          cases++;
+        }
       touch(s);
       touch_gradients(conv);
       touch_passes(s);

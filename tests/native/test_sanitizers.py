@@ -24,11 +24,14 @@ def test_sanitizers(tmp_path):
     # loops that they are compared with.
     flags = [flag for flag in setup["FLAGS"] if flag != "-O3"]
     flags += ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", f"-I{SOURCES}"]
-    jobs = [[f"-DRF_VARIANT={name}", *own, str(SOURCES / "variant.cpp")] for name, own in setup["VARIANTS"].items()]
-    jobs += [[str(SOURCES / "dispatch.cpp")], ["-O1", str(Path(__file__).with_name("sanitize.cpp"))]]
+    sources = [SOURCES / f"{name}.cpp" for name in ("variant", "int8", "dispatch")]
+    setup["INT8"]["avx2_vnni"] = [*setup["INT8"]["avx2"], "-DRF_EMULATE"]  # few CPUs have it
+    jobs = [arguments for _, arguments in setup["jobs_for"](list(setup["VARIANTS"]), *sources)]
+    jobs[-1].append("-DRF_EMULATE")
+    jobs.append(["-O1", "-c", str(Path(__file__).with_name("sanitize.cpp"))])
     objects = [str(tmp_path / f"{i}.o") for i in range(len(jobs))]
     running = [
-        subprocess.Popen([COMPILER, *flags, *job, "-c", "-o", to], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([COMPILER, *flags, *job, "-o", to], stderr=subprocess.PIPE, text=True)
         for job, to in zip(jobs, objects)
     ]
     for process in running:
@@ -46,3 +49,4 @@ def test_sanitizers(tmp_path):
     done = subprocess.run([program, "150", str(len(ALGORITHMS))], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-4000:]
     assert "portable" in done.stdout
+    assert "avx2_vnni" in done.stdout or "avx2:" not in done.stdout

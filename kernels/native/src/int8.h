@@ -4,7 +4,8 @@
 
 #include "simd.h"
 
-#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+// RF_EMULATE: by plain arithmetic, for tests on CPUs without the instruction.
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__)) || defined(RF_EMULATE)
 #define RF_DOT_UNSIGNED  // four products of an unsigned byte by a signed one
 #elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #define RF_DOT_SIGNED
@@ -112,6 +113,10 @@ struct Int8 {
   static inline ivec multiply_add(ivec sum, ivec x, ivec w) {
 #if defined(__AVX512VNNI__)
     return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+#elif defined(RF_EMULATE)
+    for (int i = 0; i < VL; i++)
+      for (int shift = 0; shift < 32; shift += 8) sum[i] += int32_t(uint8_t(x[i] >> shift)) * int8_t(w[i] >> shift);
+    return sum;
 #elif defined(RF_DOT_UNSIGNED)
     return (ivec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)x, (__m256i)w);
 #elif defined(RF_DOT_SIGNED)

@@ -3,7 +3,6 @@
 
 #include "abi.h"
 #include "prologue.h"
-#include "int8.h"
 #include "simd.h"
 
 namespace RF_VARIANT {

@@ -1,4 +1,5 @@
-// Everything that is compiled once per instruction set, with RF_VARIANT as its namespace.
+// What is compiled once per instruction set, with RF_VARIANT as its namespace, of floating-point numbers; the rest is in
+// int8.cpp.
 #include "variant.h"
 
 #include "digest.h"
@@ -19,7 +20,6 @@ static int supports(const rf_shape* s, int algorithm) {
 #if defined(__AVX512BF16__)
   if (s->dtype == RF_BFLOAT16) return algorithm == RF_GEMM;
 #endif
-  if (s->dtype == RF_INT8) return (algorithm == RF_GEMM && (!s->pool || s->groups == 1)) || (algorithm == RF_DIRECT && direct_supports(*s));
   if (s->dtype != RF_FLOAT32 || (s->stride_h < 0 && !winograd(algorithm))) return 0;
   switch (algorithm) {
     case RF_GEMM: return !s->pool || s->groups == 1;
@@ -53,7 +53,6 @@ static int64_t packed_bytes(const rf_shape* s, int algorithm) {
 #if defined(__AVX512BF16__)
   if (s->dtype == RF_BFLOAT16) return gemm_packed_bytes<BFloat16>(*s);
 #endif
-  if (s->dtype == RF_INT8) return gemm_packed_bytes<Int8>(*s, algorithm == RF_DIRECT);
   switch (algorithm) {
     case RF_GEMM:
     case RF_DIRECT: return gemm_packed_bytes<Float32>(*s);
@@ -71,7 +70,6 @@ static void pack(const rf_shape* s, int algorithm, const rf_weight* weight, void
 #if defined(__AVX512BF16__)
   if (s->dtype == RF_BFLOAT16) return gemm_pack<BFloat16>(from, packed, team);
 #endif
-  if (s->dtype == RF_INT8) return gemm_pack<Int8>(from, packed, team, algorithm == RF_DIRECT);
   float* to = (float*)packed;
   switch (algorithm) {
     case RF_GEMM:
@@ -86,10 +84,9 @@ static void pack(const rf_shape* s, int algorithm, const rf_weight* weight, void
 template <class E> static void convolve(const rf_op& op, const ConvTask<E>& task, Team team) {
   if (op.shape.pool) return stem(task, op.algorithm, team);
   if (op.algorithm == RF_GEMM) return gemm_conv(task, team);
-  if constexpr (E::DIRECT)
-    if (op.algorithm == RF_DIRECT) return direct_conv(task, team);
   if constexpr (E::WINOGRAD) {
     switch (op.algorithm) {
+      case RF_DIRECT: return direct_conv(task, team);
       case RF_WINOGRAD2:
       case RF_WINOGRAD4: return with_winograd(op.shape, op.algorithm, [&](auto w) { w.conv(task, team); });
       case RF_GROUPED: return grouped(task, team);
@@ -98,37 +95,22 @@ template <class E> static void convolve(const rf_op& op, const ConvTask<E>& task
   }
 }
 
-template <class T> static T* place(const rf_ref& ref, void* const* buffers) {
-  return ref.buffer < 0 ? nullptr : (T*)((char*)buffers[ref.buffer] + ref.offset);
-}
-
-static void convert(const rf_op& op, void* const* buffers, Team team) {
-  if (op.kind == RF_QUANTISE)
-    scale_all<Float32, Int8>(op.shape, place<float>(op.x, buffers), op.factor, place<int8_t>(op.y, buffers), team);
-  else
-    scale_all<Int8, Float32>(op.shape, place<int8_t>(op.x, buffers), op.factor, place<float>(op.y, buffers), team);
-}
-
 template <class E> static void run_as(const rf_op& op, void* const* buffers, Team team) {
   using Element = typename E::Element;
-  const auto *x = place<Element>(op.x, buffers), *residual = place<Element>(op.residual, buffers);
-  auto* y = place<Element>(op.y, buffers);
+  const auto *x = rf_place<Element>(op.x, buffers), *residual = rf_place<Element>(op.residual, buffers);
+  auto* y = rf_place<Element>(op.y, buffers);
   const rf_shape& s = op.shape;
   switch (op.kind) {
     case RF_CONV: {
       const Prologue prologue{op.x_scale, op.x_shift};
       const Spread spread{op.y_h, op.y_w, op.step_h, op.step_w};
-      const Requantise requantise{op.scale, op.factor, s.dtype == RF_INT8 && op.y_dtype == RF_FLOAT32};
-      const auto* packed = (const typename E::Packed*)op.packed;
-      return convolve<E>(op, {s, x, packed, op.shift, residual, y, 0, prologue, spread, requantise}, team);
+      return convolve<E>(op, {s, x, (const float*)op.packed, op.shift, residual, y, 0, prologue, spread}, team);
     }
     case RF_MAX_POOL: return pool<E>(s, x, y, false, team);
     case RF_AVG_POOL: return pool<E>(s, x, y, true, team);
     case RF_ADD: return add<E>(s, x, residual, y, team);
     case RF_TO_NHWC: return to_nhwc(s, x, y, team);
     case RF_TO_NCHW: return to_nchw(s, x, y, team);
-    case RF_QUANTISE:
-    case RF_DEQUANTISE: return;  // no operations on E
   }
 }
 
@@ -136,8 +118,6 @@ static void run(const rf_op* op, void* const* buffers, int thread, int threads) 
 #if defined(__AVX512BF16__)
   if (op->shape.dtype == RF_BFLOAT16) return run_as<BFloat16>(*op, buffers, {thread, threads});
 #endif
-  if (op->kind == RF_QUANTISE || op->kind == RF_DEQUANTISE) return convert(*op, buffers, {thread, threads});
-  if (op->shape.dtype == RF_INT8) return run_as<Int8>(*op, buffers, {thread, threads});
   run_as<Float32>(*op, buffers, {thread, threads});
 }
 
@@ -196,11 +176,8 @@ static double multiply_adds(int64_t rounds) {
   return 2.0 * VL * CHAINS * double(rounds) + 0.0 * double(total[0]);  // the sums are used, so they must be made
 }
 
-#define RF_NAME_OF(variant) #variant
-#define RF_NAME(variant) RF_NAME_OF(variant)
-
 extern const Variant variant = {
-    RF_NAME(RF_VARIANT), supports,    products,       packed_bytes, pack,  multiply_adds, digest, run, pass,
+    supports,    products,       packed_bytes, pack,  multiply_adds, digest, run, pass,
     pass_partials,       finish_pass, wgrad_supports, wgrad_bytes,  wgrad, gram_bytes,    gram,
 };
 

@@ -28,8 +28,20 @@ struct GramCall {
 
 class Barrier;
 
+template <class T> static inline T* rf_place(const rf_ref& ref, void* const* buffers) {
+  return ref.buffer < 0 ? nullptr : (T*)((char*)buffers[ref.buffer] + ref.offset);
+}
+
+// int8, and the way there and back.
+struct Int8Variant {
+  int (*supports)(const rf_shape*, int algorithm);
+  int64_t (*packed_bytes)(const rf_shape*, int algorithm);
+  void (*pack)(const rf_shape*, int algorithm, const rf_weight*, void* packed, int thread, int threads);
+  void (*run)(const rf_op*, void* const* buffers, int thread, int threads);
+};
+
+// Floating-point numbers.
 struct Variant {
-  const char* name;
   int (*supports)(const rf_shape*, int algorithm);
   int64_t (*products)(const rf_shape*, int algorithm);
   int64_t (*packed_bytes)(const rf_shape*, int algorithm);

@@ -18,7 +18,7 @@ static bool upsampling_supports(const rf_shape& s) {
   return s.stride_h == -2 && s.pad_h == 0 && s.pad_w == 0 && (s.p + 1) / 2 == s.h && (s.q + 1) / 2 == s.w;
 }
 
-static bool winograd_supports(const rf_shape& s) {
+static inline bool winograd_supports(const rf_shape& s) {
   return s.r == 3 && s.s == 3 && s.stride_h == s.stride_w && s.dilation_h == 1 && s.dilation_w == 1 && s.groups == 1 &&
          !s.pool && (s.stride_h == 1 || s.stride_h == 2 || upsampling_supports(s));
 }
