@@ -1,6 +1,7 @@
 // What is compiled once per instruction set, with RF_VARIANT as its namespace, of int8.
 #include "direct.h"
 #include "gemm.h"
+#include "grouped_int8.h"
 #include "pool.h"
 #include "requantise.h"
 #include "stem.h"
@@ -12,21 +13,25 @@ static int supports(const rf_shape* s, int algorithm) {
   switch (algorithm) {
     case RF_GEMM: return !s->pool || s->groups == 1;
     case RF_DIRECT: return direct_supports(*s);
+    case RF_GROUPED: return grouped_int8_supports(*s);
   }
   return 0;
 }
 
 static int64_t packed_bytes(const rf_shape* s, int algorithm) {
-  return gemm_packed_bytes<Int8>(*s, algorithm == RF_DIRECT);
+  return algorithm == RF_GROUPED ? grouped_int8_packed_bytes(*s) : gemm_packed_bytes<Int8>(*s, algorithm == RF_DIRECT);
 }
 
 static void pack(const rf_shape* s, int algorithm, const rf_weight* weight, void* packed, int thread, int threads) {
-  gemm_pack<Int8>({*s, *weight}, packed, {thread, threads}, algorithm == RF_DIRECT);
+  const Team team{thread, threads};
+  if (algorithm == RF_GROUPED) return grouped_int8_pack({*s, *weight}, (Int8::Packed*)packed, team);
+  gemm_pack<Int8>({*s, *weight}, packed, team, algorithm == RF_DIRECT);
 }
 
 static void convolve(const rf_op& op, const ConvTask<Int8>& task, Team team) {
   if (op.shape.pool) return stem(task, op.algorithm, team);
   if (op.algorithm == RF_DIRECT) return direct_conv(task, team);
+  if (op.algorithm == RF_GROUPED) return grouped_int8(task, team);
   gemm_conv(task, team);
 }
 

@@ -158,6 +158,21 @@ struct Int8 {
 #endif
   }
 
+  // Of VL elements side by side, the units of a panel: in the first lanes, and anything in the others.
+  static inline ivec load_units(const int8_t* p) {
+#if defined(RF_DOT_UNSIGNED) && defined(__AVX512F__)
+    return (ivec)_mm512_maskz_broadcast_i32x4(ALL_LANES, _mm_loadu_si128((const __m128i*)p)) ^ ZEROS;
+#elif defined(RF_DOT_PAIRS) && defined(__AVX512BW__)
+    return (ivec)_mm512_castsi256_si512(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(RF_DOT_PAIRS) && defined(__AVX2__)
+    return (ivec)_mm256_castsi128_si256(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    alignas(sizeof(ivec)) Placed units[VL * 4 / sizeof(Placed)] = {};
+    for (int i = 0; i < VL; i++) units[i] = placed(p[i]);
+    return *(const ivec_u*)units;
+#endif
+  }
+
   static inline vec load(const int8_t* p) {
     return __builtin_convertvector(widened(p), vec);
   }

@@ -14,13 +14,24 @@ struct Requantiser {
   const int8_t* const residual;
   int8_t* const y;
 
-  explicit Requantiser(const Tile<Int8>& t)
-      : factor(splat(t.requantise.factor)), lowest(splat(t.relu ? 0 : -__builtin_inff())), stride(t.stride),
-        residual(t.residual), y(t.y) {}
+  Requantiser(const Requantise& by, bool relu, const int8_t* residual, int8_t* y, int64_t stride)
+      : factor(splat(by.factor)), lowest(splat(relu ? 0 : -__builtin_inff())), stride(stride), residual(residual), y(y) {}
+  explicit Requantiser(const Tile<Int8>& t) : Requantiser(t.requantise, t.relu, t.residual, t.y, t.stride) {}
 
   vec real(ivec sum, vec scale, vec shift) const { return __builtin_convertvector(sum, vec) * scale + shift; }
   vec add(vec v, vec residual) const { return v + residual * factor; }
   vec activated(vec v) const { return max_or_second(lowest, v); }  // NaN stays
+
+  // One vector of channels, from element number `at` on.
+  void finish(int64_t at, ivec sum, vec scale, vec shift, bool to_float) const {
+    vec v = real(sum, scale, shift);
+    if (residual) v = add(v, Int8::load(residual + at));
+    v = activated(v);
+    if (to_float)
+      store((float*)y + at, v);
+    else
+      Int8::store(y + at, v);
+  }
 };
 
 template <int ROWS, int VECTORS> static inline void finish(const Tile<Int8>& t, ivec (&sum)[ROWS][VECTORS]) {
@@ -33,9 +44,8 @@ template <int ROWS, int VECTORS> static inline void finish(const Tile<Int8>& t, 
     });
   };
   if (t.requantise.to_float)
-    each([&](int64_t at, vec v) __attribute__((always_inline)) {
-      if (by.residual) v = by.add(v, Int8::load(by.residual + at));
-      store((float*)by.y + at, by.activated(v));
+    each_vector<ROWS, VECTORS>([&](int i, int j) {
+      by.finish(i * by.stride + j * VL, sum[i][j], scale[j], shift[j], true);
     });
   else if (by.residual)
     each([&](int64_t at, vec v) __attribute__((always_inline)) {
