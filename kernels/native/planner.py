@@ -104,7 +104,8 @@ def describe(shape: Shape, threads: int) -> str:
     """The key of a shape: ``1x56x56x64 64 3x3 s1x1 p1x1 d1x1 g1 2 threads``."""
     s = shape
     window = f"{s.r}x{s.s} s{s.stride_h}x{s.stride_w} p{s.pad_h}x{s.pad_w} d{s.dilation_h}x{s.dilation_w} g{s.groups}"
-    return f"{s.n}x{s.h}x{s.w}x{s.c} {s.k} {window}{' pool' if s.pool else ''} {threads} threads"
+    kind = {abi.BFLOAT16: " bfloat16", abi.INT8: " int8"}.get(s.dtype, "")
+    return f"{s.n}x{s.h}x{s.w}x{s.c} {s.k} {window}{' pool' if s.pool else ''}{kind} {threads} threads"
 
 
 def planned(key: str) -> str:

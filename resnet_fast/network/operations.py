@@ -152,10 +152,7 @@ class Steps:
         """Choose the algorithm of a convolution that will run on so many images at a time, and pack its weights."""
         assert step.weights is not None
         shape = of_images(step.shape, images)
-        if step.in_int8:
-            step.algorithm = next(name for name in abi.ALGORITHMS if library.supports(shape, name))
-        else:
-            step.algorithm = planner.choose_native(shape, self.threads)
+        step.algorithm = planner.choose_native(shape, self.threads)
         norm = step.weights.norm
         key = (
             *(step.in_int8, step.algorithm, library.variant(), shape.groups),

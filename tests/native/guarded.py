@@ -5,6 +5,7 @@ import torch
 from resnet_fast.kernels.native import abi, library, passes
 from resnet_fast.kernels.native.abi import Shape
 from tests.cpu.ops.cases import Conv, make
+from tests.native import int8_cases
 from tests.native.harness import TRICKY, Expected, Guarded, algorithms_for, convolve, placed, resnet_convs, run
 from tests.native.pass_cases import SHAPES, Memory, everything
 from tests.native.pass_cases import make as make_passes
@@ -47,6 +48,15 @@ def _everything(variant: str, at_end: bool) -> None:
                 print(variant, algorithm, "with a pool" if pool else "", conv, flush=True)
                 actual = convolve(data, algorithm, not pool, True, Guarded(at_end), pool)
                 expected.check(actual, algorithm)
+    for conv in [*TRICKY.values(), *small, *_random_convs(60)]:
+        numbers = int8_cases.make(conv)
+        for pool in (False, True):
+            for algorithm in int8_cases.algorithms_for(conv, pool):
+                print(variant, "int8", algorithm, "with a pool" if pool else "", conv, flush=True)
+                for to_float in (False,) if pool else (False, True):
+                    flags = (not pool, True, to_float)
+                    y = int8_cases.convolve(numbers, algorithm, *flags, Guarded(at_end), pool)
+                    assert torch.equal(y, int8_cases.exact(numbers, *flags, pool))
     for n, c, h, w in ((1, 1, 1, 1), (2, 3, 5, 4), (1, 16, 3, 3), (1, 17, 6, 5), (3, 40, 2, 7)):
         print(variant, "pools, sum, layouts", (n, c, h, w), flush=True)
         x, place = torch.randn(n, c, h, w), Guarded(at_end)

@@ -10,24 +10,25 @@
 namespace RF_VARIANT {
 
 // Packed weights: per group, panels of NR output channels, each [E::START_ROWS + K][NR] units, the last one with VL in
-// place of NR if that is enough.
+// place of NR if that is enough. A patch is one run of elements, or one for each of its rows; each begins a unit.
 template <class E> struct GemmWeights {
-  int64_t elements, depth, channels;  // R * S * C, K, and output channels, of one group
+  int64_t run, runs, run_units, depth, channels;  // elements of a run; all runs, K; output channels of one group
 
-  explicit GemmWeights(const rf_shape& s)
-      : elements(patch_elements(s)), depth(ceil_div(elements, E::PER_UNIT)), channels(s.k / s.groups) {}
+  explicit GemmWeights(const rf_shape& s, bool by_rows = false)
+      : run(patch_elements(s) / (by_rows ? s.r : 1)), runs(by_rows ? s.r : 1), run_units(ceil_div(run, E::PER_UNIT)),
+        depth(runs * run_units), channels(s.k / s.groups) {}
   int64_t panels() const { return ceil_div(channels, NR); }
   int64_t rows() const { return E::START_ROWS + depth; }
   int64_t group_units() const { return rows() * round_up(channels, VL); }
 };
 
-template <class E> static int64_t gemm_packed_bytes(const rf_shape& s) {
-  return GemmWeights<E>(s).group_units() * s.groups * int64_t(sizeof(typename E::Packed));
+template <class E> static int64_t gemm_packed_bytes(const rf_shape& s, bool by_rows = false) {
+  return GemmWeights<E>(s, by_rows).group_units() * s.groups * int64_t(sizeof(typename E::Packed));
 }
 
-template <class E> static void gemm_pack(const WeightSource& from, void* packed, Team team) {
+template <class E> static void gemm_pack(const WeightSource& from, void* packed, Team team, bool by_rows = false) {
   const rf_shape& s = from.shape;
-  const GemmWeights<E> layout(s);
+  const GemmWeights<E> layout(s, by_rows);
   const int64_t vectors = ceil_div(layout.channels, VL);
   const int inputs = from.inputs();
   auto* block = (double*)rf_scratch(PANELS, from.block_doubles() * sizeof(double));
@@ -37,8 +38,8 @@ template <class E> static void gemm_pack(const WeightSource& from, void* packed,
     const int lanes = int(smaller<int64_t>(VL, layout.channels - channel));
     const int width = layout.channels - panel > VL ? NR : VL;
     const int64_t first = group * layout.group_units() + panel * layout.rows() + channel - panel;
-    auto row = [&](int64_t element) {
-      const int64_t unit = first + (E::START_ROWS + element / E::PER_UNIT) * width;
+    auto row = [&](int64_t run, int64_t element) {
+      const int64_t unit = first + (E::START_ROWS + run * layout.run_units + element / E::PER_UNIT) * width;
       return (typename E::Element*)packed + unit * E::PER_UNIT + element % E::PER_UNIT;
     };
     int32_t sums[VL] = {};
@@ -48,12 +49,14 @@ template <class E> static void gemm_pack(const WeightSource& from, void* packed,
       const double* at = block;
       for (int tap = 0; tap < from.taps(); tap++)
         for (int j = 0; j < count; j++, at += VL) {
-          put_weights<E>(row(int64_t(tap) * inputs + c + j), at);
+          const int64_t element = int64_t(tap) * inputs + c + j;
+          put_weights<E>(row(element / layout.run, element % layout.run), at);
           for (int lane = 0; E::START_ROWS && lane < VL; lane++) sums[lane] += int32_t(at[lane]);
         }
     }
-    for (int64_t i = layout.elements; i % E::PER_UNIT; i++)
-      for (int lane = 0; lane < VL; lane++) row(i)[lane * E::PER_UNIT] = 0;
+    for (int64_t run = 0; run < layout.runs; run++)
+      for (int64_t i = layout.run; i % E::PER_UNIT; i++)
+        for (int lane = 0; lane < VL; lane++) row(run, i)[lane * E::PER_UNIT] = 0;
     for (int lane = 0; E::START_ROWS && lane < VL; lane++) ((int32_t*)packed)[first + lane] = -128 * sums[lane];
   }
 }

@@ -15,6 +15,25 @@ template <class Each> static inline void each_vector(int64_t count, Each each) {
   if (i < count) each(i, int(count - i));
 }
 
+// The largest of the window's pixels in channels that need no conversion; how many these are.
+template <class Element>
+static inline int64_t max_of_bytes(const rf_shape& s, const Element* image, Range rows, Range columns, Element* y) {
+  typedef int8_t wide __attribute__((vector_size(VL * 4)));
+  typedef int8_t wide_u __attribute__((vector_size(VL * 4), aligned(1), may_alias));
+  if constexpr (sizeof(Element) > 1) return 0;
+  const int64_t channels = s.k / (VL * 4) * (VL * 4);
+  for (int64_t c = 0; c < channels; c += VL * 4) {
+    wide most = wide{} + int8_t(-128);
+    for (int64_t i = rows.begin; i < rows.end; i++)
+      for (int64_t j = columns.begin; j < columns.end; j++) {
+        const wide v = *(const wide_u*)(image + (i * s.w + j) * s.c + c);
+        most = v > most ? v : most;
+      }
+    *(wide_u*)(y + c) = most;
+  }
+  return channels;
+}
+
 // y[channels] = the largest of the window's pixels, or their mean.
 template <class E>
 static inline void pool_pixel(const rf_shape& s, const typename E::Element* image, int p, int q,
@@ -23,7 +42,9 @@ static inline void pool_pixel(const rf_shape& s, const typename E::Element* imag
   const int top = larger(0, y0), bottom = smaller(s.h, y0 + s.r);
   const int left = larger(0, x0), right = smaller(s.w, x0 + s.s);
   const float pixels = float(larger(0, bottom - top)) * float(larger(0, right - left));
-  each_vector(s.k, [&](int64_t c, int count) {
+  const int64_t done = mean ? 0 : max_of_bytes(s, image, {top, bottom}, {left, right}, y);
+  each_vector(s.k - done, [&](int64_t c, int count) {
+    c += done;
     vec total = mean ? vec{} : splat(-__builtin_inff());
     for (int i = top; i < bottom; i++) {
       vec row = mean ? vec{} : total;  // rows are summed apart: the error grows with their length, not with the image

@@ -7,19 +7,22 @@
 namespace RF_VARIANT {
 
 // Operands are counted in units of 32 bits, a float32, two bfloat16 or up to four int8: K means as many of them.
-// Left operand: runs of K, in which row i, column k lies at a[i * STEP + k].
-//  - STEP = VL, a "panel": [ceil(K / VL)][rows][VL]. A vector copy fills a line of it, one pointer walks through it, and
-//    no two rows of a tile share a cache set, whatever the stride of the image. Nothing is read after K.
-//  - STEP = 6: pixels of an RGB image, every other one, as they lie in memory.
+// Left operand: runs of K, in which row i, column k lies i * STEP bytes and k units from a.
+//  - STEP = PANEL_STEP, a "panel": [ceil(K / VL)][rows][VL]. A vector copy fills a line of it, one pointer walks through
+//    it, and no two rows of a tile share a cache set, whatever the stride of the image. Nothing is read after K.
+//  - Else it is that of pixels in an RGB image, every other one, as they lie in memory.
 // Right operand: [K][vectors * VL], after what the sums begin with where E::START_ROWS is 1.
+constexpr int UNIT = 4;  // bytes
+constexpr int PANEL_STEP = VL * UNIT;
+
 struct Left {
-  const float* a;
-  int64_t runs, run_step;  // whole runs, and floats from one to the next
+  const char* a;
+  int64_t runs, run_step;  // whole runs, and bytes from one to the next
   int run, tail;           // columns in each of them, and in a last, shorter one
 };
 
 static inline Left panel(const float* a, int rows, int64_t depth) {
-  return {a, depth / VL, rows * VL, VL, int(depth % VL)};
+  return {(const char*)a, depth / VL, rows * PANEL_STEP, VL, int(depth % VL)};
 }
 
 // The weights of the next columns, which other tiles will read from memory: fetched meanwhile, an equal part by each of
@@ -159,7 +162,7 @@ template <class E, int ROWS, int VECTORS, int STEP> static void multiply(const T
   const int rows_at_a_time = t.left.runs < ROWS / 4 ? ROWS : 4;
   int fetched = t.next_residual ? 0 : ROWS;
   typename E::Sum sum[ROWS][VECTORS] = {};
-  const float* a = t.left.a;
+  const char* a = t.left.a;
   const auto* b = t.b;
   if constexpr (E::START_ROWS) {
     each_vector<ROWS, VECTORS>([&](int i, int j) __attribute__((always_inline)) { sum[i][j] = E::load_weights(b + j * VL); });
@@ -174,7 +177,7 @@ template <class E, int ROWS, int VECTORS, int STEP> static void multiply(const T
       b += VECTORS * VL;
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; i++) {
-        const auto unit = E::broadcast(a + i * STEP + k), x = VECTORS > 1 ? in_register(unit) : unit;
+        const auto unit = E::broadcast(a + i * STEP + k * UNIT), x = VECTORS > 1 ? in_register(unit) : unit;
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) sum[i][j] = E::multiply_add(sum[i][j], x, weights[j]);
       }
@@ -189,7 +192,7 @@ template <class E, int ROWS, int VECTORS, int STEP> static void multiply(const T
     for (const int end = smaller(fetched + rows_at_a_time, ROWS); fetched < end; fetched++)
 #pragma GCC unroll 4
       for (int j = 0; j < VECTORS; j++) __builtin_prefetch(t.next_residual + fetched * t.stride + j * VL);
-    columns(STEP == VL ? VL : t.left.run);
+    columns(STEP == PANEL_STEP ? VL : t.left.run);
   }
   columns(t.left.tail);
   if (t.channels == VECTORS * VL) return finish(t, sum);
@@ -209,7 +212,7 @@ template <class E, int STEP> struct Multiplies {
 };
 
 // rows: 1 to MR; the vectors are those that t.channels needs.
-template <int STEP = VL, class E> static inline void multiply(const Tile<E>& t, int rows) {
+template <int STEP = PANEL_STEP, class E> static inline void multiply(const Tile<E>& t, int rows) {
   static constexpr Multiplies<E, STEP> multiplies;
   multiplies.table[rows - 1][t.channels > VL](t);
 }

@@ -96,9 +96,12 @@ struct Float32 {
   using Packed = float;   // a lane of packed weights
   using Sum = vec;
   static constexpr int PER_UNIT = 1;
+  static constexpr bool DIRECT = true, WINOGRAD = true;  // whether these algorithms have it
   static constexpr int START_ROWS = 0;  // of packed weights, what sums begin with; none: with 0
   static constexpr int32_t ZEROS = 0;   // a unit of a panel whose elements are 0
-  static inline vec broadcast(const float* unit) { return splat(*unit); }
+  using Placed = float;                 // an element in a panel
+  static inline float placed(float f) { return f; }
+  static inline vec broadcast(const char* unit) { return splat(*(const float*)unit); }
   static inline vec multiply_add(vec sum, vec x, vec w) { return RF_VARIANT::multiply_add(sum, x, w); }
   static inline vec load_weights(const float* p) { return RF_VARIANT::load(p); }
   static inline void put_line(float* to, const float* from) { RF_VARIANT::store(to, RF_VARIANT::load(from)); }
@@ -116,9 +119,10 @@ struct BFloat16 {
   using Packed = float;
   using Sum = vec;
   static constexpr int PER_UNIT = 2;
+  static constexpr bool DIRECT = false, WINOGRAD = false;
   static constexpr int START_ROWS = 0;
   static constexpr int32_t ZEROS = 0;
-  static inline vec broadcast(const float* unit) {
+  static inline vec broadcast(const char* unit) {
     int32_t bits;
     memcpy(&bits, unit, sizeof bits);
     return (vec)(bits - ivec{});

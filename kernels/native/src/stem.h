@@ -11,8 +11,9 @@ namespace RF_VARIANT {
 // Some of the convolution's rows, counted over all images.
 template <class E> static void convolve_rows(const ConvTask<E>& task, int algorithm, Range rows) {
   const rf_shape& s = task.shape;
-  if constexpr (sizeof(typename E::Element) == sizeof(float)) {
+  if constexpr (E::DIRECT)
     if (algorithm == RF_DIRECT) return direct_part(task, rows);
+  if constexpr (E::WINOGRAD) {
     if (algorithm == RF_WINOGRAD_STEM) return WinogradStem::part(task, rows);
   }
   gemm_part(task, {0, 1}, {rows.begin * s.q, rows.end * s.q}, {0, GemmWeights<E>(s).panels()});

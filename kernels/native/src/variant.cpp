@@ -19,7 +19,7 @@ static int supports(const rf_shape* s, int algorithm) {
 #if defined(__AVX512BF16__)
   if (s->dtype == RF_BFLOAT16) return algorithm == RF_GEMM;
 #endif
-  if (s->dtype == RF_INT8) return algorithm == RF_GEMM && (!s->pool || s->groups == 1);
+  if (s->dtype == RF_INT8) return (algorithm == RF_GEMM && (!s->pool || s->groups == 1)) || (algorithm == RF_DIRECT && direct_supports(*s));
   if (s->dtype != RF_FLOAT32 || (s->stride_h < 0 && !winograd(algorithm))) return 0;
   switch (algorithm) {
     case RF_GEMM: return !s->pool || s->groups == 1;
@@ -53,7 +53,7 @@ static int64_t packed_bytes(const rf_shape* s, int algorithm) {
 #if defined(__AVX512BF16__)
   if (s->dtype == RF_BFLOAT16) return gemm_packed_bytes<BFloat16>(*s);
 #endif
-  if (s->dtype == RF_INT8) return gemm_packed_bytes<Int8>(*s);
+  if (s->dtype == RF_INT8) return gemm_packed_bytes<Int8>(*s, algorithm == RF_DIRECT);
   switch (algorithm) {
     case RF_GEMM:
     case RF_DIRECT: return gemm_packed_bytes<Float32>(*s);
@@ -71,7 +71,7 @@ static void pack(const rf_shape* s, int algorithm, const rf_weight* weight, void
 #if defined(__AVX512BF16__)
   if (s->dtype == RF_BFLOAT16) return gemm_pack<BFloat16>(from, packed, team);
 #endif
-  if (s->dtype == RF_INT8) return gemm_pack<Int8>(from, packed, team);
+  if (s->dtype == RF_INT8) return gemm_pack<Int8>(from, packed, team, algorithm == RF_DIRECT);
   float* to = (float*)packed;
   switch (algorithm) {
     case RF_GEMM:
@@ -86,12 +86,13 @@ static void pack(const rf_shape* s, int algorithm, const rf_weight* weight, void
 template <class E> static void convolve(const rf_op& op, const ConvTask<E>& task, Team team) {
   if (op.shape.pool) return stem(task, op.algorithm, team);
   if (op.algorithm == RF_GEMM) return gemm_conv(task, team);
-  if constexpr (sizeof(typename E::Element) == sizeof(float)) {
+  if constexpr (E::DIRECT)
+    if (op.algorithm == RF_DIRECT) return direct_conv(task, team);
+  if constexpr (E::WINOGRAD) {
     switch (op.algorithm) {
       case RF_WINOGRAD2:
       case RF_WINOGRAD4: return with_winograd(op.shape, op.algorithm, [&](auto w) { w.conv(task, team); });
       case RF_GROUPED: return grouped(task, team);
-      case RF_DIRECT: return direct_conv(task, team);
       case RF_WINOGRAD_STEM: return WinogradStem::conv(task, team);
     }
   }

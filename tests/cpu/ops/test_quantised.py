@@ -12,6 +12,7 @@ from torch import nn
 
 from resnet_fast import ops, quantised
 from resnet_fast.kernels.contract import Case
+from resnet_fast.kernels.native import library
 from resnet_fast.kernels.reference.quantised import MOST_PRODUCTS, RANGE
 
 INT8, FP8 = RANGE
@@ -224,10 +225,12 @@ def test_there_is_no_gradient():
         conv_quantised(**given).sum().backward()
 
 
-def test_the_definition_serves_the_cpu():
+def test_what_serves_the_cpu():
     case = Case("conv_quantised", "cpu", INT8, 16, 8)
-    assert ops.implementation_for(case, ops.QUANTISED) == "reference"
-    assert ops.implementation_for(case._replace(op="quantise"), ops.QUANTISED) == "reference"
+    best = "reference" if library.unavailable() else "native"
+    for op in ("conv_quantised", "quantise", "dequantise"):
+        assert ops.implementation_for(case._replace(op=op), ops.QUANTISED) == best
+        assert ops.implementation_for(case._replace(op=op, dtype=FP8), ops.QUANTISED) == "reference"
 
 
 # --- what makes operands ----------------------------------------------------------------------------------------------
