@@ -111,7 +111,7 @@ def _tune_cpu(model: nn.Module, example_input: Tensor, calls: int) -> Iterator[C
                 if algorithm == planner.ONEDNN:  # the last; ours would be timed outside their plan here
                     wanted = timing.algorithm == planner.ONEDNN and key in shapes
                 else:
-                    wanted = timing.kind == abi.CONV and timing.shape.dtype == abi.FLOAT32  # int8 has no choice
+                    wanted = timing.kind == abi.CONV
                 if wanted:
                     shapes.setdefault(key, {}).setdefault(timing.algorithm, []).append(timing.seconds)
     if not shapes:
