@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal, Optional, TypeVar, Union, get_args
@@ -72,7 +73,7 @@ def quantize(
         max_accuracy_drop: points of top-1 accuracy that may be lost; the most sensitive layers stay in float32 until
             that holds.
         sensitivity: measure the error of each layer by itself, for the report.
-        input_size: ``(channels, height, width)`` of the images, by default what a tensor of images has, else what
+        input_size: ``(channels, height, width)`` of the images, by default what a tensor or a data set has, else what
             ``weights`` or a timm model's configuration says, else 224 x 224. The model takes others as well.
         mean, std: per channel, for pictures of bytes.
         weights: a torchvision weights enum member, or a checkpoint of ``resnet-fast finetune``, to take ``input_size``,
@@ -149,9 +150,14 @@ def _check(model: nn.Module, calibration: Any, dtype: str, ranges: Any) -> None:
 
 
 def _size_of(images: Any) -> Optional[tuple[int, ...]]:
-    """What a tensor of images has."""
-    known = isinstance(images, (Tensor, np.ndarray)) and len(images.shape) == 4
-    return tuple(images.shape[1:]) if known else None
+    """What a tensor of images has, or the first of a data set, also behind a DataLoader."""
+    first = getattr(images, "dataset", images)
+    sized = not isinstance(first, (str, os.PathLike, Tensor, np.ndarray)) and hasattr(first, "__len__")
+    if sized and hasattr(first, "__getitem__") and len(first):
+        first = first[0]
+        first = first[0] if isinstance(first, (tuple, list)) and first else first
+    shape = getattr(first, "shape", ())
+    return tuple(shape[-3:]) if len(shape) in (3, 4) else None
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fast.graph import batch_norm
+from resnet_fast.kernels import packing
 from resnet_fast.kernels.contract import Case
 from resnet_fast.kernels.native import abi
-from resnet_fast.kernels.packing import PackCache
 from resnet_fast.network.precision import quantise_weights, requantised
 from resnet_fast.network.schedule import last_reads
 from resnet_fast.network.steps import Step, Storage, sources
 from resnet_fast.ops.dispatch import QUANTISED, implementation_for
 
-_packs = PackCache()
+_packs = packing.PackCache()
 
 
 def refusal(shape: abi.Shape, device: torch.device) -> str:
@@ -54,6 +54,8 @@ class TorchProgram:
 
     def run(self, given: Storage, x: Tensor) -> list[Tensor]:
         """The results, each one-dimensional, of the numbers of ``x`` in their order in memory."""
+        if packing.holders is not None:
+            packing.holders.append(self)  # whoever keeps addresses, as a CUDA graph does, keeps the packs
         values = {given: x}
         with torch.no_grad():
             for step, call, over in self._calls:

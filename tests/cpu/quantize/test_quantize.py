@@ -16,11 +16,13 @@ from resnet_fast.export import export_onnx
 from resnet_fast.finetune import qat
 from resnet_fast.graph.conditions import Accelerated
 from resnet_fast.kernels import packing
+from resnet_fast.kernels.native import library
 from tests.cpu.quantize.networks import IMAGES, MODELS, SIZE, by_ops, quantised
 from tests.cpu.small_models import images, relative_error, small_resnet
 from tests.cpu.trained import Trained
 
 X = images(2, 3, SIZE, SIZE)
+LABELLED = torch.utils.data.TensorDataset(IMAGES, torch.zeros(len(IMAGES), dtype=torch.long))
 
 
 def ran(model):
@@ -153,15 +155,13 @@ def test_ranges_of_quantisation_aware_training():
     [
         lambda: IMAGES.numpy(),
         lambda: [(image, 0) for image in IMAGES],
-        lambda: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES), batch_size=3),
+        lambda: torch.utils.data.DataLoader(LABELLED, batch_size=3),
+        lambda: torch.utils.data.DataLoader(IMAGES, batch_size=5),
     ],
 )
 def test_images_in_other_forms(given):
     model, int8 = quantised()
-    found = given()
-    if isinstance(found, torch.utils.data.DataLoader):
-        found = [batch for (batch,) in found]
-    assert torch.equal(resnet_fast.quantize(model, found, input_size=(3, SIZE, SIZE))(X), int8(X))
+    assert torch.equal(resnet_fast.quantize(model, given())(X), int8(X))
 
 
 # --- when it runs in int8 ---------------------------------------------------------------------------------------------
@@ -268,6 +268,23 @@ def test_compiled_it_runs_its_own_program():
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="leave out fullgraph"):
         torch.compile(copy.deepcopy(int8), backend="eager", fullgraph=True)(X)
+
+
+def test_whoever_keeps_addresses_keeps_the_weights_in_int8(monkeypatch):
+    _, int8 = quantised()
+    monkeypatch.setenv("RESNET_FAST_IMPLEMENTATION", "reference")
+    int8(X)
+    program = network.last_plan(int8)._program
+    with packing.held() as held:
+        int8(X)
+    assert any(one is program for one in held)
+
+
+@pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
+def test_what_is_measured_in_int8_is_no_choice_for_float():
+    _, int8 = quantised()
+    tuning = resnet_fast.tune(int8, X, calls=1)
+    assert tuning.choices and all(" int8 " in choice.shape for choice in tuning.choices)
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
