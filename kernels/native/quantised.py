@@ -72,7 +72,12 @@ def conv_quantised(
         memory_format=torch.channels_last,
     )
     op = Op(abi.CONV, ALGORITHMS.index(algorithm), shape, abi.INT8 if quantised else abi.FLOAT32)
-    op.packed, op.shift, op.scale, op.factor = packed.data_ptr(), offset.data_ptr(), by.data_ptr(), residual_scale / step
+    op.packed, op.shift, op.scale, op.factor = (
+        packed.data_ptr(),
+        offset.data_ptr(),
+        by.data_ptr(),
+        residual_scale / step,
+    )
     _run(op, nhwc(x), y, None if residual is None else nhwc(residual))
     return y if quantised else y.to(out_dtype)
 

@@ -59,7 +59,11 @@ def test_random_shapes(variant):
 def test_the_largest_sums(variant):
     """Every product is the largest, or the smallest, that there is: nothing saturates on the way."""
     for x, w in ((-128, -128), (-128, 127), (127, -128), (127, 127)):
-        for conv in (Conv(1, 512, 3, 3, 32, groups=1), Conv(1, 8, 3, 4, 8, groups=2), Conv(1, 3, 9, 9, 16, (7, 7), (2, 2))):
+        for conv in (
+            Conv(1, 512, 3, 3, 32, groups=1),
+            Conv(1, 8, 3, 4, 8, groups=2),
+            Conv(1, 3, 9, 9, 16, (7, 7), (2, 2)),
+        ):
             data = make(conv)
             data = data._replace(x=torch.full_like(data.x, x), weight=torch.full_like(data.weight, w))
             for algorithm in algorithms_for(conv):
@@ -122,15 +126,17 @@ def test_packs_are_hardly_longer_than_the_weights(variant):
 @pytest.mark.parametrize("residual", [None, torch.int8, torch.float32])
 def test_the_op(residual, out_dtype, variant):
     """At most a step from the definition in float64, and there only beside the middle between two steps."""
-    for conv in (Conv(2, 17, 6, 5, 33), Conv(1, 64, 5, 4, 64, groups=16), Conv(1, 3, 11, 12, 8, (7, 7), (2, 2), (3, 3))):
+    for conv in (
+        Conv(2, 17, 6, 5, 33),
+        Conv(1, 64, 5, 4, 64, groups=16),
+        Conv(1, 3, 11, 12, 8, (7, 7), (2, 2), (3, 3)),
+    ):
         data = make(conv)
         other = None if residual is None else data.residual.to(residual)
         rest = (other, 0.02, 0.05, *conv.geometry, True, out_dtype)
         scale, shift = data.scale * 0.05, data.shift * 0.05
         actual = native.conv_quantised(data.x, data.weight, scale, shift, *rest)
-        real = reference.conv_quantised(
-            data.x, data.weight, scale.double(), shift.double(), *rest[:-1], torch.float64
-        )
+        real = reference.conv_quantised(data.x, data.weight, scale.double(), shift.double(), *rest[:-1], torch.float64)
         assert actual.dtype == out_dtype
         assert actual.is_contiguous(memory_format=torch.channels_last)
         if out_dtype == torch.int8:
