@@ -4,8 +4,8 @@ Environment variables, for tests and for finding faults:
 
 - ``RESNET_FAST_IMPLEMENTATION``: ``triton``, ``native``, ``onednn`` or ``reference``. That one is tried first; the
   reference still runs what it does not cover. Triton serves CPU tensors only so, and only in its interpreter.
-- ``RESNET_FAST_ISA``: ``portable``, ``avx2``, ``avx512`` or ``avx512_bf16``. The instruction set of the native kernels,
-  read when they are first used; without it, the best that the CPU runs.
+- ``RESNET_FAST_ISA``: ``portable``, ``avx2``, ``avx2_vnni``, ``avx512``, ``avx512_vnni`` or ``avx512_bf16``. The
+  instruction set of the native kernels, read when they are first used; without it, the best that the CPU runs.
 """
 
 import os
