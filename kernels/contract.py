@@ -41,6 +41,14 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
+class BatchNorm(NamedTuple):
+    """What a batch norm has beside its statistics: ``scale`` (gamma) and ``shift`` (beta), both ``[K]``, and eps."""
+
+    scale: Tensor
+    shift: Tensor
+    eps: float
+
+
 class Gate(NamedTuple):
     """The ReLU that a convolution's input came through, for the gradient to go back through.
 

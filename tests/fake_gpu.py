@@ -154,8 +154,8 @@ def _architecture(device: torch.device) -> str:
     return "sm_90"
 
 
-def _allocate(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+def _allocate(x: torch.Tensor, shape: tuple[int, ...], dtype: Optional[torch.dtype] = None) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype or x.dtype, memory_format=torch.channels_last)
 
 
 def _launchers(fake: Driver) -> Any:

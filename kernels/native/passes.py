@@ -124,8 +124,8 @@ def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[T
     return Gradient(g, *sums)
 
 
-def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool) -> Tensor:
-    """See ``reference_training.bn_backward``."""
+def bn_gradient(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool) -> Tensor:
+    """See ``reference_training.bn_gradient``; with ``overwrite``, it is written over ``g``."""
     g, y = nhwc(g), nhwc(y)
     result = g if overwrite else _image(*g.shape)
     _run(abi.BN_BACKWARD, g, {"x": g, "y": y, "result": result, "mean": mean, "scale": a, "slope": b, "shift": c})

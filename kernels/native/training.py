@@ -21,18 +21,19 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Affine, Case, Gate, Geometry, Gradient, Pair, nhwc
+from resnet_fast.kernels.contract import Affine, BatchNorm, Case, Gate, Geometry, Gradient, Pair, nhwc
 from resnet_fast.kernels.native import abi, library, passes, planner
 from resnet_fast.kernels.native.abi import ALGORITHMS, NOWHERE, Op, Ref, Shape
 from resnet_fast.kernels.native.inference import LARGEST, conv_shape
-from resnet_fast.kernels.native.passes import bn_backward, tail, tail_backward, tail_pool, tail_pool_backward
+from resnet_fast.kernels.native.passes import tail, tail_backward, tail_pool, tail_pool_backward
 from resnet_fast.kernels.native.wgrad import gram, wgrad
 from resnet_fast.kernels.native.wgrad import refusal as wgrad_refusal
+from resnet_fast.kernels.reference.training import coefficients, normalised
 
 _FORWARD = ("conv_statistics", "conv_affine")
 _BACKWARD = ("dgrad", "dgrad_expand")
 _WEIGHTS = [function.__name__ for function in (gram, wgrad)]
-_PASSES = [function.__name__ for function in (tail, tail_pool, tail_backward, tail_pool_backward, bn_backward)]
+_PASSES = ["bn_backward", *(one.__name__ for one in (tail, tail_pool, tail_backward, tail_pool_backward))]
 
 __all__ = [*_FORWARD, *_BACKWARD, *_WEIGHTS, *_PASSES, "supports"]
 
@@ -61,12 +62,13 @@ def supports(case: Case) -> Optional[str]:
 
 
 def conv_statistics(
-    x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry
+    x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry, norm: Optional[BatchNorm] = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``reference_training.conv_statistics``."""
     shape = conv_shape(x.shape, weight.shape, *geometry, False, False)
     y = _convolve(shape, x, weight, prologue=prologue)
-    return y, *passes.statistics(y)
+    statistics = passes.statistics(y)
+    return (y, *statistics) if norm is None else (y, *normalised(*statistics, norm, y.numel() // y.shape[1]))
 
 
 def conv_affine(
@@ -84,6 +86,15 @@ def conv_affine(
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
+
+
+def bn_backward(
+    g: Tensor, y: Tensor, vectors: Tensor, total: Tensor, product: Tensor, count: int, overwrite: bool
+) -> tuple[Tensor, Tensor]:
+    """As ``reference_training.bn_backward``."""
+    mean, rstd, scale, _ = vectors.unbind(0)
+    slopes = coefficients(rstd, scale, total, product, count)
+    return passes.bn_gradient(g, y, mean, *slopes, overwrite), product * rstd
 
 
 def dgrad(

@@ -16,13 +16,16 @@ z (Ioffe and Szegedy 2015, section 3): ``dbeta = total = sum(g)``, ``dgamma = rs
 ``c = a * total / M``. Nothing divides by gamma, which may be 0.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Affine, Case, Gate, Geometry, Gradient, Pair, nhwc, wide
+from resnet_fast.kernels.contract import Affine, BatchNorm, Case, Gate, Geometry, Gradient, Pair, nhwc, wide
+
+MOST_CANCELLATION = 16.0
+"""How many times smaller than for uncorrelated channels an expand layer's variances may be: see ``gram_statistics``."""
 
 
 def supports(case: Case) -> Optional[str]:
@@ -34,17 +37,32 @@ def supports(case: Case) -> Optional[str]:
 
 
 def conv_statistics(
-    x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry
+    x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry, norm: Optional[BatchNorm] = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A convolution of ``prologue(x)``, and the statistics of its result as it is stored (rounded).
 
     Returns:
-        ``y [N, K, P, Q]`` in the dtype of ``x``, ``mean [K]``, ``variance [K]`` (biased: divided by ``N * P * Q``).
+        ``y [N, K, P, Q]`` in the dtype of ``x``, ``mean [K]``, ``variance [K]`` (biased: divided by ``N * P * Q``);
+        with ``norm``, which follows, ``y`` and what ``normalised`` makes of the other two.
     """
     y = _conv(activate(x, prologue), weight, geometry)
     values = y.to(wide(y))
     mean = values.mean((0, 2, 3))
-    return y, mean, (values - _channels(mean)).square().mean((0, 2, 3))
+    variance = (values - _channels(mean)).square().mean((0, 2, 3))
+    return (y, mean, variance) if norm is None else (y, *normalised(mean, variance, norm, y[:, 0].numel()))
+
+
+def normalised(mean: Tensor, variance: Tensor, norm: BatchNorm, count: Any) -> tuple[Tensor, Tensor]:
+    """What a batch norm comes to with these statistics of ``count`` values a channel (a number, or a tensor of one).
+
+    Returns:
+        ``vectors [4, K]``: mean, rstd, and the scale and shift that it multiplies by and adds; and ``moments [2, K]``,
+        towards which its running statistics move: mean and unbiased variance.
+    """
+    rstd = torch.rsqrt(variance + norm.eps)
+    scale = (norm.scale * rstd).to(mean.dtype)
+    vectors = torch.stack([mean, rstd, scale, (norm.shift - mean * scale).to(mean.dtype)])
+    return vectors, torch.stack([mean, variance * (count / (count - 1))])
 
 
 def gram(x: Tensor, prologue: Optional[Affine], stride: Pair) -> tuple[Tensor, Tensor]:
@@ -61,6 +79,29 @@ def gram(x: Tensor, prologue: Optional[Affine], stride: Pair) -> tuple[Tensor, T
     mean = rows.mean(0)
     centred = rows - mean
     return mean, centred.T @ centred / rows.shape[0]
+
+
+def expand_statistics(
+    w: Tensor, input_mean: Tensor, covariance: Tensor, norm: BatchNorm, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``normalised`` for a 1x1 convolution's result of ``count`` values, from its matrix ``w [K, C]`` and its input's
+    ``gram``; and whether that lost too many digits (see ``gram_statistics``), a flag of no dimension."""
+    mean, variance, cancels = gram_statistics(w, input_mean, covariance, norm.eps)
+    return *normalised(mean, variance, norm, count), cancels
+
+
+def gram_statistics(w: Tensor, input_mean: Tensor, covariance: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of a 1x1 convolution's result from those of its input; and whether that lost too many digits.
+
+    The variance of ``w a`` is a sum of ``C^2`` terms ``w_i w_j cov_ij``, each off by about ``eps * |w_i w_j| * sqrt(
+    cov_ii cov_jj)`` in either direction: together by ``eps * sum_i(w_i^2 cov_ii)``, which is eps times the variance
+    for uncorrelated channels. If it is ``k`` times the variance, the result is off by ``k eps / 2`` of its deviation,
+    and a convolution's rounding, which meets the same cancellation, by ``sqrt(k) eps``: twice that is reached at 16.
+    """
+    variance = ((w @ covariance) * w).sum(1).clamp_(min=0)
+    uncorrelated = w.square() @ covariance.diagonal()
+    cancels = (uncorrelated > MOST_CANCELLATION * (variance + eps)).any()
+    return w @ input_mean, variance, cancels
 
 
 def conv_affine(
@@ -126,8 +167,24 @@ def tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optional[T
     return _gated(g, y, Gate(affine, mean))
 
 
-def bn_backward(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool) -> Tensor:
-    """``a * g - b * (y - mean) - c``, which may be written over ``g`` and be it if ``overwrite``."""
+def bn_backward(
+    g: Tensor, y: Tensor, vectors: Tensor, total: Tensor, product: Tensor, count: int, overwrite: bool
+) -> tuple[Tensor, Tensor]:
+    """``dy`` and ``dgamma``, as above. ``vectors``: those of ``normalised``; ``count``: M.
+
+    ``dy`` may be written over ``g`` and be it if ``overwrite``.
+    """
+    mean, rstd, scale, _ = vectors
+    return bn_gradient(g, y, mean, *coefficients(rstd, scale, total, product, count)), product * rstd
+
+
+def coefficients(rstd: Tensor, scale: Tensor, total: Tensor, product: Tensor, count: Any) -> tuple[Tensor, ...]:
+    """``a``, ``b`` and ``c`` of batch norm's backward pass; ``scale`` is ``a``: ``gamma * rstd``."""
+    return scale, scale * rstd.square() * product / count, scale * total / count
+
+
+def bn_gradient(g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """``a * g - b * (y - mean) - c``."""
     centred = y.to(wide(y)) - _channels(mean)
     return (_channels(a) * g - _channels(b) * centred - _channels(c)).to(g.dtype)
 
@@ -167,6 +224,45 @@ def dgrad_expand(
     dx = torch.zeros_like(x, dtype=rows.dtype)
     dx[:, :, :: stride[0], :: stride[1]] = rows
     return _gated((dx if residual is None else dx + residual).to(x.dtype), x, gate)
+
+
+def expand_backward(
+    gx: Tensor, w: Tensor, input_mean: Tensor, covariance: Tensor, vectors: Tensor, total: Tensor, count: int
+) -> tuple[Tensor, ...]:
+    """Back through a 1x1 convolution and its batch norm, but for what is as large as an image.
+
+    With ``y = w x`` never read: ``sum(g y) = (g^T x) . w``, and ``dy``'s part in y is a product of x.
+
+    ``dw = a g^T x - b (y - mean)^T x - c 1^T x`` and ``dx = g (a w) - x (w^T b w) - (c - b mean) w``, where ``1^T x = M
+    m`` and ``(y - mean)^T x = M (w cov + (w m - mean) m^T)`` with the mean m and covariance of x.
+
+    gx: ``g^T x``, as ``wgrad`` gives it. w: the matrix ``[K, C]``. vectors: those of ``normalised``. count: M.
+
+    Returns:
+        ``dw [K, C, 1, 1]``, ``dgamma [K]``, and of dx ``a w [K, C]``, ``w^T b w [C, C]`` and ``(c - b mean) w [C]``.
+    """
+    mean, rstd, scale, _ = vectors
+    product = (gx.flatten(1) * w).sum(1) - mean * total
+    slopes = coefficients(rstd, scale, total, product, count)
+    return expand_gradients(gx, w, input_mean, covariance, mean, *slopes, count, product * rstd)
+
+
+def expand_gradients(
+    gx: Tensor,
+    w: Tensor,
+    input_mean: Tensor,
+    covariance: Tensor,
+    mean: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    count: int,
+    dgamma: Tensor,
+) -> tuple[Tensor, ...]:
+    """``expand_backward`` by the batch norm's ``a``, ``b`` and ``c``."""
+    centred = w @ covariance + torch.outer(w @ input_mean - mean, input_mean)
+    dw = a[:, None] * gx.flatten(1) - count * (b[:, None] * centred + torch.outer(c, input_mean))
+    return dw.view(gx.shape), dgamma, a[:, None] * w, w.T @ (b[:, None] * w), (c - b * mean) @ w
 
 
 def wgrad(dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry) -> Tensor:

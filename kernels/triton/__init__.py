@@ -13,7 +13,7 @@
     forward.py      convolutions: which of the following kernels serves one; problem.py, convolution.py: one of them
     gemm.py, conv.py, gemm_descriptor.py, conv_descriptor.py (descriptor.py), split_k.py, epilogue.py
     pool.py, classifier.py, chain.py        what else there is in a network
-    prologue.py, statistics.py, gram.py, tail.py    what training adds to the forward pass
+    prologue.py, statistics.py, gram.py, expand.py, tail.py     what training adds to the forward pass
     dgrad.py, wgrad.py, tail_backward.py, gradient_epilogue.py    the backward pass
     conv_quantised.py, requantise.py, quantise.py    8-bit numbers
 

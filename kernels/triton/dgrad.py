@@ -265,7 +265,10 @@ def plan_dgrad(
     merge = pack.merged(groups, max(c, k) // groups)
     geometry = geometry._replace(groups=groups // merge)
     tile = _tile(target, x, k, geometry)
-    exchanged = weight.unflatten(0, (groups, k // groups)).transpose(1, 2).flatten(0, 1)
+    if groups == 1:
+        exchanged = weight.transpose(0, 1)
+    else:
+        exchanged = weight.unflatten(0, (groups, k // groups)).transpose(1, 2).flatten(0, 1)
     packed = pack.weight(exchanged, x.dtype, groups, merge, tile.reduction)
     return _plan(dy, packed, weight.shape[2:], geometry, x, None, gate, residual, tile, target)
 

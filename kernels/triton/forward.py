@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Optional
 
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Affine, Geometry, Pair, output_size
+from resnet_fast.kernels.contract import Affine, BatchNorm, Geometry, Pair, output_size
 from resnet_fast.kernels.triton import descriptor, device, operands, pack, prepared, tiles
 from resnet_fast.kernels.triton.conv import plan_conv
 from resnet_fast.kernels.triton.conv_descriptor import plan_conv_descriptor
@@ -83,12 +83,18 @@ def _pointwise(relu: bool) -> cudnn.Call:
 
 
 def plan_conv_statistics(
-    x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry, target: str
+    x: Tensor,
+    prologue: Optional[Affine],
+    weight: Tensor,
+    geometry: Geometry,
+    norm: Optional[BatchNorm] = None,
+    *,
+    target: str,
 ) -> Plan:
-    """The convolution, then rounds of combining its tiles' statistics into mean and variance."""
+    """The convolution, then rounds of combining its tiles' statistics into one."""
     conv = plan_conv_bn_act(x, weight, None, None, None, *geometry, False, target, prologue)
     (partials,), y = conv.workspaces, conv.result
-    combine = plan_combine(partials, conv.launches[0].constants["BM"], y.numel() // y.shape[1], target)
+    combine = plan_combine(partials, conv.launches[0].constants["BM"], y.numel() // y.shape[1], norm, target)
     return Plan((*conv.launches, *combine.launches), (y, *combine.result))
 
 

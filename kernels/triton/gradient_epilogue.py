@@ -9,6 +9,8 @@ norm's backward pass reads. They are read back for it: matrix instructions leave
 and adding it up there takes several times the instructions that it takes in the layout of a plain load.
 """
 
+from typing import Optional
+
 from torch import Tensor
 
 import triton
@@ -102,10 +104,10 @@ def sum_rows_kernel(x_ptr, y_ptr, ROWS, C: tl.constexpr, INDEX64: tl.constexpr, 
     tl.store(y_ptr + layer * C + columns, tl.sum(total, axis=0), mask=columns < C)
 
 
-def plan_sum_rows(x: Tensor, target: str) -> Plan:
-    """float32 ``[L, rows, C]`` -> ``[L, C]``."""
+def plan_sum_rows(x: Tensor, target: str, y: Optional[Tensor] = None) -> Plan:
+    """float32 ``[L, rows, C]`` -> ``[L, C]``, in ``y`` if that is given."""
     layers, rows, c = x.shape
-    y = operands.allocate_floats(x, (layers, c))
+    y = operands.allocate_floats(x, (layers, c)) if y is None else y
     bm, elements, warps = tiles.load(target)["sum_rows"]
     bm = min(bm, tiles.power_of_two(rows))
     bn = elements // bm

@@ -18,7 +18,7 @@ _INT32_ELEMENTS = 2**31  # from here on, offsets are computed in 64 bits
 
 def vector(v: Optional[Tensor]) -> Optional[Tensor]:
     """A vector of channels, contiguous; None stays None."""
-    return None if v is None else v.detach().contiguous()
+    return None if v is None else v.contiguous()
 
 
 def vectors(affine: Optional[Affine]) -> tuple[Optional[Tensor], Optional[Tensor]]:

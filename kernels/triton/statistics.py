@@ -9,10 +9,13 @@ The variance is of distances to the tile's own mean, not of squares: a mean that
 no accuracy.
 """
 
+from typing import Optional
+
 from torch import Tensor
 
 import triton
 import triton.language as tl
+from resnet_fast.kernels.contract import BatchNorm
 from resnet_fast.kernels.triton import operands, tiles
 from resnet_fast.kernels.triton.plan import Launch, Plan, ceil_div
 
@@ -84,16 +87,10 @@ def store_with_statistics(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["PARTIALS", "EACH", "M"])
-def combine_kernel(partials_ptr, combined_ptr, PARTIALS, EACH, M, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Mean and variance of BM neighbouring parts together: partials [PARTIALS, 2, K] -> combined [ceil / BM, 2, K].
-
-    Every part describes EACH rows, the last one what is left of M.
-    """
-    parts = tl.program_id(0) * BM + tl.arange(0, BM)
-    columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    column_mask = columns < K
-    mask = (parts < PARTIALS)[:, None] & column_mask[None, :]
+@triton.jit
+def _combined(partials_ptr, parts, columns, PARTIALS, EACH, M, K: tl.constexpr):
+    """Mean and variance of ``parts`` [BM] together, of the block ``columns``."""
+    mask = (parts < PARTIALS)[:, None] & (columns < K)[None, :]
     offsets = (parts.to(tl.int64) * (2 * K))[:, None] + columns[None, :]
     mean = tl.load(partials_ptr + offsets, mask=mask, other=0.0)
     variance = tl.load(partials_ptr + K + offsets, mask=mask, other=0.0)
@@ -103,18 +100,70 @@ def combine_kernel(partials_ptr, combined_ptr, PARTIALS, EACH, M, K: tl.constexp
     share = (count / tl.sum(count, axis=0))[:, None]
     combined_mean = tl.sum(mean * share, axis=0)
     distance = tl.where(mask, mean - combined_mean[None, :], 0.0)
-    combined_variance = tl.sum((variance + distance * distance) * share, axis=0)
+    return combined_mean, tl.sum((variance + distance * distance) * share, axis=0)
 
+
+@triton.jit(do_not_specialize=["PARTIALS", "EACH", "M"])
+def combine_kernel(partials_ptr, combined_ptr, PARTIALS, EACH, M, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Mean and variance of BM neighbouring parts together: partials [PARTIALS, 2, K] -> combined [ceil / BM, 2, K].
+
+    Every part describes EACH rows, the last one what is left of M.
+    """
+    parts = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    mean, variance = _combined(partials_ptr, parts, columns, PARTIALS, EACH, M, K)
     combined_ptr += tl.program_id(0).to(tl.int64) * (2 * K)
-    tl.store(combined_ptr + columns, combined_mean, mask=column_mask)
-    tl.store(combined_ptr + K + columns, combined_variance, mask=column_mask)
+    tl.store(combined_ptr + columns, mean, mask=columns < K)
+    tl.store(combined_ptr + K + columns, variance, mask=columns < K)
 
 
-def plan_combine(partials: Tensor, each: int, rows: int, target: str) -> Plan:
-    """``partials [n, 2, K]`` of ``each`` rows, ``rows`` in all, in rounds -> mean ``[K]`` and variance ``[K]``."""
+@triton.jit
+def store_norm(mean, variance, scale_ptr, shift_ptr, vectors_ptr, moments_ptr, channels, M, eps, K: tl.constexpr):
+    """What batch norm makes of the statistics of M values: ``reference.normalised`` in memory.
+
+    mean, variance: of the block ``channels``, out of K. scale, shift [K]: gamma and beta.
+    """
+    mask = channels < K
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    scale = tl.load(scale_ptr + channels, mask=mask, other=0.0).to(tl.float32) * rstd
+    shift = tl.load(shift_ptr + channels, mask=mask, other=0.0).to(tl.float32) - mean * scale
+    tl.store(vectors_ptr + channels, mean, mask=mask)
+    tl.store(vectors_ptr + K + channels, rstd, mask=mask)
+    tl.store(vectors_ptr + 2 * K + channels, scale, mask=mask)
+    tl.store(vectors_ptr + 3 * K + channels, shift, mask=mask)
+    tl.store(moments_ptr + channels, mean, mask=mask)
+    rows = tl.cast(M, tl.float32)
+    tl.store(moments_ptr + K + channels, variance * (rows / (rows - 1.0)), mask=mask)
+
+
+@triton.jit(do_not_specialize=["PARTIALS", "EACH", "M"])
+def normalise_kernel(
+    partials_ptr,
+    scale_ptr,
+    shift_ptr,
+    vectors_ptr,
+    moments_ptr,
+    PARTIALS,
+    EACH,
+    M,
+    eps,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The last round of ``combine_kernel``, of up to BM parts, and what batch norm makes of it."""
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    mean, variance = _combined(partials_ptr, tl.arange(0, BM), columns, PARTIALS, EACH, M, K)
+    store_norm(mean, variance, scale_ptr, shift_ptr, vectors_ptr, moments_ptr, columns, M, eps, K)
+
+
+def plan_combine(partials: Tensor, each: int, rows: int, norm: Optional[BatchNorm], target: str) -> Plan:
+    """``partials [n, 2, K]`` of ``each`` rows, ``rows`` in all, in rounds: as ``reference.conv_statistics`` gives them,
+    mean and variance ``[K]``, or with ``norm`` what it makes of them."""
     bm, bn, warps = tiles.load(target)["combine"]
     launches = []
-    while not launches or partials.shape[0] > 1:
+    last = bm if norm is not None else 1  # so many parts are left to the last launch
+    while partials.shape[0] > last or not (launches or norm):
         count, _, k = partials.shape
         combined = operands.allocate_floats(partials, (ceil_div(count, bm), 2, k))
         launches.append(
@@ -126,4 +175,14 @@ def plan_combine(partials: Tensor, each: int, rows: int, target: str) -> Plan:
             )
         )
         partials, each = combined, each * bm
-    return Plan(tuple(launches), tuple(partials[0]))
+    if norm is None:
+        return Plan(tuple(launches), tuple(partials[0].unbind(0)))
+    count, _, k = partials.shape
+    vectors, moments = operands.allocate_floats(partials, (4, k)), operands.allocate_floats(partials, (2, k))
+    finish = Launch(
+        normalise_kernel,
+        (ceil_div(k, bn),),
+        (partials, *map(operands.vector, norm[:2]), vectors, moments, count, each, rows, norm.eps),
+        {"K": k, "BM": bm, "BN": bn, "num_warps": warps},
+    )
+    return Plan((*launches, finish), (vectors, moments))

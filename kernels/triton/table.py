@@ -90,6 +90,8 @@ OPS = {
     "conv_statistics": Row(training, ".forward"),
     "gram": Row(training, ".gram"),
     "conv_affine": Row(training, ".forward"),
+    "expand_statistics": Row(training, ".expand"),
+    "expand_backward": Row(training, ".expand"),
     "tail": Row(training, ".tail"),
     "tail_pool": Row(training, ".pool"),
     "tail_backward": Row(training, ".tail_backward"),

@@ -202,22 +202,27 @@ def pool_backward_kernel(
         tl.store(sums_ptr + tl.num_programs(0) * C, tl.sum(product, axis=0), mask=channel_mask)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "COUNT"])
 def bn_backward_kernel(
     g_ptr,
     y_ptr,
-    mean_ptr,
-    a_ptr,
-    b_ptr,
-    c_ptr,
+    vectors_ptr,
+    total_ptr,
+    product_ptr,
     dy_ptr,
+    dgamma_ptr,
     M,
+    COUNT,
     C: tl.constexpr,
     INDEX64: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """``dy = a * g - b * (y - mean) - c``; g, y, dy [M, C], dy may be g."""
+    """``dy = a * g - b * (y - mean) - c`` and dgamma, as ``reference/training.py`` has them.
+
+    g, y, dy [M, C], dy may be g. vectors [4, C]: mean, rstd, a and another. total, product, dgamma [C]. COUNT: values a
+    channel that the sums are of.
+    """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     channels = tl.program_id(1) * BN + tl.arange(0, BN)
     channel_mask = channels < C
@@ -225,12 +230,17 @@ def bn_backward_kernel(
     if INDEX64:
         rows = rows.to(tl.int64)
     offsets = (rows * C)[:, None] + channels[None, :]
-    a = tl.load(a_ptr + channels, mask=channel_mask, other=0.0)
-    b = tl.load(b_ptr + channels, mask=channel_mask, other=0.0)
-    c = tl.load(c_ptr + channels, mask=channel_mask, other=0.0)
+    rstd = tl.load(vectors_ptr + C + channels, mask=channel_mask, other=0.0)
+    a = tl.load(vectors_ptr + 2 * C + channels, mask=channel_mask, other=0.0)
+    product = tl.load(product_ptr + channels, mask=channel_mask, other=0.0)
+    count = tl.cast(COUNT, tl.float32)
+    b = a * (rstd * rstd) * product / count
+    c = a * tl.load(total_ptr + channels, mask=channel_mask, other=0.0) / count
+    if tl.program_id(0) == 0:
+        tl.store(dgamma_ptr + channels, product * rstd, mask=channel_mask)
     g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + offsets, mask=mask, other=0.0)
-    dy = a[None, :] * g - b[None, :] * centred(y, mean_ptr, channels, C, C % BN != 0) - c[None, :]
+    dy = a[None, :] * g - b[None, :] * centred(y, vectors_ptr, channels, C, C % BN != 0) - c[None, :]
     tl.store(dy_ptr + offsets, dy.to(dy_ptr.dtype.element_ty), mask=mask)
 
 
@@ -266,8 +276,8 @@ def plan_tail_backward(
         },
     )  # fmt: skip
     total = plan_sum_rows(sums, target)
-    rest = list(total.result[1:])
-    gradient = Gradient(g, total.result[0], None if y is None else rest.pop(0))
+    summed, *rest = total.result.unbind(0)
+    gradient = Gradient(g, summed, None if y is None else rest.pop(0))
     return Plan((launch, *total.launches), (gradient, None if residual is None else rest.pop(0)))
 
 
@@ -298,19 +308,20 @@ def plan_tail_pool_backward(grad: Tensor, y: Tensor, affine: Affine, mean: Optio
 
 
 def plan_bn_backward(
-    g: Tensor, y: Tensor, mean: Tensor, a: Tensor, b: Tensor, c: Tensor, overwrite: bool, target: str
+    g: Tensor, y: Tensor, vectors: Tensor, total: Tensor, product: Tensor, count: int, overwrite: bool, target: str
 ) -> Plan:
     g = operands.nhwc(g)
     n, channels, h, w = g.shape
+    dgamma = operands.allocate_floats(g, (channels,))
     dy = g if overwrite else operands.allocate(g, (n, channels, h, w))
     bm, bn, warps = tiles.load(target)["pointwise"]
     launch = Launch(
         bn_backward_kernel,
         (ceil_div(n * h * w, bm), ceil_div(channels, bn)),
-        (g, operands.nhwc(y), *map(operands.vector, (mean, a, b, c)), dy, n * h * w),
+        (g, operands.nhwc(y), *map(operands.vector, (vectors, total, product)), dy, dgamma, n * h * w, count),
         {"C": channels, "INDEX64": operands.index64(g, g), "BM": bm, "BN": bn, "num_warps": warps},
     )
-    return Plan((launch,), dy)
+    return Plan((launch,), (dy, dgamma))
 
 
 def _shares(target: str, pixels: int, channels: int) -> tuple[tuple[int, int], int, dict[str, int]]:

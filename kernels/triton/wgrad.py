@@ -14,6 +14,7 @@ out, for which this kernel sees R x 1 taps, as ``conv.py`` does.
 
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 import triton
@@ -120,6 +121,8 @@ def wgrad(dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geo
     """See ``reference_training.wgrad``."""
     dw = plan_wgrad(dy, x, prologue, weight, geometry, target).run()
     k, channels, r, s = weight.shape
+    if dw.dim() == 4:
+        return dw
     merge = dw.shape[-1] // channels
     parts = dw.unflatten(1, (merge, -1)).unflatten(-1, (merge, channels)).diagonal(dim1=1, dim2=5).movedim(-1, 1)
     return parts.reshape(k, r, s, channels).permute(0, 3, 1, 2)
@@ -128,7 +131,8 @@ def wgrad(dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geo
 def plan_wgrad(
     dy: Tensor, x: Tensor, prologue: Optional[Affine], weight: Tensor, geometry: Geometry, target: str
 ) -> Plan:
-    """Leaves ``[groups, K, R, S, C]``, of merged groups, where only C of the right one count."""
+    """Leaves the weight's gradient; of merged groups and of padded pixels ``[groups, K, R, S, C]``, where only C of the
+    right one count."""
     stride, padding, dilation, groups = geometry
     k, channels, r, s = weight.shape
     dy = operands.nhwc(dy)
@@ -149,7 +153,12 @@ def plan_wgrad(
     programs = ceil_div(k, tile.rows) * ceil_div(c, tile.columns) * r * s
     part = _part_size(pixels, programs * groups, tile.reduction, target)
     parts = ceil_div(pixels, part)
-    sums = operands.allocate_floats(x, (1, parts, groups * k * r * s * c))
+    if merge == 1 and c == channels:
+        dw = result = operands.allocate(x, (groups * k, c, r, s), torch.float32)
+    else:
+        dw = operands.allocate_floats(x, (groups, k, *weight.shape[2:], pixel if s == 1 else c))
+        result = dw[..., : channels * merge]
+    sums = dw if parts == 1 else operands.allocate_floats(x, (1, parts, groups * k * r * s * c))
     launch = Launch(
         wgrad_kernel,
         (programs, parts, groups),
@@ -169,9 +178,8 @@ def plan_wgrad(
             **tile.constants(split=False),
         },
     )
-    total = plan_sum_rows(sums, target) if parts > 1 else Plan((), sums)
-    dw = total.result.view(groups, k, *weight.shape[2:], -1)
-    return Plan((launch, *total.launches), dw[..., : channels * merge])
+    total = plan_sum_rows(sums, target, dw).launches if parts > 1 else ()
+    return Plan((launch, *total), result)
 
 
 def _part_size(pixels: int, programs: int, step: int, target: str) -> int:

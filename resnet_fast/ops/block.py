@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Optional
 
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Affine, Case, Geometry, wide
+from resnet_fast.kernels.contract import Affine, BatchNorm, Case, Geometry, wide
 from resnet_fast.ops.checks import conv_output
 from resnet_fast.ops.dispatch import conv_case
 
@@ -35,6 +35,10 @@ class Layer(NamedTuple):
     eps: float
     geometry: Geometry
     batch_statistics: bool
+
+    @property
+    def norm(self) -> BatchNorm:
+        return BatchNorm(self.scale, self.shift, self.eps)
 
 
 class Block(NamedTuple):
@@ -98,10 +102,16 @@ class Image(NamedTuple):
 class Norm(NamedTuple):
     """A batch norm's statistics, as backward needs them; ``count`` is the number of values a channel."""
 
+    vectors: Tensor  # [4, K], of which the others are parts
     mean: Tensor
     rstd: Tensor
     affine: Affine
     count: Any  # a number, or with a process group a tensor of one
+
+
+def norm_of(vectors: Tensor, count: Any) -> Norm:
+    mean, rstd, scale, shift = vectors.unbind(0)
+    return Norm(vectors, mean, rstd, Affine(scale, shift), count)
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
@@ -124,14 +134,14 @@ def _layer_shapes(block: Block, layer: Layer, x: Any, last: bool) -> list[Option
     if not layer.batch_statistics:
         return [] if last else [output_shape(x, layer)]
     count: list[Optional[Sequence[Any]]] = [(1,)] if block.process_group else []
-    vectors: list[Optional[Sequence[Any]]] = [(k,), (k,), (k,), (k,), *count]
+    vectors: list[Optional[Sequence[Any]]] = [(4, k), *count]
     if last and expands(block, layer, x):
         return [*vectors, (c,), (c, c), None]
     return [*vectors, output_shape(x, layer)]
 
 
 def norm_tensors(block: Block, norm: Norm) -> list[Tensor]:
-    return [norm.mean, norm.rstd, *norm.affine, *([norm.count] if block.process_group else [])]
+    return [norm.vectors, *([norm.count] if block.process_group else [])]
 
 
 def matrix(layer: Layer, x: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 from typing import NamedTuple, Optional
 
-import torch
 from torch import Tensor
 
-from resnet_fast.kernels.contract import Affine, Gate, Gradient
-from resnet_fast.ops.block import Block, Image, Layer, Norm, Pick, Primitives, expands, matrix, output_shape
-from resnet_fast.ops.block_norm import coefficients
+from resnet_fast.kernels.contract import Gate, Gradient
+from resnet_fast.kernels.reference.training import coefficients, expand_gradients
+from resnet_fast.ops.block import Block, Image, Layer, Norm, Pick, Primitives, expands, matrix, norm_of, output_shape
+from resnet_fast.ops.block_norm import means
 
 
 class _Saved:
@@ -20,8 +20,8 @@ class _Saved:
         return next(self._tensors)
 
     def norm(self, block: Block, count: int) -> Norm:
-        mean, rstd, scale, shift = (self.next() for _ in range(4))
-        return Norm(mean, rstd, Affine(scale, shift), self.next() if block.process_group else count)
+        vectors = self.next()
+        return norm_of(vectors, self.next() if block.process_group else count)
 
 
 class _State(NamedTuple):
@@ -171,18 +171,17 @@ class _Backward:
             back = self._run.pass_("tail_backward", gradient.g)
             product = back(gradient.g, None, y, state.norm.mean, None, None)[0].product
         assert gradient.total is not None
-        a, b, c = self._vectors(i, state, gradient.total, product)
+        self.shifts[i] = gradient.total
         if not (needed or self._wanted.weights[i]):
+            self.scales[i] = product * state.norm.rstd
             return None
-        dy = self._run.pass_("bn_backward", y)(gradient.g, y, state.norm.mean, a, b, c, not keep)
+        sums = means(self._block, state.norm, gradient.total, product)
+        dy, dgamma = self._run.pass_("bn_backward", y)(gradient.g, y, state.norm.vectors, *sums, not keep)
+        # Over several processes, a scale's gradient is still that of this process's loss.
+        self.scales[i] = product * state.norm.rstd if self._block.process_group else dgamma
         if self._wanted.weights[i]:
             self.weights[i] = self._wgrad(state, dy)
         return self._dgrad(state, dy, state.layer.weight, added) if needed else None
-
-    def _vectors(self, i: int, state: _State, total: Tensor, product: Tensor) -> tuple[Tensor, ...]:
-        assert state.norm is not None
-        self.scales[i], self.shifts[i] = product * state.norm.rstd, total
-        return coefficients(self._block, state.layer, state.norm, total, product)
 
     def _wgrad(self, state: _State, dy: Tensor) -> Tensor:
         wgrad = self._run.conv("wgrad", state.image.x, state.layer.weight, state.layer.geometry)
@@ -208,30 +207,28 @@ class _Backward:
     def _expand(
         self, i: int, state: _State, gradient: Gradient, needed: bool, added: Optional[Tensor]
     ) -> Optional[Gradient]:
-        """With ``y = w x`` never read: ``sum(g y) = (g^T x) . w``, and ``dy``'s part in y is a product of x.
-
-        ``dw = a g^T x - b (y - mean)^T x - c 1^T x`` and ``dx = g (a w) - x (w^T b w) - (c - b mean) w``, where ``1^T x
-        = M m`` and ``(y - mean)^T x = M (w cov + (w m - mean) m^T)`` with the mean m and covariance of x.
-        """
+        """From what its input's statistics tell of the result, which nobody kept."""
         layer, norm, x = state.layer, state.norm, state.image.x
         assert norm is not None and state.gram is not None and gradient.total is not None
-        w, total = matrix(layer, x), gradient.total
+        w, total, gx = matrix(layer, x), gradient.total, self._wgrad(state, gradient.g)
         input_mean, covariance, _ = state.gram
-        gx = self._wgrad(state, gradient.g).flatten(1)
-        product = (gx * w).sum(1) - norm.mean * total
-        a, b, c = self._vectors(i, state, total, product)
-        if self._wanted.weights[i]:
+        if self._block.process_group:
+            product = (gx.flatten(1) * w).sum(1) - norm.mean * total
+            slopes = coefficients(norm.rstd, norm.affine.scale, *means(self._block, norm, total, product))
             n, _, p, q = output_shape(x.shape, layer)
-            centred = w @ covariance + torch.outer(w @ input_mean - norm.mean, input_mean)
-            dw = a[:, None] * gx - n * p * q * (b[:, None] * centred + torch.outer(c, input_mean))
-            self.weights[i] = dw.view(layer.weight.shape)
+            given = norm.mean, *slopes, n * p * q, product * norm.rstd
+            found = expand_gradients(gx, w, input_mean, covariance, *given)
+        else:
+            back = self._run.pass_("expand_backward", x)
+            found = back(gx, w, input_mean, covariance, norm.vectors, total, norm.count)
+        dw, self.scales[i], *rest = found
+        self.shifts[i] = total
+        if self._wanted.weights[i]:
+            self.weights[i] = dw
         if not needed:
             return None
         dgrad = self._run.conv("dgrad_expand", x, layer.weight, layer.geometry)
-        q_matrix, constant = w.T @ (b[:, None] * w), (c - b * norm.mean) @ w
-        return dgrad(
-            gradient.g, a[:, None] * w, q_matrix, constant, layer.geometry.stride, *state.image, state.gate, added
-        )
+        return dgrad(gradient.g, *rest, layer.geometry.stride, *state.image, state.gate, added)
 
 
 def _raw_of(state: Optional[_State]) -> tuple[Optional[Tensor], Optional[Tensor]]:

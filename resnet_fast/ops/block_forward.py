@@ -6,7 +6,19 @@ import torch
 from torch import Tensor
 
 from resnet_fast.kernels.contract import Affine
-from resnet_fast.ops.block import Block, Image, Layer, Norm, Pick, Primitives, expands, norm_tensors, output_shape
+from resnet_fast.ops.block import (
+    Block,
+    Image,
+    Layer,
+    Norm,
+    Pick,
+    Primitives,
+    expands,
+    matrix,
+    norm_of,
+    norm_tensors,
+    output_shape,
+)
 from resnet_fast.ops.block_norm import from_gram, normalise
 from resnet_fast.ops.cancellation import cancelled
 
@@ -87,8 +99,13 @@ def _raw(
     block: Block, layer: Layer, image: Image, run: Primitives, statistics: list[Tensor], saved: list[Tensor]
 ) -> tuple[Tensor, Norm]:
     convolve = run.conv("conv_statistics", image.x, layer.weight, layer.geometry)
-    y, mean, variance = convolve(*image, layer.weight, layer.geometry)
-    norm, moved = normalise(block, layer, mean, variance, y.shape[0] * y.shape[2] * y.shape[3])
+    n, _, p, q = output_shape(image.x.shape, layer)
+    if block.process_group:
+        y, mean, variance = convolve(*image, layer.weight, layer.geometry)
+        norm, moved = normalise(block, layer, mean, variance, n * p * q)
+    else:
+        y, vectors, moved = convolve(*image, layer.weight, layer.geometry, layer.norm)
+        norm = norm_of(vectors, n * p * q)
     statistics.append(moved)
     saved += [*norm_tensors(block, norm), y]
     return y, norm
@@ -102,12 +119,22 @@ def _affine(
         return Affine(layer.scale, layer.shift)
     n, _, p, q = output_shape(image.x.shape, layer)
     input_mean, covariance = run.pass_("gram", image.x)(*image, layer.geometry.stride)
-    mean, variance, cancels = from_gram(layer, image.x, input_mean, covariance)
+    if block.process_group:
+        mean, variance, cancels = from_gram(layer, image.x, input_mean, covariance)
+    else:
+        expand = run.pass_("expand_statistics", image.x)
+        given = matrix(layer, image.x), input_mean, covariance, layer.norm, n * p * q
+        vectors, moved, cancels = expand(*given)
     by_result = cancelled(cancels, layer.weight)
-    if by_result:
-        convolve = run.conv("conv_statistics", image.x, layer.weight, layer.geometry)
-        _, mean, variance = convolve(*image, layer.weight, layer.geometry)
-    norm, moved = normalise(block, layer, mean, variance, n * p * q)
+    convolve = run.conv("conv_statistics", image.x, layer.weight, layer.geometry)
+    if block.process_group:
+        if by_result:
+            _, mean, variance = convolve(*image, layer.weight, layer.geometry)
+        norm, moved = normalise(block, layer, mean, variance, n * p * q)
+    else:
+        if by_result:
+            _, vectors, moved = convolve(*image, layer.weight, layer.geometry, layer.norm)
+        norm = norm_of(vectors, n * p * q)
     statistics.append(moved)
     # Mean and covariance may lie in one storage, and an op may return only one view of that.
     saved += [*norm_tensors(block, norm), input_mean.clone(), covariance, torch.tensor(by_result)]

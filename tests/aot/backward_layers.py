@@ -10,6 +10,7 @@ import torch
 
 from resnet_fast.kernels.contract import Affine, Gate, Geometry
 from resnet_fast.kernels.triton.dgrad import plan_dgrad, plan_dgrad_expand
+from resnet_fast.kernels.triton.expand import plan_expand_backward
 from resnet_fast.kernels.triton.plan import Plan
 from resnet_fast.kernels.triton.tail_backward import (
     plan_bn_backward,
@@ -37,10 +38,10 @@ def _plans(architecture: str, precision: str) -> Iterator[tuple[str, Plan]]:
                     yield from _conv(layer, batch, dtype, architecture)
         for channels, size in ((64, 56), (2048, 7)):
             y = image(BATCHES[-1], channels, size, size, dtype)
-            v = _vector(channels)
+            v, vectors = _vector(channels), torch.empty(4, channels, device="meta")
             name = f"{channels} {size}x{size}"
             yield f"tail {name}", plan_tail_backward(y, y, y, v, y, v, architecture)
-            yield f"batch norm {name}", plan_bn_backward(y, y, v, v, v, v, True, architecture)
+            yield f"batch norm {name}", plan_bn_backward(y, y, vectors, v, v, y[:, 0].numel(), True, architecture)
         y, pooled, v = image(BATCHES[-1], 64, 112, 112, dtype), image(BATCHES[-1], 64, 56, 56, dtype), _vector(64)
         yield "max-pool", plan_tail_pool_backward(pooled, y, Affine(v, v), v, architecture)
 
@@ -64,6 +65,9 @@ def _conv(layer: Layer, batch: int, dtype: torch.dtype, architecture: str) -> It
             y, weight.flatten(1), q, v, layer.stride, x, affine, gate, x, architecture
         )  # fmt: skip
         yield f"dgrad_expand {name}", plan
+        matrix, vectors = torch.empty(layer.k, layer.c, device="meta"), torch.empty(4, layer.k, device="meta")
+        plan = plan_expand_backward(matrix, matrix, matrix, v, vectors, _vector(layer.k), batch)
+        yield f"expand_backward {name}", plan
 
 
 def _vector(channels: int) -> torch.Tensor:

@@ -8,7 +8,8 @@ from typing import Optional
 
 import torch
 
-from resnet_fast.kernels.contract import Affine, Geometry
+from resnet_fast.kernels.contract import Affine, BatchNorm, Geometry
+from resnet_fast.kernels.triton.expand import plan_expand_statistics
 from resnet_fast.kernels.triton.forward import plan_conv_affine, plan_conv_statistics
 from resnet_fast.kernels.triton.gram import plan_gram
 from resnet_fast.kernels.triton.plan import Plan
@@ -55,9 +56,18 @@ def _convolution(layer: Layer, batch: int, dtype: torch.dtype, architecture: str
         prologues.append(_affine(layer.c))
     for prologue in prologues:
         what = "" if prologue is None else " with prologue"
-        yield "conv_statistics" + what, plan_conv_statistics(x, prologue, weight, geometry, architecture)
+        yield (
+            "conv_statistics" + what,
+            plan_conv_statistics(
+                x, prologue, weight, geometry, BatchNorm(*_affine(layer.k), 1e-5), target=architecture
+            ),
+        )
         if layer.kernel == (1, 1) and (layer.residual or downsample):
             yield "gram" + what, plan_gram(x, prologue, layer.stride, architecture)
+            matrix, vector = (torch.empty(*shape, device="meta") for shape in ((layer.k, layer.c), (layer.c,)))
+            covariance, norm = torch.empty(layer.c, layer.c, device="meta"), BatchNorm(*_affine(layer.k), 1e-5)
+            plan = plan_expand_statistics(matrix, matrix, vector, covariance, norm, batch)
+            yield "expand_statistics" + what, plan
             residual = image(batch, layer.k, layer.h, layer.w, dtype) if layer.residual else None
             yield (
                 "conv_affine" + what,

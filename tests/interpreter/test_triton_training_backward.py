@@ -317,15 +317,19 @@ def test_tail_pool_backward(with_mean, n, c, h, w, dtype, tile):
 def test_bn_backward(n, c, h, w, dtype, tile):
     g, y = (nhwc(torch.randn(n, c, h, w).to(dtype)) for _ in range(2))
     g[0, 1, 0, 0] = torch.nan
-    vectors = list(torch.randn(4, c))
-    exact = reference.bn_backward(*_double((g, y, *vectors)), overwrite=False)
-    theirs = reference.bn_backward(g, y, *vectors, overwrite=False)
-    _, a, b, c_ = (v.double().abs().view(1, -1, 1, 1) for v in vectors)
-    magnitude = a * g.double().abs() + b * (y.double() - vectors[0].double().view(1, -1, 1, 1)).abs() + c_
-    actual = kernels.bn_backward(g, y, *vectors, overwrite=False)
+    vectors, total, product, count = torch.randn(4, c), torch.randn(c), torch.randn(c), 3
+    exact, exact_dgamma = reference.bn_backward(*_double((g, y, vectors, total, product)), count, overwrite=False)
+    theirs, _ = reference.bn_backward(g, y, vectors, total, product, count, overwrite=False)
+    mean, rstd, scale, _ = vectors.double()
+    a, b, c_ = (
+        v.abs().view(1, -1, 1, 1) for v in reference.coefficients(rstd, scale, total.double(), product.double(), count)
+    )
+    magnitude = a * g.double().abs() + b * (y.double() - mean.view(1, -1, 1, 1)).abs() + c_
+    actual, dgamma = kernels.bn_backward(g, y, vectors, total, product, count, overwrite=False)
     assert actual.dtype == dtype
-    assert_within(actual, exact, sum_tolerance(exact, dtype, 4, magnitude))
+    assert_within(actual, exact, sum_tolerance(exact, dtype, 8, magnitude))
     assert torch.equal(actual.isnan(), theirs.isnan())
+    assert_within(dgamma, exact_dgamma, sum_tolerance(exact_dgamma, torch.float32, 1, exact_dgamma.abs()))
 
 
 @each_dtype
@@ -371,7 +375,7 @@ def test_empty_tensors_get_the_definition():
     assert kernels.dgrad(dy, weight, Geometry(), x, Gate(Affine(v, v), v), None).g.shape == x.shape
     assert torch.equal(kernels.wgrad(dy, x, None, weight, Geometry()), torch.zeros(8, 4, 1, 1))
     assert kernels.tail_backward(x, x, x, v, None, None)[0].total.shape == (4,)
-    assert kernels.bn_backward(x, x, v, v, v, v, overwrite=True).shape == x.shape
+    assert kernels.bn_backward(x, x, torch.ones(4, 4), v, v, 1, overwrite=True)[0].shape == x.shape
 
 
 def _affine(channels: int) -> Affine:

@@ -102,5 +102,5 @@ def everything(data: Data) -> list[Tensor]:
         *gradient,
         product,
         *passes.tail_pool_backward(data.pooled_grad, data.y, data.affine, data.mean),
-        passes.bn_backward(grad(), data.y, data.mean, data.affine.scale, data.slope, data.affine.shift, True),
+        passes.bn_gradient(grad(), data.y, data.mean, data.affine.scale, data.slope, data.affine.shift, True),
     ]

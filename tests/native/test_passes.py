@@ -171,16 +171,16 @@ def test_tail_pool_backward(name, memory, variant):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_bn_backward(name, memory, variant):
+def test_bn_gradient(name, memory, variant):
     data = make(name)
     copies = memory.copy(data)
     vectors = (data.mean, data.affine.scale, data.slope, data.affine.shift)
-    args = (data.grad, data.y, *vectors, False)
-    actual = passes.bn_backward(copies.grad, copies.y, *vectors, overwrite=True)
+    args = (data.grad, data.y, *vectors)
+    actual = passes.bn_gradient(copies.grad, copies.y, *vectors, overwrite=True)
     assert actual.data_ptr() == copies.grad.data_ptr()
     size = (_channels(data.affine.scale) * data.grad).abs() + _channels(data.affine.shift).abs()
     size += (_channels(data.slope) * (data.y - _channels(data.mean))).abs()
-    _check(actual, args, reference.bn_backward, size)
+    _check(actual, args, reference.bn_gradient, size)
     memory.unchanged(copies.y)
 
 
@@ -211,8 +211,8 @@ def test_nan_and_inf(value, variant):
     pool = (data.pooled_grad, y, affine, mean)
     check(passes.tail_pool_backward(*pool), reference.tail_pool_backward, *pool)
     norm = (y, mean, affine.scale, data.slope, affine.shift)
-    normed = passes.bn_backward(data.grad, *norm, overwrite=False)
-    check([normed], lambda *args: [reference.bn_backward(*args, overwrite=False)], data.grad, *norm)
+    normed = passes.bn_gradient(data.grad, *norm, overwrite=False)
+    check([normed], lambda *args: [reference.bn_gradient(*args)], data.grad, *norm)
 
 
 # --- what holds for all -----------------------------------------------------------------------------------------------

@@ -292,7 +292,7 @@ def launches(op: str, reads: list[Tensor], writes: list[Tensor]) -> int:
 def test_launches_are_those_that_the_kernels_plan(shape):
     x, weight, vector = image(*shape), image(64, 64, 3, 3), torch.empty(64, device="meta")
     affine, geometry, target = Affine(vector, vector), Geometry((1, 1), (1, 1)), "sm_90"
-    statistics_plan = forward.plan_conv_statistics(x, affine, weight, geometry, target)
+    statistics_plan = forward.plan_conv_statistics(x, affine, weight, geometry, target=target)
     assert launches("conv_statistics", [x, weight], [x, vector]) == len(statistics_plan.launches)
     statistics = torch.empty(65, 64, device="meta")
     assert launches("gram", [x], [statistics]) == len(gram.plan_gram(x, affine, (1, 1), target).launches)
