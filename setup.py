@@ -85,19 +85,20 @@ class BuildKernels(build_ext):
 
     def _variants(self, compiler: list[str]) -> list[str]:
         """Those of ``VARIANTS`` to compile: all that the compiler knows, or the portable one and the host's best."""
-        used = {
+        instructions = {
             name: [_instructions(compiler, flags) for flags in (FLOATS[floats], INT8[int8])]
             for name, (floats, int8) in VARIANTS.items()
         }
-        variants = [name for name, sets in used.items() if None not in sets]  # g++ before 11 does not know all
+        # g++ before 11 does not know all; one that knows nothing says so when it compiles.
+        variants = [name for name, sets in instructions.items() if None not in sets or name == "portable"]
         wanted = os.environ.get("RESNET_FAST_VARIANTS") or self.usual
         if wanted not in ("all", "host"):
             raise SystemExit(f"RESNET_FAST_VARIANTS is {wanted!r}, expected all or host")
         host = _instructions(compiler, ["-march=native"])
         if wanted == "all" or host is None:
             return variants
-        best = [name for name in variants if all(instructions <= host for instructions in used[name])][-1]
-        return list(dict.fromkeys(["portable", best]))
+        best = [name for name in variants if all(used is not None and used <= host for used in instructions[name])][-1:]
+        return list(dict.fromkeys(["portable", *best]))
 
     def _compile(self, target: Path, variant: Path, int8: Path, dispatch: Path) -> None:
         """Raises OSError or CalledProcessError where there is no compiler, or it does not know what we ask for."""
