@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, Union
 from unittest import mock
@@ -94,10 +94,13 @@ def _described(descriptor: Any, metadata: dict[str, Any]) -> list[Any]:
     return make(*(descriptor, metadata, None)[: len(inspect.signature(make).parameters)])
 
 
-class _Driver(offline._Driver):
-    """It encodes tensor maps, too, by the name that this has from Triton 3.7 on and by the one before."""
+def encoder(encode: Callable[..., TensorMap]) -> SimpleNamespace:
+    """As Triton's driver has it, by the name that it has from Triton 3.7 on and by the one before."""
+    return SimpleNamespace(fill_tma_descriptor_tiled=encode, fill_tma_descriptor=encode)
 
-    utils = SimpleNamespace(fill_tma_descriptor_tiled=tensor_maps.encode, fill_tma_descriptor=tensor_maps.encode)
+
+class _Driver(offline._Driver):
+    utils = encoder(tensor_maps.encode)
 
 
 def _start(plan: Plan) -> list[Any]:

@@ -18,7 +18,7 @@ _BYTES = {0: 1, 6: 2, 7: 4, 9: 2, _TF32: 4}  # CUtensorMapDataType: UINT8, FLOAT
 
 
 class TensorMap(NamedTuple):
-    """Innermost dimension first. strides: bytes, from the second dimension on. swizzle: over ``16 << swizzle`` bytes."""
+    """Innermost dimension first. strides: bytes, from the second dimension on. swizzle: over 16 << swizzle bytes."""
 
     address: int
     kind: int
