@@ -1,4 +1,4 @@
-"""Whole residual blocks in training, forward and backward: what one executed kernel leaves is what the next one reads."""
+"""Whole residual blocks in training, forward and backward: what an executed kernel left, the next one reads."""
 
 import pytest
 import torch
