@@ -4,6 +4,7 @@
     machine      programs of a grid in lockstep: registers, control flow, barriers
     arithmetic   what an instruction makes of numbers in registers; conversions is its part between types
     transfer     loads, stores, asynchronous copies and exchanges between the threads of a warp
+    bulk         the copy engine and its mbarriers; tensor_maps is what it is given
     halves       pairs of float16
     matrices     ldmatrix, stmatrix and mma
     wgmma        asynchronous products of warpgroups

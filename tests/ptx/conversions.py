@@ -27,6 +27,41 @@ def narrow_f16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(_CANONICAL_NAN), values.astype(np.float16).view(np.uint16))
 
 
+def _magnitudes_e4m3() -> np.ndarray:
+    """Of the codes 0 to 0x7e (Alternate Floating-Point Data Formats): 4 bits of exponent, of bias 7, 3 of fraction."""
+    exponent, fraction = np.divmod(np.arange(0x7F), 8)
+    return np.where(exponent == 0, fraction * 2.0**-9, (1 + fraction / 8) * 2.0 ** (exponent - 7))
+
+
+_E4M3 = _magnitudes_e4m3()
+_E4M3_NAN = 0x7F  # there is no infinity
+_E4M3_BETWEEN = (_E4M3[1:] + _E4M3[:-1]) / 2
+_E4M3_VALUES = np.concatenate([_E4M3, [np.nan], -_E4M3, [np.nan]]).astype(np.float32)
+
+
+def widen_e4m3(bits: np.ndarray) -> np.ndarray:
+    """e4m3, in bytes, to f32."""
+    return _E4M3_VALUES[bits]
+
+
+def narrow_e4m3(values: np.ndarray) -> np.ndarray:
+    """f32 to e4m3 (.rn.satfinite), as bytes: ties to the even code, what is too large to the largest number."""
+    size = np.abs(values.astype(np.float64))
+    code = np.searchsorted(_E4M3_BETWEEN, size)
+    tie = (code < len(_E4M3_BETWEEN)) & (_E4M3_BETWEEN[np.minimum(code, len(_E4M3_BETWEEN) - 1)] == size)
+    code = code + (tie & (code % 2 == 1)) + 0x80 * np.signbit(values)
+    return np.where(np.isnan(values), _E4M3_NAN, code).astype(np.uint8)
+
+
+def _pair_of_e4m3(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (narrow_e4m3(a).astype(np.uint16) << np.uint16(8)) | narrow_e4m3(b)
+
+
+def _halves_of_e4m3(pair: np.ndarray) -> np.ndarray:
+    high, low = (narrow_f16(widen_e4m3(one)) for one in (pair >> np.uint16(8), pair & np.uint16(0xFF)))
+    return (high.astype(np.uint32) << np.uint32(16)) | low
+
+
 def _pair(narrow: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Of two f32, the first becomes the upper half."""
     return lambda a, b: (narrow(a).astype(np.uint32) << np.uint32(16)) | narrow(b)
@@ -67,3 +102,5 @@ PURE["cvt.rn.f16.f32"] = Pure(("f32",), "b16", narrow_f16)
 PURE["cvt.rn.bf16.f32"] = Pure(("f32",), "b16", narrow_bf16)
 PURE["cvt.rn.f16x2.f32"] = Pure(("f32", "f32"), "b32", _pair(narrow_f16))
 PURE["cvt.rn.bf16x2.f32"] = Pure(("f32", "f32"), "b32", _pair(narrow_bf16))
+PURE["cvt.rn.satfinite.e4m3x2.f32"] = Pure(("f32", "f32"), "b16", _pair_of_e4m3)
+PURE["cvt.rn.f16x2.e4m3x2"] = Pure(("b16",), "b32", _halves_of_e4m3)

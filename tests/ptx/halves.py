@@ -1,4 +1,4 @@
-"""Half Precision Floating Point Instructions on two float16 at once. Adds opcodes to ``arithmetic.PURE``."""
+"""Half Precision Floating Point Instructions on two numbers of 16 bits at once. Adds opcodes to ``arithmetic.PURE``."""
 
 import re
 from collections.abc import Callable
@@ -8,26 +8,26 @@ import numpy as np
 
 from tests.ptx.arithmetic import PURE, Pure
 from tests.ptx.parse import Instruction, PtxError, Vector
-from tests.ptx.registers import masker, reader, writer
+from tests.ptx.registers import TYPES, masker, reader, writer
 
 
-def _split(pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lower and the upper half, in float16."""
-    halves = np.ascontiguousarray(pair).view(np.float16).reshape(*pair.shape, 2)
+def _split(pair: np.ndarray, dtype: type = np.float16) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper half."""
+    halves = np.ascontiguousarray(pair).view(dtype).reshape(*pair.shape, 2)
     return halves[..., 0], halves[..., 1]
 
 
 def _each(opcode: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    function = PURE[opcode].function
+    function, dtype = PURE[opcode].function, TYPES[PURE[opcode].result]
 
     def both(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        low, high = (function(x, y) for x, y in zip(_split(a), _split(b)))
+        low, high = (function(x, y) for x, y in zip(_split(a, dtype), _split(b, dtype)))
         return np.stack(np.broadcast_arrays(low, high), -1).view(np.uint32)[..., 0]
 
     return both
 
 
-for _opcode in ("max.f16", "min.f16", "max.NaN.f16", "min.NaN.f16"):
+for _opcode in ("max.f16", "min.f16", "max.NaN.f16", "min.NaN.f16", "max.NaN.bf16"):
     PURE[f"{_opcode}x2"] = Pure(("b32", "b32"), "b32", _each(_opcode))
 
 

@@ -2,19 +2,23 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, Union
 from unittest import mock
 
 import numpy as np
 import torch
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 
 from resnet_fast.kernels.triton import device, operands
 from resnet_fast.kernels.triton.plan import OPTIONS, Launch, Plan
 from tests.aot import offline
-from tests.ptx import machine
+from tests.ptx import machine, tensor_maps
 from tests.ptx.parse import Instruction, Kernel, PtxError, parse
+from tests.ptx.tensor_maps import TensorMap
 from tests.ptx.tensors import Tensors
 
 disagreements: list[Instruction] = []
@@ -36,8 +40,10 @@ def code(text: str) -> Code:
     return Code(text)
 
 
-def _bits(argument: Any, size: int) -> int:
+def _bits(argument: Any, size: int) -> Union[int, TensorMap]:
     """As Triton's launcher hands it over: a float as float32."""
+    if isinstance(argument, TensorMap):
+        return argument
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr()
     if isinstance(argument, float):
@@ -46,7 +52,7 @@ def _bits(argument: Any, size: int) -> int:
 
 
 def execute(made: Code, grid: tuple[int, ...], arguments: list[Any], shared: int, tensors: list[torch.Tensor]) -> None:
-    """All programs of the grid. arguments: tensors and numbers, as the kernel's parameters have them."""
+    """All programs of the grid. arguments: tensors, tensor maps and numbers, as the kernel's parameters have them."""
     kernel = made.kernel
     if len(arguments) != len(kernel.parameters):
         raise PtxError(f"{len(arguments)} arguments for {len(kernel.parameters)} parameters of {kernel.name}")
@@ -67,12 +73,34 @@ def execute_launch(launch: Launch, change=lambda text: text) -> None:
     """A launch whose tensors are this process's, with what Triton makes of it, or with a changed text."""
     compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.constants, **OPTIONS)
     # The parameters are the arguments that are no constants, and the addresses of two scratch memories, of no bytes.
-    named = dict(zip(launch.kernel.arg_names, launch.args))
-    arguments = [named[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+    named, tensors = dict(zip(launch.kernel.arg_names, launch.args)), []
+    given = [(named[name], kind) for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+    described, arguments = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ()), []
+    for argument, kind in given:
+        if kind.startswith("tensordesc"):
+            tensors.append(argument.base)
+            arguments.extend(_described(argument, next(described)))
+        else:
+            tensors.extend([argument] if isinstance(argument, torch.Tensor) else [])
+            arguments.append(argument)
     if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
         raise PtxError(f"{compiled.metadata.name} asks for scratch memory")
-    tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
     execute(code(change(compiled.asm["ptx"])), launch.grid, [*arguments, 0, 0], compiled.metadata.shared, tensors)
+
+
+def _described(descriptor: Any, metadata: dict[str, Any]) -> list[Any]:
+    """What Triton's launcher makes of a tensor descriptor: the tensor map, then shape and strides."""
+    make = nvidia.make_tensordesc_arg
+    return make(*(descriptor, metadata, None)[: len(inspect.signature(make).parameters)])
+
+
+def encoder(encode: Callable[..., TensorMap]) -> SimpleNamespace:
+    """As Triton's driver has it, by the name that it has from Triton 3.7 on and by the one before."""
+    return SimpleNamespace(fill_tma_descriptor_tiled=encode, fill_tma_descriptor=encode)
+
+
+class _Driver(offline._Driver):
+    utils = encoder(tensor_maps.encode)
 
 
 def _start(plan: Plan) -> list[Any]:
@@ -95,7 +123,7 @@ def _poisoned(allocate):
 def executed(architecture: str) -> Iterator[None]:
     """Plans are compiled for the architecture and executed here, on tensors of the CPU."""
     before = dict(vars(driver))
-    driver.set_active(offline._Driver(architecture))
+    driver.set_active(_Driver(architecture))
     try:
         with (
             mock.patch.object(device, "architecture", return_value=architecture),

@@ -10,11 +10,12 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
-from tests.ptx import conversions, halves, matrices, transfer, wgmma
+from tests.ptx import bulk, conversions, halves, matrices, transfer, wgmma
 from tests.ptx.arithmetic import PURE
 from tests.ptx.parse import Immediate, Instruction, Kernel, Label, PtxError, Register, Special, Symbol, Vector
 from tests.ptx.registers import TYPES, masker, reader, width, writer
 from tests.ptx.shared import START, Place, Shared
+from tests.ptx.tensor_maps import TensorMap
 from tests.ptx.tensors import Tensors
 
 assert conversions and halves  # their opcodes are in PURE now
@@ -31,7 +32,7 @@ Shuffle = Callable[[Any, Any, list[np.ndarray]], np.ndarray]
 class Machine:
     """``programs [n, 3]`` of a grid: registers, shared memory and copies on their way.
 
-    parameters: the kernel's, as bits. shared: bytes of shared memory of a program.
+    parameters: the kernel's, as bits, or tensor maps. shared: bytes of shared memory of a program.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Machine:
         kernel: Kernel,
         programs: np.ndarray,
         grid: tuple[int, ...],
-        parameters: dict[str, int],
+        parameters: dict[str, Union[int, TensorMap]],
         tensors: Tensors,
         shared: int,
     ) -> None:
@@ -48,7 +49,8 @@ class Machine:
         self.copies: list[transfer.Copy] = []
         self._groups: list[list[transfer.Copy]] = []
         self.products = wgmma.Products()
-        self._parameters = parameters
+        self.barriers = bulk.Barriers(self.programs)
+        self._parameters = {name: one for name, one in parameters.items() if not isinstance(one, TensorMap)}
         self._names = programs
         threads = np.arange(kernel.threads, dtype=np.uint32)[None]
         self._special = {"%tid.x": threads, "%laneid": threads % np.uint32(32)}
@@ -58,6 +60,9 @@ class Machine:
             self._special[f"%ctaid.{axis}"] = programs[:, i : i + 1].astype(np.uint32)
             self._special[f"%nctaid.{axis}"] = np.full((1, 1), grid[i], np.uint32)
         self._symbols = {name: np.full((1, 1), START + offset, np.uint32) for name, offset in kernel.shared.items()}
+        maps = {name: one for name, one in parameters.items() if isinstance(one, TensorMap)}
+        self._symbols |= {name: np.full((1, 1), 128 * i, np.uint32) for i, name in enumerate(maps)}
+        self.maps = {bulk.GENERIC + 128 * i: one for i, one in enumerate(maps.values())}
         self._values: dict[str, np.ndarray] = {}
         self._fragments: dict[tuple, Any] = {}
         self._everybody: Optional[tuple[np.ndarray, np.ndarray]] = None
@@ -153,6 +158,7 @@ class Machine:
 
         made._values, made._special = pick(self._values), pick(self._special)
         made.products = self.products.of(lambda place: _part_of_place(place, chosen))
+        made.barriers = self.barriers.of(chosen)
         made.copies = [_part(copy, chosen) for copy in self.copies]
         made._groups = [[_part(copy, chosen) for copy in group] for group in self._groups]
         return made
@@ -172,6 +178,7 @@ class Machine:
                         going.append((machine.of(np.flatnonzero(~taken)), at + 1))
                         machine = machine.of(np.flatnonzero(taken))
                     at = at + 1 if target is None else target
+                machine.barriers.check_idle()
 
 
 def _part(copy: transfer.Copy, chosen: np.ndarray) -> transfer.Copy:
@@ -293,6 +300,8 @@ _BUILDERS: dict[str, Callable[[Instruction], Step]] = {
     "mov": _move,
     "bar": _barrier,
     **transfer.BUILDERS,
+    **bulk.BUILDERS,
+    "cp": lambda one: bulk.copy(one) if "bulk" in one.modifiers else transfer.BUILDERS["cp"](one),
     **matrices.BUILDERS,
     **halves.BUILDERS,
     **wgmma.BUILDERS,

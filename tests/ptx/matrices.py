@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 from tests.ptx.arithmetic import canonical
-from tests.ptx.conversions import widen_bf16
+from tests.ptx.conversions import widen_bf16, widen_e4m3
 from tests.ptx.parse import Instruction, PtxError, Vector
 from tests.ptx.registers import reader, writer
 from tests.ptx.transfer import _address, place
@@ -86,6 +86,7 @@ _KINDS = {
     "m16n8k16.row.col.f32.f16.f16.f32": Kind(16, 2, lambda bits: bits.view(np.float16), "f32"),
     "m16n8k16.row.col.f32.bf16.bf16.f32": Kind(16, 2, lambda bits: widen_bf16(bits.view(np.uint16)), "f32"),
     "m16n8k8.row.col.f32.tf32.tf32.f32": Kind(8, 1, _truncate, "f32"),
+    "m16n8k32.row.col.f32.e4m3.e4m3.f32": Kind(32, 4, lambda bits: widen_e4m3(bits.view(np.uint8)), "f32"),
     "m16n8k32.row.col.satfinite.s32.s8.s8.s32": Kind(32, 4, lambda bits: bits.view(np.int8), "s32"),
 }
 _NARROW = canonical(lambda total: total.astype(np.float32))

@@ -123,3 +123,61 @@ def fences(text: str) -> list[Mutation]:
         Mutation(f"no fence in line {i + 1}", lambda text, i=i: _without(text, [i]))
         for i, _ in _lines(text, r"^\s*fence\.proxy\.async")
     ]
+
+
+_PHASE_WAIT = r"^(\s*mbarrier\.try_wait\.parity\S* complete, \[%r\d+\], )(%r\d+);"
+_BULK = r"^(\s*@%p\d+ cp\.async\.bulk.*\{)(%r\d+)(, .*)(%r\d+)(\}.*)$"
+_EXPECT = r"^(\s*@%p\d+ mbarrier\.arrive\.expect_tx\S* _, \[%r\d+\], )(\d+);"
+
+
+def phase_waits(text: str) -> list[Mutation]:
+    """No wait for a phase, and a wait for the phase before it."""
+    made = []
+    for i, found in _lines(text, _PHASE_WAIT):
+        made.append(Mutation(f"no wait in line {i + 1}", lambda text, i=i: _without(text, [i, i + 1])))
+        for parity in (0, 1):
+            line = f"{found[1]}{parity};"
+            made.append(Mutation(f"parity {parity}, line {i + 1}", lambda text, i=i, o=line: _replaced(text, i, o)))
+    return made
+
+
+def expectations(text: str) -> list[Mutation]:
+    """A phase that expects half of the bytes, and one that expects twice as many."""
+    return [
+        Mutation(
+            f"{size} bytes in line {i + 1}",
+            lambda text, i=i, line=f"{found[1]}{size};": _replaced(text, i, line),
+        )
+        for i, found in _lines(text, _EXPECT)
+        for size in (int(found[2]) // 2, int(found[2]) * 2)
+    ]
+
+
+def arrivals(text: str) -> list[Mutation]:
+    return [
+        Mutation(f"no arrival in line {i + 1}", lambda text, i=i: _without(text, [i])) for i, _ in _lines(text, _EXPECT)
+    ]
+
+
+def bulk_copies(text: str) -> list[Mutation]:
+    """Each copy left out, and with the first and the last of its coordinates exchanged."""
+    made = []
+    for i, found in _lines(text, _BULK):
+        made.append(Mutation(f"no copy in line {i + 1}", lambda text, i=i: _without(text, [i])))
+        if found[2] != found[4]:
+            line = f"{found[1]}{found[4]}{found[3]}{found[2]}{found[5]}"
+            made.append(Mutation(f"corner in line {i + 1}", lambda text, i=i, o=line: _replaced(text, i, o)))
+    return made
+
+
+def barriers_before_copies(text: str) -> list[Mutation]:
+    """All of them between the wait for a phase and the next copy, which goes to where warps have read since."""
+    lines, made = text.split("\n"), []
+    waits = [i for i, _ in _lines(text, _PHASE_WAIT)]
+    for i, _ in _lines(text, _BULK):
+        before = [wait for wait in waits if wait < i]
+        # Only the first copy after it: then comes another barrier, and that orders the next ones.
+        if before and not _between(text, before[-1], i, _BULK):
+            at = [j for j in range(before[-1], i) if re.search(_BARRIER, lines[j])]
+            made.append(Mutation(f"no bar.sync in {at}", lambda text, at=at: _without(text, at)))
+    return made

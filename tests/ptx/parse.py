@@ -1,5 +1,6 @@
 """From the text of a PTX module with one kernel to its instructions."""
 
+import itertools
 import re
 from typing import NamedTuple, Optional, Union
 
@@ -39,6 +40,13 @@ class Address(NamedTuple):
     offset: int
 
 
+class Element(NamedTuple):
+    """``[map, {x, y, ...}]``: the corner of a box in the tensor of a tensor map, innermost coordinate first."""
+
+    tensor_map: Register
+    corner: "Vector"
+
+
 class Vector(NamedTuple):
     items: tuple[Union[Register, Immediate, Special], ...]
 
@@ -47,7 +55,7 @@ class Label(NamedTuple):
     name: str
 
 
-Operand = Union[Register, Immediate, Special, Symbol, Address, Vector, Label]
+Operand = Union[Register, Immediate, Special, Symbol, Address, Element, Vector, Label]
 
 
 class Instruction(NamedTuple):
@@ -85,10 +93,13 @@ class Kernel(NamedTuple):
 
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
-_ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{(.*?)\n\}", re.DOTALL)
-_PARAMETER = re.compile(r"\.param\s+\.([ubsf])(\d+)\b[^,]*?(\w+)\s*(?:,|$)")
+_ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{", re.DOTALL)
+_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.[ubsf](\d+)\b[^,]*?(\w+)(?:\[(\d+)\])?\s*(?:,|$)")
+_BRACE = re.compile(r"[{}]")
+_BLOCK = re.compile(r"^[ \t]*\{[ \t]*$(.*?)^[ \t]*\}[ \t]*$", re.MULTILINE | re.DOTALL)
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z]\w*(?:[.:]+\w+)*)\s*(.*)", re.DOTALL)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
+_ELEMENT = re.compile(r"\[(%\w+),\s*\{([^}]*)\}\]$")
 _FLOAT = re.compile(r"0[fF]([0-9a-fA-F]{8})$|0[dD]([0-9a-fA-F]{16})$")
 _SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]$|%laneid$")
 # Directives inside a kernel that say nothing about what it does.
@@ -102,7 +113,8 @@ def parse(text: str) -> Kernel:
     if len(entries) != 1:
         raise PtxError(f"{len(entries)} kernels in a module, not 1")
     (entry,) = entries
-    name, parameters, directives, body = entry.groups()
+    name, parameters, directives = entry.groups()
+    body = _body(plain, entry.end())
     target = re.search(r"^\.target\s+(\w+)", plain, re.MULTILINE)
     threads = re.search(r"\.reqntid\s+(\d+)\s*$", directives.strip())
     if target is None or threads is None:
@@ -110,7 +122,7 @@ def parse(text: str) -> Kernel:
     kinds: dict[str, str] = {}
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
-    for line, statement in _statements(body, plain.count("\n", 0, entry.start(4)) + 1):
+    for line, statement in _statements(body, plain.count("\n", 0, entry.end()) + 1):
         if statement.endswith(":"):
             labels[statement[:-1]] = len(instructions)
         elif statement.startswith(".reg"):
@@ -122,9 +134,28 @@ def parse(text: str) -> Kernel:
             instructions.append(_instruction(line, statement, kinds))
     return Kernel(
         name, target[1],
-        [Parameter(found[3], int(found[2]) // 8) for found in _PARAMETER.finditer(parameters)],
+        [Parameter(found[2], int(found[1]) // 8 * int(found[3] or 1)) for found in _PARAMETER.finditer(parameters)],
         int(threads[1]), instructions, labels, _shared(plain),
     )  # fmt: skip
+
+
+def _body(plain: str, start: int) -> str:
+    """Up to the brace that closes it. What a block within declares is its own: it gets a name that is nobody else's."""
+    depth, end = 1, start
+    while depth:
+        brace = _BRACE.search(plain, end)
+        if brace is None:
+            raise PtxError("a kernel without an end")
+        depth, end = depth + (1 if brace[0] == "{" else -1), brace.end()
+    blocks = itertools.count()
+    return _BLOCK.sub(lambda found: _renamed(found[1], next(blocks)), plain[start : end - 1])
+
+
+def _renamed(block: str, number: int) -> str:
+    registers = re.findall(r"\.reg\s+\.\w+\s+(\w+)\s*;", block)
+    for name in (*registers, *re.findall(r"^\s*(\w+):", block, re.MULTILINE)):
+        block = re.sub(rf"\b{name}\b", f"{'%' if name in registers else '$'}{name}_{number}", block)
+    return block
 
 
 def _statements(body: str, line: int) -> list[tuple[int, str]]:
@@ -144,7 +175,6 @@ def _statements(body: str, line: int) -> list[tuple[int, str]]:
                 started = number
             pending = f"{pending} {piece.strip()}".strip()
             text = text.strip()
-            # A block, as inline assembly may have, declares registers of its own; none of ours does.
             if semicolon:
                 found.append((started, pending))
                 pending = ""
@@ -154,11 +184,11 @@ def _statements(body: str, line: int) -> list[tuple[int, str]]:
 
 
 def _declare(statement: str, kinds: dict[str, str]) -> None:
-    found = re.fullmatch(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>", statement)
+    found = re.fullmatch(r"\.reg\s+\.(\w+)\s+(%\w+)(?:<(\d+)>)?", statement)
     if found is None or found[1] not in REGISTER_BYTES:
         raise PtxError(f"unknown declaration: {statement}")
-    for i in range(int(found[3])):
-        kinds[f"{found[2]}{i}"] = found[1]
+    names = [found[2]] if found[3] is None else [f"{found[2]}{i}" for i in range(int(found[3]))]
+    kinds.update(dict.fromkeys(names, found[1]))
 
 
 def _instruction(line: int, statement: str, kinds: dict[str, str]) -> Instruction:
@@ -182,6 +212,9 @@ def _operand(text: str, kinds: dict[str, str], branch: bool) -> Operand:
     if text.startswith("{"):
         items = tuple(_simple(one.strip(), kinds) for one in text[1:-1].split(","))
         return Vector(items)
+    if found := _ELEMENT.match(text):
+        corner = Vector(tuple(_simple(one.strip(), kinds) for one in found[2].split(",")))
+        return Element(Register(found[1], kinds[found[1]]), corner)
     if text.startswith("["):
         base, _, offset = text[1:-1].partition("+")
         register = _simple(base.strip(), kinds)

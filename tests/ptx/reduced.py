@@ -28,7 +28,8 @@ class Chosen(NamedTuple):
     def name(self) -> str:
         tile = "x".join(map(str, self.tile[:3]))
         parts = f" in {self.tile.parts} parts" if self.tile.parts > 1 else ""
-        run = f"w{self.tile.warps}s{self.tile.stages}{parts}"
+        kernel = "" if self.tile.kernel == "pointers" else f" {self.tile.kernel}"
+        run = f"w{self.tile.warps}s{self.tile.stages}{parts}{kernel}"
         return f"{self.architecture} {self.precision} {self.layer.name()} {tile} {run}"
 
     def conv(self, images: int = 3) -> Conv:
@@ -63,8 +64,6 @@ def cheapest(all_chosen: list[Chosen]) -> list[Chosen]:
     """Of each architecture, precision, kind of convolution and tile, the layer with the fewest products."""
     found: dict[tuple, Chosen] = {}
     for one in sorted(all_chosen, key=_products):
-        if one.tile.kernel != "pointers":
-            continue  # the copy engine is unknown to the machine
         layer = one.layer
         kind = layer.kernel, layer.stride, layer.groups > 1, layer.residual
         found.setdefault((one.architecture, one.precision, kind, one.tile), one)

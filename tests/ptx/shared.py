@@ -16,6 +16,7 @@ from tests.ptx.registers import BITS
 
 START = 1024  # where a program's own shared memory begins: the driver keeps the first KiB
 _FLYING = 2**31 - 1
+_ARRIVED = -1  # by the copy engine, and waited for by every thread
 _ROUNDING = 2.0**-20  # of the largest number of a store: a few units in its last place
 
 
@@ -37,7 +38,7 @@ class Shared:
         self._writer = np.zeros((programs, granules), np.int8)
         self._read = np.zeros((warps, programs, granules), np.int32)
         self._barrier = self._fence = 0
-        self._lent = np.zeros((programs, granules), np.int16)  # to how many products under way
+        self._lent = np.zeros((programs, granules), np.int16)  # to how many products under way, and mbarriers
         self._history: list[Instruction] = []
         self.disagreements: list[Instruction] = []  # stores whose result is chance, in its last places
 
@@ -81,7 +82,7 @@ class Shared:
         """``[n, size / width]`` numbers of ``width`` bytes."""
         programs, warps, granules = self._granules(place)
         written = self._written[programs, granules]
-        others = (written > self._barrier) & (self._writer[programs, granules] != warps)
+        others = (written > self._barrier) & ((self._writer[programs, granules] != warps) | (written == _FLYING))
         if others.any() or (written == 0).any():
             self._refuse(place, (written == 0) | others, written, "reads")
         self._history.append(instruction)
@@ -106,6 +107,26 @@ class Shared:
         self._written[programs, granules] = len(self._history)
         self._writer[programs, granules] = warps
         self._rows(values.dtype.itemsize, place.size)[place.programs, place.offsets // place.size] = values
+
+    def begin_bulk(self, place: Place, instruction: Instruction) -> None:
+        """A copy to there is given to the copy engine, which has to see what threads wrote there before."""
+        programs, _, granules = self._granules(place)
+        written = self._written[programs, granules]
+        unfenced = (written > self._fence) & (written != _FLYING)
+        if unfenced.any():
+            raise self._error(place, int(unfenced.any(1).argmax()), "written after the last fence.proxy")
+        self._claim(place, instruction, _FLYING)
+
+    def land_bulk(self, place: Place, values: np.ndarray) -> None:
+        """It has been waited for, by every thread."""
+        programs, _, granules = self._granules(place)
+        self._written[programs, granules] = _ARRIVED
+        self._rows(values.dtype.itemsize, place.size)[place.programs, place.offsets // place.size] = values
+
+    def hold(self, place: Place, held: bool = True) -> None:
+        """What lies there is an mbarrier: nobody may write to it."""
+        programs, _, granules = self._granules(place)
+        np.add.at(self._lent, (programs, granules), 1 if held else -1)
 
     def _disagree(self, place: Place, values: np.ndarray, kept: np.ndarray, instruction: Instruction) -> None:
         """Threads that hold the same sum may have rounded it otherwise: which of them wins is chance, but little hangs
@@ -133,7 +154,7 @@ class Shared:
             self._refuse(place, others, written, "writes")
         lent = self._lent[programs, granules] > 0
         if lent.any():
-            raise self._error(place, int(lent.any(1).argmax()), "which a product under way reads")
+            raise self._error(place, int(lent.any(1).argmax()), "which a product under way, or an mbarrier, has")
         read = self._read[:, programs, granules]
         foreign = (read > self._barrier) & (np.arange(len(read))[:, None, None] != warps)
         if foreign.any():

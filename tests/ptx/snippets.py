@@ -1,10 +1,13 @@
 """Kernels of a few lines, written by hand, for the tests of the machine itself."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from tests.ptx.launching import Code, execute
 from tests.ptx.registers import width
+from tests.ptx.tensor_maps import TensorMap
 
 _MODULE = """
 .version 8.8
@@ -25,18 +28,27 @@ _MODULE = """
 """
 
 
-def run(body: str, *arrays: np.ndarray, threads: int = 32, grid: tuple[int, ...] = (1,), shared: int = 4096) -> None:
+def run(
+    body: str,
+    *arrays: np.ndarray,
+    threads: int = 32,
+    grid: tuple[int, ...] = (1,),
+    shared: int = 4096,
+    maps: Sequence[TensorMap] = (),
+) -> None:
     """Execute the body. Each array is a tensor, whose address %rd1, %rd2, ... hold; %r1 is the thread.
 
-    What it stores is in the arrays afterwards.
+    Tensor maps are parameters of the names map_0, map_1, ... What the body stores is in the arrays afterwards.
     """
-    parameters = ",".join(f"\n\t.param .u64 .ptr .global .align 1 snippet_param_{i}" for i in range(len(arrays)))
+    declared = [f"\n\t.param .u64 .ptr .global .align 1 snippet_param_{i}" for i in range(len(arrays))]
+    declared += [f"\n\t.param .align 64 .b8 map_{i}[128]" for i in range(len(maps))]
+    parameters = ",".join(declared)
     loads = [f"\tld.param.b64 \t%rd{i + 1}, [snippet_param_{i}];" for i in range(len(arrays))]
     lines = ["\tmov.u32 \t%r1, %tid.x;", *loads, *(f"\t{line.strip()}" for line in body.strip().splitlines())]
     code = Code(_MODULE.format(parameters=parameters, threads=threads, body="\n".join(lines)))
     # A tensor of bytes: where it ends is looked at to the byte.
     tensors = [torch.from_numpy(one.reshape(-1).view(np.uint8)) for one in arrays]
-    execute(code, grid, tensors, shared, tensors)
+    execute(code, grid, [*tensors, *maps], shared, tensors)
 
 
 _LETTERS = {2: "rs", 4: "r", 8: "rd"}

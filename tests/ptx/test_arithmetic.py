@@ -111,6 +111,7 @@ RESULTS: dict[str, list[tuple]] = {
     "max.NaN.f16": [(NAN, 1.0, NAN), (0.0, -0.0, 0.0), (1.0, 2.0, 2.0)],
     "min.f16": [(NAN, 1.0, 1.0), (1.0, 2.0, 1.0)],
     "max.NaN.bf16": [(0x7FC0, 0x3F80, 0x7FFF), (0x3F80, 0x4000, 0x4000), (0x8000, 0, 0)],
+    "max.NaN.bf16x2": [(0x3F807FC0, 0x40003F80, 0x40007FFF), (0x80003F80, 0x00004000, 0x00004000)],
     # Comparison and Selection Instructions: without u, false of a NaN.
     "setp.eq.b32": [(1, 1, 1), (1, 2, 0)],
     "setp.eq.b64": [(2**40, 2**40, 1), (2**40, 0, 0)],

@@ -2,8 +2,8 @@
 
 import pytest
 
+from resnet_fast.kernels.triton import descriptor, tiles
 from resnet_fast.kernels.triton import table as kernels
-from resnet_fast.kernels.triton import tiles
 from resnet_fast.utils import compat
 from tests.aot import backward_layers, layers
 from tests.interpreter import checking
@@ -47,7 +47,9 @@ each_chosen = pytest.mark.parametrize("chosen", CHOSEN, ids=reduced.Chosen.name)
 
 
 @each_chosen
-def test_inference(chosen):
+def test_inference(chosen, monkeypatch):
+    if chosen.tile.kernel != "pointers":  # these make many tiles each, of images of any size
+        monkeypatch.setattr(descriptor, "programs", lambda work, *_: min(work, 3))
     conv, dtype = chosen.conv(), layers.DTYPES[chosen.precision]
     x, weight, *rest = conv.inputs(dtype)
     if chosen.precision == "tf32":
@@ -59,8 +61,9 @@ def test_inference(chosen):
     checking.assert_within(actual, exact, checking.conv_tolerance(exact, *inputs, *conv.geometry()))
 
 
-# Statistics are of whole sums, so that training's convolutions are not cut. The first layer's images have no prologue.
-TRAINED = [one for one in CHOSEN if one.tile.parts == 1]
+# Statistics are of whole sums, so that training's convolutions are not cut, nor read through descriptors. The first
+# layer's images have no prologue.
+TRAINED = [one for one in CHOSEN if one.tile.parts == 1 and one.tile.kernel == "pointers"]
 
 
 @pytest.mark.parametrize("chosen", TRAINED, ids=reduced.Chosen.name)

@@ -223,5 +223,5 @@ def test_wgmma_takes_a_fence_and_a_wait():
         _warpgroup(False, fence="")
     with pytest.raises(PtxError, match="belongs to a product that was not waited for"):
         _warpgroup(False, wait="")
-    with pytest.raises(PtxError, match="which a product under way reads"):
+    with pytest.raises(PtxError, match="which a product under way, or an mbarrier, has"):
         _warpgroup(False, wait="bar.sync 0; st.shared.b32 [%r2], %r1;")

@@ -109,6 +109,12 @@ def test_what_was_waited_for_is_there_for_others_after_a_barrier():
     _refused(r"reads what another warp touched.*cp\.async", body, _numbers(64), _numbers(64), threads=64)
 
 
+def test_a_warp_waits_for_its_own_copies():
+    read = "ld.shared.b32 %r7, [%r4]; st.global.b32 [%rd12], %r7;"
+    snippets.run(_COPY + "cp.async.wait_group 0;" + read, _numbers(32), _numbers(32))
+    _refused("which an asynchronous copy is on its way to", _COPY + read, _numbers(32), _numbers(32))
+
+
 def test_a_copy_onto_a_copy():
     again = "cp.async.ca.shared.global [%r4], [%rd11], 0x4;"
     _refused("which an asynchronous copy is on its way to", _COPY + again, _numbers(32), _numbers(32))

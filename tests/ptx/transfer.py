@@ -40,7 +40,9 @@ def shared_granule(kernel: Kernel) -> int:
     """The fewest bytes that an instruction takes from shared memory, or brings there, at once."""
     sizes = [16]
     for one in kernel.instructions:
-        if "shared" in one.modifiers:
+        if one.name == "mbarrier":
+            sizes.append(8)
+        elif "shared" in one.modifiers:
             if one.name in ("ld", "st"):
                 sizes.append(access(one).size)
             elif one.opcode.startswith("cp.async"):

@@ -12,19 +12,26 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 from tests.ptx.arithmetic import canonical
-from tests.ptx.conversions import widen_bf16
+from tests.ptx.conversions import widen_bf16, widen_e4m3
 from tests.ptx.parse import Immediate, Instruction, PtxError, Register, Vector
 from tests.ptx.registers import reader, writer
 from tests.ptx.shared import START, Place
 
 _GROUP = 128  # threads
 _PITCHES = {1: 128, 2: 64, 3: 32}  # bytes of a row, by the swizzle's number; the other one is of no use to Triton
+_BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "s8": 1, "e4m3": 1}  # of an element
 _DECODE = {
     "f16": lambda bits: bits.view(np.float16),
     "bf16": widen_bf16,
     "tf32": lambda bits: (bits & np.uint32(0xFFFFE000)).view(np.float32),
+    "s8": lambda bits: bits.view(np.int8),
+    "e4m3": widen_e4m3,
 }
-_narrow = canonical(lambda total: total.astype(np.float32))
+# Without .satfinite, what int32 does not hold loses its upper bits.
+_NARROW = {
+    "f32": canonical(lambda total: total.astype(np.float32)),
+    "s32": lambda total: total.astype(np.int64).astype(np.int32),
+}
 
 
 class Product(NamedTuple):
@@ -100,7 +107,7 @@ def _matrix(
     machine: Any, descriptors: np.ndarray, lines: int, depth: int, type_name: str, transposed: bool, why: Instruction
 ) -> tuple[np.ndarray, Place]:
     """[programs, groups, lines, depth] of what lies there, and where that is."""
-    item = 4 if type_name == "tf32" else 2
+    item = _BYTES[type_name]
     each = machine.each(descriptors).reshape(machine.programs, -1, _GROUP)
     if (each != each[:, :, :1]).any():
         raise PtxError("threads of a warpgroup have different descriptors")
@@ -116,24 +123,28 @@ def _matrix(
     return (decoded.swapaxes(2, 3) if transposed else decoded), place
 
 
-_NAME = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.f32\.(f16|bf16|tf32)\.(f16|bf16|tf32)")
+_NAME = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.([fs]32)\.(\w+)\.(\w+)")
 
 
 def _product(instruction: Instruction) -> Callable[[Any], Optional[int]]:
     found = _NAME.fullmatch(instruction.opcode)
     d, a, b, scale, *flags = instruction.operands
-    if found is None or found[3] != found[4] or not isinstance(d, Vector) or instruction.guard is not None:
+    if found is None or found[4] != found[5] or not isinstance(d, Vector) or instruction.guard is not None:
         raise PtxError(f"unknown: {instruction}")
-    columns, depth, type_name = int(found[1]), int(found[2]), found[3]
+    columns, depth, result, type_name = int(found[1]), int(found[2]), found[3], found[4]
+    if type_name not in _BYTES or (result == "s32") != (type_name == "s8") or depth * _BYTES[type_name] != 32:
+        raise PtxError(f"unknown: {instruction}")
     in_registers = isinstance(a, Vector)
     transposed = [one == Immediate(1) for one in flags[2:]]
-    expected = 2 + (0 if type_name == "tf32" else 1 if in_registers else 2)
-    if flags[:2] != [Immediate(1)] * 2 or len(flags) != expected or len(d.items) != columns // 2:
+    # Signs of a and b, which integers have not; then, of 16 bits alone, whether what is in shared memory is transposed.
+    signs = 0 if result == "s32" else 2
+    expected = signs + (0 if _BYTES[type_name] != 2 else 1 if in_registers else 2)
+    if flags[:signs] != [Immediate(1)] * signs or len(flags) != expected or len(d.items) != columns // 2:
         raise PtxError(f"unknown: {instruction}")
     transposed_a = not in_registers and bool(transposed) and transposed[0]
     transposed_b = bool(transposed) and transposed[-1]
     results = frozenset(one.name for one in d.items if isinstance(one, Register))
-    readers, writers = [reader(one, "f32") for one in d.items], [writer(one, "f32") for one in d.items]
+    readers, writers = [reader(one, result) for one in d.items], [writer(one, result) for one in d.items]
     a_readers = [reader(one, "b32") for one in a.items] if isinstance(a, Vector) else []
     a_descriptor = None if isinstance(a, Vector) else reader(a, "b64")
     b_descriptor, scaled = reader(b, "b64"), reader(scale, "pred")
@@ -159,7 +170,7 @@ def _product(instruction: Instruction) -> Callable[[Any], Optional[int]]:
             before = np.stack([machine.each(read(machine)) for read in readers], -1)
             before = before.reshape(*shape, 4, 8, 4, columns // 8, 2, 2).transpose(0, 1, 2, 6, 3, 5, 4, 7)
             total = total + np.where(adds[:, :, :1, None], before.reshape(*shape, 64, columns), 0)
-        made = _narrow(total).reshape(*shape, 4, 2, 8, columns // 8, 4, 2).transpose(0, 1, 2, 4, 6, 5, 3, 7)
+        made = _NARROW[result](total).reshape(*shape, 4, 2, 8, columns // 8, 4, 2).transpose(0, 1, 2, 4, 6, 5, 3, 7)
         made = made.reshape(machine.programs, machine.width, columns // 2)
         for i, write in enumerate(writers):
             write(machine, made[:, :, i], None)
@@ -172,7 +183,7 @@ def _product(instruction: Instruction) -> Callable[[Any], Optional[int]]:
 def _of_registers(machine: Any, registers: list[np.ndarray], type_name: str, depth: int) -> np.ndarray:
     """As the left operand of an mma.sync, 16 rows a warp."""
     bits = np.ascontiguousarray(np.stack([machine.each(one) for one in registers], -1))
-    bits = bits if type_name == "tf32" else bits.view(np.uint16)
+    bits = bits.view(f"u{_BYTES[type_name]}")
     numbers = _DECODE[type_name](bits).astype(np.float64)
     # [p, group, warp, g, t, column half, row half, number] -> [p, group, warp, row half, g, column half, t, number]
     split = numbers.reshape(machine.programs, -1, 4, 8, 4, 2, 2, depth // 8)
