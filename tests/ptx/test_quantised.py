@@ -69,7 +69,7 @@ def _waited_for(text: str) -> str:
 
 
 def test_sums_of_fp8_are_read_too_early(architecture):
-    """Known, of Triton 3.4 to 3.9: if it is gone, so may be what ``_covered`` does about it."""
+    """Known, of Triton 3.9: if it is gone, so may be what ``_covered`` does about it."""
     conv = CONVS["round"]
     if architecture != "sm_90":
         quantised.check(quantised.inputs(conv, quantised.FP8), conv)
