@@ -73,7 +73,7 @@ struct rf_op {
   int32_t kind;
   int32_t algorithm;  // of a convolution
   rf_shape shape;
-  int32_t y_dtype;     // of a convolution of int8: RF_INT8 or RF_FLOAT32
+  int32_t y_dtype;     // of a convolution of int8: RF_INT8, or RF_FLOAT32 where no pool follows
   const void* packed;  // weights from rf_pack
   const float* shift;  // [k]; never null for a convolution
   rf_ref x, residual, y;
