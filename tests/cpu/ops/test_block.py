@@ -145,7 +145,7 @@ def test_common_mode(ratio, shape):
 @pytest.mark.parametrize("ratio", [10.0, 100.0])
 def test_common_mode_needs_the_safety(ratio, monkeypatch):
     """The same check, without: it must be able to fail."""
-    monkeypatch.setattr(block_norm, "MOST_CANCELLATION", float("inf"))
+    monkeypatch.setattr(reference_training, "MOST_CANCELLATION", float("inf"))
     block, x = _common(ratio)
     assert _flags(block, x) == [False]
     with pytest.raises(AssertionError, match="is off by"):
