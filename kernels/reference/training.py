@@ -178,7 +178,9 @@ def bn_backward(
     return bn_gradient(g, y, mean, *coefficients(rstd, scale, total, product, count)), product * rstd
 
 
-def coefficients(rstd: Tensor, scale: Tensor, total: Tensor, product: Tensor, count: Any) -> tuple[Tensor, ...]:
+def coefficients(
+    rstd: Tensor, scale: Tensor, total: Tensor, product: Tensor, count: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """``a``, ``b`` and ``c`` of batch norm's backward pass; ``scale`` is ``a``: ``gamma * rstd``."""
     return scale, scale * rstd.square() * product / count, scale * total / count
 
