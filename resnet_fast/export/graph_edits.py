@@ -8,6 +8,11 @@ from onnx_ir.passes import common
 from onnx_ir.tape import Tape
 
 
+def copied(model: ir.Model) -> ir.Model:
+    """Return a copy, whose constants may be shared. The oldest onnx-ir makes none, so a file in memory has to."""
+    return model.clone() if hasattr(model, "clone") else ir.from_proto(ir.to_proto(model))
+
+
 def tidy(model: ir.Model) -> None:
     """Name the global pool as such; remove what is unused, and every trace of the source code that made the graph."""
     for node in list(model.graph):

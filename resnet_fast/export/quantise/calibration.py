@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from resnet_fast.export.graph_edits import copied
 from resnet_fast.export.quantise.histogram import Histogram
 from resnet_fast.export.quantise.images import Source
 from resnet_fast.export.runner import open_session
@@ -79,7 +80,7 @@ def observe(model: ir.Model, names: Iterable[str], source: Source, progress: Pro
 
 
 def _watching(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    copy = model.clone()
+    copy = copied(model)
     values = {value.name: value for node in copy.graph for value in node.outputs}
     outputs = {value.name for value in copy.graph.outputs}
     copy.graph.outputs.extend(values[name] for name in names if name not in outputs)

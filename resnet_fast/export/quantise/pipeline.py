@@ -9,6 +9,7 @@ from typing import Literal, Optional, get_args
 
 import onnx_ir as ir
 
+from resnet_fast.export.graph_edits import copied
 from resnet_fast.export.metadata import Metadata
 from resnet_fast.export.quantise.calibration import FEW, Observed, Progress, batch_size, observe, session
 from resnet_fast.export.quantise.cpu import Range, needs_reduced_range, quantise_for_cpu
@@ -294,13 +295,13 @@ def _for_tensorrt(model: ir.Model, layers: list[Layer], limits: Mapping[str, Ran
     by_path = {layer.path: layer for layer in layers}
 
     def whole(left_out: Collection[str]) -> ir.Model:
-        copy = model.clone()
+        copy = copied(model)
         placed = layers if halve else [layer for layer in layers if layer.path not in left_out]
         place(copy, placed, amax, left_out if halve else ())
         return copy
 
     def alone(path: str) -> ir.Model:
-        copy = model.clone()
+        copy = copied(model)
         place(copy, [by_path[path]], amax)
         return copy
 
