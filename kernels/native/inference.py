@@ -5,6 +5,7 @@ source tensor changes. What a call needs beside its tensors is kept with the wei
 kernel is a part of its time that shows.
 """
 
+from collections.abc import Collection
 from ctypes import Array, c_void_p
 from types import ModuleType
 from typing import Any, NamedTuple, Optional, Union
@@ -33,14 +34,20 @@ _three_buffers = c_void_p * 3
 
 def supports(case: Case) -> Optional[str]:
     """None if this implementation covers the case, else the reason why not."""
+    reason = refusal(case, _DTYPES) or library.unavailable()
+    return reason or (_bfloat16_refusal() if case.dtype == torch.bfloat16 else None)
+
+
+def refusal(case: Case, dtypes: Collection[torch.dtype]) -> Optional[str]:
+    """Why no native kernel of these dtypes takes the case, if the library is there at all; None if one may."""
     if case.device != "cpu":
         return f"runs on cpu, not on {case.device}"
-    if case.dtype not in _DTYPES:
+    if case.dtype not in dtypes:
         return f"no {case.dtype}"
     _, _, _, c, k, kernel, stride, padding, dilation, *_ = case
     if max(c, k, *kernel, *stride, *padding, *dilation) > LARGEST:
         return f"no channels or geometry beyond {LARGEST}"
-    return library.unavailable() or (_bfloat16_refusal() if case.dtype == torch.bfloat16 else None)
+    return None
 
 
 def _bfloat16_refusal() -> Optional[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from resnet_fast.kernels.contract import Case, Pair, nhwc
 from resnet_fast.kernels.native import abi, library, planner
 from resnet_fast.kernels.native.abi import ALGORITHMS, NOWHERE, Op, Ref, Shape
-from resnet_fast.kernels.native.inference import LARGEST, conv_shape
+from resnet_fast.kernels.native.inference import LARGEST, conv_shape, refusal
 from resnet_fast.kernels.packing import PackCache
 from resnet_fast.kernels.reference import quantised as reference
 
@@ -24,14 +24,7 @@ _three_buffers = c_void_p * 3
 
 def supports(case: Case) -> Optional[str]:
     """None if this implementation covers the case, else the reason why not."""
-    if case.device != "cpu":
-        return f"runs on cpu, not on {case.device}"
-    if case.dtype != torch.int8:
-        return f"no {case.dtype}"
-    _, _, _, c, k, kernel, stride, padding, dilation, *_ = case
-    if max(c, k, *kernel, *stride, *padding, *dilation) > LARGEST:
-        return f"no channels or geometry beyond {LARGEST}"
-    return library.unavailable()
+    return refusal(case, [torch.int8]) or library.unavailable()
 
 
 def conv_quantised(

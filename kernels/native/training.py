@@ -24,7 +24,7 @@ from torch import Tensor
 from resnet_fast.kernels.contract import Affine, BatchNorm, Case, Gate, Geometry, Gradient, Pair, nhwc
 from resnet_fast.kernels.native import abi, library, passes, planner
 from resnet_fast.kernels.native.abi import ALGORITHMS, NOWHERE, Op, Ref, Shape
-from resnet_fast.kernels.native.inference import LARGEST, conv_shape
+from resnet_fast.kernels.native.inference import conv_shape, refusal
 from resnet_fast.kernels.native.passes import tail, tail_backward, tail_pool, tail_pool_backward
 from resnet_fast.kernels.native.wgrad import gram, wgrad
 from resnet_fast.kernels.native.wgrad import refusal as wgrad_refusal
@@ -46,14 +46,10 @@ def supports(case: Case) -> Optional[str]:
         return passes.refusal(case)
     if case.op not in (*_FORWARD, *_BACKWARD):
         return f"no {case.op}"
-    if case.device != "cpu":
-        return f"runs on cpu, not on {case.device}"
-    if case.dtype != torch.float32:
-        return f"no {case.dtype}"
-    _, _, _, c, k, kernel, stride, padding, dilation, *_ = case
-    if max(c, k, *kernel, *stride, *padding, *dilation) > LARGEST:
-        return f"no channels or geometry beyond {LARGEST}"
-    if case.op in _BACKWARD and any(step > 1 and spread > 1 for step, spread in zip(stride, dilation)):
+    reason = refusal(case, [torch.float32])
+    if reason is not None:
+        return reason
+    if case.op in _BACKWARD and any(step > 1 and spread > 1 for step, spread in zip(case.stride, case.dilation)):
         return "no gradient through a stride and a dilation at once"
     return library.unavailable()
 
