@@ -33,8 +33,9 @@ template <class E> static void direct_part(const ConvTask<E>& task, Range rows) 
     for (int i = 0; i < (count - 1) * s.stride_h + extent; i++) {
       Placed* to = image + i * pitch;
       for (int64_t j = 0; j < pitch; j++) to[j] = E::placed(0);
+      if (top + i < 0 || top + i >= s.h) continue;
       const auto* from = task.x + (number * s.h + top + i) * s.w * 3;
-      for (int64_t j = 0; top + i >= 0 && top + i < s.h && j < int64_t(s.w) * 3; j++) to[s.pad_w * 3 + j] = E::placed(from[j]);
+      for (int64_t j = 0; j < int64_t(s.w) * 3; j++) to[s.pad_w * 3 + j] = E::placed(from[j]);
     }
     for (int64_t j = 0; j < weights.panels(); j++)
       for (int i = 0; i < count; i++)

@@ -50,13 +50,13 @@ const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_suppo
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 const bool has_avx512_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
 
-bool has_avx2_vnni() {
+const bool has_avx2_vnni = [] {
 #if defined(RF_EMULATE)
   return has_avx2;
 #endif
   unsigned a, b, c, d;
   return has_avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-}
+}();
 #endif
 
 // Slowest first. setup.py says which of them are left out.
@@ -67,7 +67,7 @@ const Compiled variants[] = {
     {"avx2", &avx2::variant, &avx2::int8_variant, has_avx2},
 #endif
 #if !defined(RF_WITHOUT_avx2_vnni)
-    {"avx2_vnni", &avx2::variant, &avx2_vnni::int8_variant, has_avx2_vnni()},
+    {"avx2_vnni", &avx2::variant, &avx2_vnni::int8_variant, has_avx2_vnni},
 #endif
 #if !defined(RF_WITHOUT_avx512)
     {"avx512", &avx512::variant, &avx512::int8_variant, has_avx512},
